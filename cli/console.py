@@ -1,0 +1,82 @@
+"""The terminal: a live progress bar where there is one, plain lines where there is not."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def span(seconds: float) -> str:
+    """Seconds for a person: 0:42, 3:07, 5:12:09."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def training_line(metrics: Mapping[str, Any]) -> str:
+    parts = [
+        f"step {metrics['step']:,}",
+        f"loss {metrics['loss']:.3f}",
+        f"{metrics['bits_per_byte']:.3f} bits/byte",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        f"{100 * metrics['mfu']:.0f}% of peak",
+        f"{span(metrics['seconds_left'])} left",
+    ]
+    return "  ".join(parts + ([f"{metrics['skipped']} skipped"] if metrics["skipped"] else []))
+
+
+class Console:
+    """Shows a run (train.tracking.Tracker) and the preparation of its data."""
+
+    def __init__(self) -> None:
+        self.terminal = Terminal(highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.last_plain = 0.0
+
+    def say(self, message: str) -> None:
+        self.terminal.print(message, markup=False)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        if "validation_loss" in metrics:
+            self.say(
+                f"step {metrics['step']:,}  validation loss {metrics['validation_loss']:.4f}  "
+                f"{metrics['validation_bits_per_byte']:.4f} bits/byte  "
+                f"perplexity {metrics['validation_perplexity']:.2f}"
+            )
+        else:
+            self._show(training_line(metrics), metrics["progress"])
+
+    def preparing(self, what: str) -> Callable[[int, int, int], None]:
+        """A callback that shows documents, tokens and bytes read so far."""
+        begin = time.perf_counter()
+
+        def show(documents: int, tokens: int, text_bytes: int) -> None:
+            speed = text_bytes / 1e6 / max(time.perf_counter() - begin, 1e-9)
+            self._show(f"preparing {what}: {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s", None)
+
+        return show
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = self.task = None
+
+    def _show(self, line: str, share: float | None) -> None:
+        if not self.terminal.is_terminal:
+            if time.perf_counter() - self.last_plain >= PLAIN_LINE_SECONDS:
+                self.last_plain = time.perf_counter()
+                self.say(line)
+            return
+        if self.bar is None:
+            self.bar = Progress(
+                BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.terminal, transient=True
+            )
+            self.task = self.bar.add_task("", total=1.0)
+            self.bar.start()
+        assert self.task is not None
+        self.bar.update(self.task, description=line, completed=share, total=None if share is None else 1.0)

@@ -1,0 +1,53 @@
+"""gpt generate"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli.options import CheckpointName, Device, Precision, RunArgument
+
+
+def generate(
+    path: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; nothing begins a document.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many texts.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="At most so many tokens; else up to the context.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this share.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    which: CheckpointName = "latest",
+) -> None:
+    """Let a model go on from a prompt.
+
+    Example: gpt generate runs/nano "Once upon a time" --temperature 0.7 --seed 1
+    """
+    from engine import runtime
+    from engine.generate import document_prompt, generate, stream
+    from engine.run import Run
+    from engine.sampling import Sampling
+
+    def notice(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    model, tokenizer = Run(path).load_model(runtime.choose(device, precision), which, notice)
+    prompts = [document_prompt(tokenizer, prompt)] * count
+    if count == 1:
+        print(prompt, end="")
+        for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop or ()):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    for number, completion in enumerate(
+        generate(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop or ()), 1
+    ):
+        print(f"--- {number} ---\n{prompt}{completion.text}")

@@ -1,0 +1,38 @@
+"""The door: one Typer app, and the place where an InputError becomes a sentence and exit code 2."""
+
+import sys
+
+import typer
+
+from cli import data, generate, info, tokenizer, train
+from engine.errors import InputError
+
+app = typer.Typer(
+    name="gpt",
+    help="A GPT from raw text to a chat model, with its own kernels. Start with: gpt train nano",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("info")(info.info)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of a pipe, `head` say, has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one.")]
+Precision = Annotated[
+    str, typer.Option(help="auto, fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it.")
+]
+CheckpointName = Annotated[str, typer.Option("--checkpoint", help="latest, best, or a step.")]
+Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]

@@ -1,0 +1,126 @@
+"""gpt train"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import Column, Device, Precision
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.config import Recipe
+    from engine.run import Run
+
+Preset = Annotated[
+    str | None, typer.Argument(help="nano (1.8M parameters), tiny (24M) or large (360M).", show_default=False)
+]
+
+
+def train(
+    preset: Preset = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/PRESET unless given.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
+        ),
+    ] = None,
+    column: Column = None,
+    steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Train on so many tokens, such as 5e6.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Read the data so many times.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for so long; the schedule fits the time.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order of the data.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, such as model.blocks=6. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")] = False,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Also record to Weights & Biases (offline without a login).")
+    ] = False,
+) -> None:
+    """Train a model from text.
+
+    Example: gpt train nano --minutes 3
+
+    Example: gpt train tiny --data 'stories/*.jsonl' --epochs 2 --set model.blocks=8
+
+    Ctrl-C finishes the step and saves; the same command with --resume goes on from there.
+    """
+    from engine import config
+    from engine.run import Run
+
+    if preset is None and not (resume and out):
+        raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
+    run = Run(out or Path("runs") / str(preset))
+    budgets = {"steps": steps, "tokens": None if tokens is None else int(tokens), "epochs": epochs, "minutes": minutes}
+    chosen = {name: value for name, value in budgets.items() if value is not None}
+    if resume:
+        if data or column or seed is not None or setting or overwrite:
+            raise InputError(
+                "--resume goes on with the run's own recipe; only --steps, --tokens, --epochs or --minutes may change"
+            )
+        recipe = run.read_recipe()
+    else:
+        recipe = config.preset(str(preset))
+        make_room(run, overwrite)
+    if chosen:
+        recipe = dataclasses.replace(recipe, budget=config.BudgetConfig(**chosen))  # type: ignore[arg-type]
+    if data is not None:
+        recipe = config.override(recipe, "data.source", data)
+        # Asked for by name, nothing else will do.
+        recipe = config.override(recipe, "data.fallback", None)
+    if column is not None:
+        recipe = config.override(recipe, "data.column", column)
+    if seed is not None:
+        recipe = config.override(recipe, "loop.seed", seed)
+    if precision != "auto":
+        recipe = config.override(recipe, "precision", precision)
+    for each in setting or []:
+        recipe = config.override_text(recipe, each)
+    start(recipe, run, device, resume=resume, wandb=wandb)
+
+
+def make_room(run: "Run", overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder, unless the old one is to go."""
+    if not run.config.exists():
+        return
+    if not overwrite:
+        raise InputError(
+            f"{run.path} already holds a run: --resume goes on with it, --out puts this one elsewhere, "
+            "--overwrite deletes it"
+        )
+    shutil.rmtree(run.path)
+
+
+def start(recipe: "Recipe", run: "Run", device: str, *, resume: bool, wandb: bool) -> None:
+    """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
+    from cli.console import Console
+    from engine import runtime
+    from train.loop import TrainingError
+    from train.pretrain import pretrain
+
+    console = Console()
+    machine = runtime.choose(device, recipe.precision)
+    try:
+        outcome = pretrain(recipe, run, machine, console, resume=resume, wandb=wandb)
+    except TrainingError as failure:
+        console.say(f"training failed: {failure}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.say("stopped before training began; the same command starts over")
+        raise typer.Exit(130) from None
+    finally:
+        console.close()
+    if outcome.stopped_by is not None:
+        console.say(f"saved {outcome.checkpoint.path}; go on with: gpt train {recipe.name} --out {run.path} --resume")
+        raise typer.Exit(128 + outcome.stopped_by)
+    console.say(f"report     {run.report}")
+    console.say(f"loss plot  {run.loss_plot}")
+    console.say(f'try it     gpt generate {run.path} "Once upon a time"')

@@ -1,0 +1,1 @@
+"""The engine: what training, alignment, generation and serving share."""

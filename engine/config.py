@@ -1,0 +1,284 @@
+"""What a run is made of: frozen dataclasses, the three presets, and typed overrides (`--set model.blocks=6`)."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the decoder. `vocab_size` is a wish until a tokenizer is trained, then what the text supported."""
+
+    vocab_size: int
+    width: int
+    blocks: int
+    heads: int
+    context: int
+    rotary_base: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "blocks", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise InputError(
+                f"model.width {self.width} does not divide into {self.heads} heads of an even size; "
+                f"choose a width that is a multiple of {2 * self.heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that every token is multiplied with: the blocks and the head, not the embedding."""
+        return 12 * self.blocks * self.width**2 + self.vocab_size * self.width
+
+    @property
+    def parameters(self) -> int:
+        norms = (2 * self.blocks + 1) * self.width
+        return self.matmul_parameters + self.vocab_size * self.width + norms
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of one training step: 6 per weight (2 forward, 4 backward), and causal attention over a full context."""
+        return 6 * self.matmul_parameters + 6 * self.blocks * self.width * self.context
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from. See train/data/sources.py for the names that `source` knows."""
+
+    source: str = "stories"
+    # Used, with a notice, where the Hub cannot be reached and the source was not asked for by name.
+    fallback: str | None = None
+    column: str | None = None
+    # How many documents at most; None is all. The built-in stories never end, so they need a number.
+    documents: int | None = None
+    # The share held out for validation where the source has no validation split of its own.
+    holdout: float = 0.02
+    # How many validation tokens an evaluation reads, at most: during the run, and once at its end.
+    evaluation_tokens: int = 50_000
+    final_evaluation_tokens: int = 500_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1:
+            raise InputError(f"data.holdout is {self.holdout}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for embedding, head and norms; Muon (or AdamW too) for the matrices inside the blocks."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    embedding_rate: float = 0.006
+    head_rate: float = 0.003
+    norm_rate: float = 0.003
+    matrix_rate: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as shares of it: rise for `warmup`, then fall to `floor` of the peak."""
+
+    shape: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.02
+    # Only for wsd (warm up, stay, decay): the share at the end over which the rate falls, in a straight line.
+    decay: float = 0.5
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.warmup < 1 and 0 <= self.decay <= 1 and 0 <= self.floor <= 1):
+            raise InputError("schedule.warmup, schedule.decay and schedule.floor are shares: between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How long to train. Exactly one is set."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if len(chosen) != 1:
+            raise InputError(f"a run needs exactly one of steps, tokens, epochs, minutes; it has {chosen or 'none'}")
+        ((name, value),) = chosen.items()
+        if not value > 0:
+            raise InputError(f"budget.{name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The training loop. A batch is counted in rows of one context each."""
+
+    batch: int = 16
+    # Rows in one forward and backward pass; None is the whole batch. Halved by itself when memory runs out.
+    micro_batch: int | None = None
+    log_every: int = 1
+    # Steps between evaluations (and checkpoints); None is ten times over the run, whatever its length.
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    # Where save_every is None, a checkpoint is at least this often.
+    save_minutes: float = 10.0
+    keep: int = 2
+    samples: int = 3
+    compile: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "micro_batch", "log_every", "evaluate_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"loop.{name} is {value}; it must be at least 1")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise InputError(f"loop.batch {self.batch} is not a multiple of loop.micro_batch {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: everything that decides its outcome but the machine."""
+
+    name: str
+    model: ModelConfig
+    budget: BudgetConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.loop.batch * self.model.context
+
+
+PRESETS = {
+    "nano": Recipe(
+        name="nano",
+        model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256),
+        data=DataConfig(source="stories", documents=40_000),
+        budget=BudgetConfig(tokens=4_000_000),
+        loop=LoopConfig(batch=16),
+    ),
+    # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.
+    "tiny": Recipe(
+        name="tiny",
+        model=ModelConfig(vocab_size=28_000, width=256, blocks=12, heads=8, context=256),
+        data=DataConfig(source="tinystories", fallback="stories", documents=None),
+        budget=BudgetConfig(epochs=6),
+        loop=LoopConfig(batch=178, log_every=10),
+    ),
+    # The reference model's recipe: 7 billion tokens of the DSIR-filtered Pile, 30 rows of 512 a step, loss 2.0.
+    "large": Recipe(
+        name="large",
+        model=ModelConfig(vocab_size=28_000, width=1024, blocks=24, heads=16, context=512),
+        data=DataConfig(source="dsir-pile", fallback="stories", documents=None),
+        budget=BudgetConfig(tokens=7_000_000_000),
+        loop=LoopConfig(batch=30, log_every=10),
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    if name not in PRESETS:
+        raise InputError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+Config = TypeVar("Config")
+
+
+def override(config: Config, path: str, value: Any) -> Config:
+    """A copy of a configuration with one value replaced, named by its dotted path. Text is parsed to the field's type.
+
+    Raises InputError for a path that does not exist (listing those that do) or a value of another type.
+    """
+    name, _, rest = path.partition(".")
+    hints = typing.get_type_hints(type(config))
+    if name not in hints:
+        raise InputError(f"no setting is called {name!r} here; there are {', '.join(hints)}")
+    current = getattr(config, name)
+    if dataclasses.is_dataclass(current):
+        if not rest:
+            fields = ", ".join(f"{name}.{inner.name}" for inner in dataclasses.fields(current))
+            raise InputError(f"{name} is a group of settings: name one of {fields}")
+        value = override(current, rest, value)
+    elif rest:
+        raise InputError(f"{name} is a single setting: {path!r} goes too deep")
+    else:
+        value = _parse(path, value, hints[name])
+    return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
+
+
+def override_text(config: Config, setting: str) -> Config:
+    """`override` from one `path=value` text."""
+    path, equals, value = setting.partition("=")
+    if not equals:
+        raise InputError(f"--set takes path=value, such as model.blocks=6; it got {setting!r}")
+    try:
+        return override(config, path.strip(), value.strip())
+    except InputError as error:
+        raise InputError(f"--set {setting}: {error}") from None
+
+
+def _parse(name: str, value: Any, kind: Any) -> Any:
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        return value
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        kind = next(choice for choice in choices if choice is not type(None))
+    if not isinstance(value, str):
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+        if kind is int:
+            number = float(value.replace("_", ""))
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return kind(value)
+    except (ValueError, KeyError, OverflowError):
+        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe that `to_dict` wrote. Raises InputError where a value is missing, unknown or of another type."""
+    return _build(Recipe, values, "recipe")
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a group of settings, not {values!r}")
+    hints = typing.get_type_hints(kind)
+    if unknown := set(values) - set(hints):
+        raise InputError(f"{where} holds settings that this version does not know: {', '.join(sorted(unknown))}")
+    built = {
+        name: _build(hints[name], value, f"{where}.{name}") if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+    try:
+        return kind(**built)
+    except TypeError as error:
+        raise InputError(f"{where} is not whole: {error}") from None

@@ -1,0 +1,194 @@
+"""The model: a pre-norm decoder-only Transformer, from token ids to loss. Reads top to bottom.
+
+Shapes: a dense batch of tokens is [B, T]; a packed one is [N], many sequences end to end with their boundaries in
+cu_seqlens. Everything but attention works on the last dimension and does not care which. Parameters stay in the dtype
+they are stored in (fp32 while training); `compute_dtype` is what they are multiplied in.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.cache import KVCache
+from engine.config import ModelConfig
+from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy
+
+
+class Linear(nn.Linear):
+    """x @ weight.T in the dtype of x, whatever dtype the weight is kept in. No bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class LayerNorm(nn.Module):
+    """The fused kernel with its parameters: normalises x, or x + residual (then returns the sum as well)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, eps=self.eps)  # type: ignore[return-value]
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_norm(x, self.weight, residual=residual, eps=self.eps)  # type: ignore[return-value]
+
+
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's rotation: fp32 [..., 1, head_dim / 2] for positions [...]."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * base**-exponents
+    return angles.cos()[..., None, :], angles.sin()[..., None, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., arXiv:2104.09864), halves paired as in GPT-NeoX. x [..., H, D]."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        # Three matrices, not one: the optimizer then treats each as the linear map that it is (see train/optimizer.py).
+        self.query = Linear(config.width, config.width)
+        self.key = Linear(config.width, config.width)
+        self.value = Linear(config.width, config.width)
+        self.output = Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, places: "Places") -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
+        )
+        q, k = rotate(q, places.cos, places.sin), rotate(k, places.cos, places.sin)
+        return self.output(places.attend(self.layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.expand = Linear(config.width, 4 * config.width)
+        self.contract = Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, branch: Tensor, residual: Tensor, places: "Places") -> tuple[Tensor, Tensor]:
+        x, residual = self.attention_norm.add(branch, residual)
+        x, residual = self.mlp_norm.add(self.attention(x, places), residual)
+        return self.mlp(x), residual
+
+
+class Places:
+    """Where the tokens of a batch stand, and so what each attends to: computed once, used by every block."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        config: ModelConfig,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+    ) -> None:
+        self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen or config.context, cache
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        if cu_seqlens is not None:
+            starts = cu_seqlens[:-1]
+            positions = positions - torch.repeat_interleave(starts, cu_seqlens.diff(), output_size=tokens.shape[-1])
+        elif cache is not None:
+            positions = cache.lengths[:, None] + positions
+        self.cos, self.sin = rotary_angles(positions, config.head_dim, config.rotary_base)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            keys, values = self.cache.write(layer, k, v)
+            return decode_attention(q, keys, values, self.cache.lengths + q.shape[1])
+        if self.cu_seqlens is None:
+            return flash_attention(q, k, v)  # type: ignore[return-value]
+        return flash_attention(  # type: ignore[return-value]
+            q,
+            k,
+            v,
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_k=self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_k=self.max_seqlen,
+        )
+
+
+class GPT(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.blocks))
+        self.final_norm = LayerNorm(config.width, config.norm_eps)
+        self.head = Linear(config.width, config.vocab_size)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal with standard deviation 0.02 (GPT-2); what writes to the residual stream is scaled by depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            writes_to_residual = name.endswith(("attention.output.weight", "mlp.contract.weight"))
+            depth = math.sqrt(2 * self.config.blocks) if writes_to_residual else 1.0
+            parameter.normal_(std=0.02 / depth)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, [..., C], in the compute dtype.
+
+        tokens: int64 [B, T]; or [N] with cu_seqlens int32 [sequences + 1], sequences no longer than max_seqlen (by
+        default the context). With a cache, [B, T] continues what the cache holds; the caller advances the cache
+        afterwards.
+        """
+        places = Places(tokens, self.config, cu_seqlens, max_seqlen, cache)
+        branch = self.embedding(tokens)
+        branch = branch.to(self.compute_dtype or branch.dtype)
+        residual = torch.zeros_like(branch)
+        for block in self.blocks:
+            branch, residual = block(branch, residual, places)
+        return self.final_norm.add(branch, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every piece as the next token: [..., V], fp32."""
+        return self.head(hidden).float()
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Sum over the targets (-100 does not count) of the cross-entropy in nats. fp32, no dimensions."""
+        hidden = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return linear_cross_entropy(hidden, self.head.weight, targets, reduction="sum")
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

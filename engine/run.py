@@ -1,0 +1,154 @@
+"""A run is a folder: recipe, tokenizer, metrics, checkpoints, and what was made of them."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import checkpoint
+from engine.config import Recipe, from_dict, to_dict
+from engine.errors import InputError
+from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.model import GPT
+    from engine.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.md"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    def has_checkpoint(self) -> bool:
+        return bool(checkpoint.checkpoints(self.checkpoints))
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {"recipe": to_dict(recipe), "versions": versions()}
+        checkpoint.write_atomically(self.config, json.dumps(content, indent=2).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.config.read_text())
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} is not a run: it has no config.json; train one with `gpt train nano`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {self.config}: {error}") from None
+
+    def read_recipe(self) -> Recipe:
+        config = self.read_config()
+        if not isinstance(config, dict) or "recipe" not in config:
+            raise InputError(f"{self.config} holds no recipe")
+        return from_dict(config["recipe"])
+
+    def find_checkpoint(
+        self, which: str = "latest", notice: Callable[[str], None] = lambda message: None
+    ) -> checkpoint.Checkpoint:
+        """The checkpoint called "latest", "best", or by its step. Raises InputError where there is none such."""
+        found: checkpoint.Checkpoint | None
+        if which == "latest":
+            found = checkpoint.latest(self.checkpoints, notice)
+        elif which == "best":
+            found = checkpoint.best(self.checkpoints)
+        else:
+            steps = {str(each.step): each for each in checkpoint.checkpoints(self.checkpoints)}
+            found = steps.get(which)
+            if found is None:
+                raise InputError(f"{self.path} has no checkpoint {which!r}; it has {', '.join(steps) or 'none'}")
+        if found is None:
+            self.read_config()
+            if self.has_checkpoint() and which == "latest":
+                raise InputError(f"every checkpoint of {self.path} is damaged; train it again")
+            raise InputError(f"{self.path} has no {which} checkpoint; has its training begun?")
+        if which != "latest":
+            try:
+                found.verify()
+            except checkpoint.DamagedCheckpointError as damage:
+                raise InputError(f"{damage}; choose another checkpoint") from None
+        return found
+
+    def load_model(
+        self, runtime: "Runtime", which: str = "latest", notice: Callable[[str], None] = lambda message: None
+    ) -> tuple["GPT", Tokenizer]:
+        """The model for generation and evaluation (weights in the runtime's dtype) and its tokenizer."""
+        from engine.model import GPT
+
+        recipe = self.read_recipe()
+        found = self.find_checkpoint(which, notice)
+        tokenizer = Tokenizer.load(self.tokenizer)
+        if tokenizer.vocab_size != recipe.model.vocab_size:
+            raise InputError(
+                f"{self.tokenizer} has {tokenizer.vocab_size} pieces; the model of this run was built for "
+                f"{recipe.model.vocab_size}"
+            )
+        model = GPT(recipe.model)
+        try:
+            model.load_state_dict(found.tensors("model"))
+        except RuntimeError:
+            raise InputError(f"{found.path} does not fit the model that {self.config} describes") from None
+        return model.to(device=runtime.device, dtype=runtime.dtype).eval(), tokenizer
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside the recipe: versions, the git commit where there is one, the platform."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "triton", "sentencepiece"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["commit"] = _commit()
+    return found
+
+
+def _commit() -> str:
+    checkout = Path(__file__).resolve().parent.parent
+    # Installed into a folder inside somebody else's checkout, the commit would be theirs.
+    if not (checkout / ".git").exists():
+        return "not a checkout"
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(
+            command, cwd=checkout, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

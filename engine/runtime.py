@@ -1,0 +1,137 @@
+"""The machine: which device, which precision, how fast it can multiply, and where randomness comes from."""
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a model runs and what it multiplies in. Weights are kept in fp32 while training, whatever `dtype` is."""
+
+    device: torch.device
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}"
+
+    def peak_memory(self) -> int:
+        """The most memory the process (on a GPU: the device, for this process) has held so far, in bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+        import sys
+
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Runtime:
+    """The runtime for this machine. "auto" is the GPU where there is one, and bf16 where the hardware multiplies it.
+
+    Raises InputError for a device that is not there or a precision that it cannot do.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError):
+        has = "a CUDA device" if torch.cuda.is_available() else "no CUDA device"
+        raise InputError(f"--device {device} cannot be used: this machine has {has}; try --device cpu") from None
+    if precision == "auto":
+        precision = _native_precision(chosen)
+    if precision not in DTYPES:
+        raise InputError(f"--precision is {precision!r}; it must be auto, {', '.join(DTYPES)}")
+    if precision == "fp16" and chosen.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    return Runtime(chosen, precision)
+
+
+def _native_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_multiplies_bf16() else "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Does this CPU have bf16 matrix units (AMX or AVX512-BF16)? Without them bf16 is emulated, 90 times slower."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    # torch 2.11 knows fewer questions.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed every generator. `deterministic` also makes PyTorch refuse operations that vary from run to run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of PyTorch's generators, as tensors that a checkpoint can hold."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def measured_peak(runtime: Runtime, seconds: float = 0.2) -> float:
+    """Multiply-adds per second, times two, of one large matrix product: what this machine can do at best. In FLOP/s."""
+    size = 8192 if runtime.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
+    b = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        synchronize(runtime.device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(runtime.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,96 @@
+"""From logits to the next token: penalties, temperature, the usual cuts, and one draw per sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. The defaults change nothing but the temperature.
+
+    temperature 0 takes the likeliest; top_k keeps the k likeliest; top_p the smallest set that holds this share of the
+    probability (Holtzman et al., arXiv:1904.09751); min_p drops what is less likely than this share of the likeliest
+    (Nguyen et al., arXiv:2407.01082); repetition_penalty above 1 makes tokens already in the text less likely (Keskar
+    et al., arXiv:1909.05858). The same seed gives the same text.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "at least 0 and below 2**62"),
+        )
+        for name, value, good, expected in bounds:
+            if not good:
+                raise InputError(f"{name} is {value}; it must be {expected}")
+
+
+def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
+    """Probabilities of the next token, fp32 [B, V], temperature above 0. seen_BV: bool, tokens in the text so far."""
+    logits_BV = penalise(logits_BV.float(), sampling, seen_BV)
+    # The likeliest at 0, and a temperature that fp32 can divide by: nearly cold must not overflow into NaN.
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-10)
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        lowest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < lowest, float("-inf"))
+    probabilities = logits_BV.softmax(dim=-1)
+    if sampling.min_p > 0:
+        highest = probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * highest, 0.0)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays while those before it hold less than top_p: at least one always does.
+        before = ordered.cumsum(dim=-1) - ordered
+        kept = ordered.masked_fill(before >= sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+
+def penalise(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> Tensor:
+    if sampling.repetition_penalty == 1 or seen_BV is None:
+        return logits_BV
+    # Dividing a negative logit would make it likelier.
+    penalised = torch.where(
+        logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty
+    )
+    return torch.where(seen_BV, penalised, logits_BV)
+
+
+def choose(
+    logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen_BV: Tensor | None = None
+) -> Tensor:
+    """The next token of each sequence, int64 [B]. Each draws one number from its own generator."""
+    if sampling.temperature == 0:
+        return penalise(logits_BV, sampling, seen_BV).argmax(dim=-1)
+    cumulative_BV = distribution(logits_BV, sampling, seen_BV).cumsum(dim=-1)
+    draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(logits_BV.device)
+    # Against the last sum, which rounding may leave a little off 1; and below it, for a product that rounds up to it
+    # would fall beyond the last token that has any probability.
+    total = cumulative_BV[:, -1:]
+    return ((cumulative_BV <= draws[:, None] * total) & (cumulative_BV < total)).sum(dim=-1)
+
+
+def make_generators(seed: int | None, count: int) -> list[torch.Generator]:
+    """One generator per sequence, on the CPU so that a seed means the same on every device."""
+    generators = [torch.Generator() for _ in range(count)]
+    for index, generator in enumerate(generators):
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed + index)
+    return generators

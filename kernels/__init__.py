@@ -1,0 +1,8 @@
+"""Tensors in, tensors out: attention, LayerNorm, cross-entropy. Knows nothing of models."""
+
+from kernels.attention.decode import decode_attention
+from kernels.attention.op import flash_attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.layernorm import layer_norm
+
+__all__ = ["decode_attention", "flash_attention", "layer_norm", "linear_cross_entropy"]

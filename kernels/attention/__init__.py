@@ -1,0 +1,1 @@
+"""Attention: training (flash_attention) and generation (decode_attention)."""

@@ -1,0 +1,1 @@
+"""Training: data, the one loop, pretraining, finetuning, evaluation and reports."""

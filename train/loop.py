@@ -1,0 +1,338 @@
+"""The one training loop: what every stage of training runs, whatever its data and its loss."""
+
+import contextlib
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.config import Recipe
+from engine.run import Run
+from engine.runtime import Runtime, random_state, set_random_state
+from train.data.loader import IGNORE_INDEX, Batch
+from train.evaluate import bits_per_byte
+from train.optimizer import Optimizer
+from train.schedule import Budget, rate_factor
+from train.tracking import Tracker
+
+# So many steps in a row without a finite gradient, and the run is lost.
+NONFINITE_LIMIT = 5
+# Evaluations over a run where their number is not set, and the share of its time that they may take.
+EVALUATIONS = 10
+EVALUATION_SHARE = 0.05
+LONG_RUN_SECONDS = 3600
+
+
+class TrainingError(Exception):
+    """The run cannot go on. The message says why, and which checkpoint is good."""
+
+
+class Batches(Protocol):
+    """An endless stream of micro-batches, and a cursor that says exactly what has been handed out."""
+
+    @property
+    def epoch(self) -> float: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage brings to the loop."""
+
+    # Sum of the loss over a batch's targets, in nats.
+    loss: Callable[[Any, Batch], Tensor]
+    batches: Batches
+    # Measures the model: {"loss": ...} and more. `final` asks for the thorough version.
+    evaluate: Callable[[Any, bool], dict[str, float]]
+    # Writes down what the model says at this step.
+    sample: Callable[[Any, int], None]
+    # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte.
+    byte_lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: int
+    # The signal that stopped the run before its end, if one did.
+    stopped_by: signal.Signals | None
+    evaluation: dict[str, float]
+    checkpoint: checkpoint.Checkpoint
+
+
+class Loop:
+    """Trains `model` on `task` until the budget is spent. Resumes to the bit from what it saved."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: Recipe,
+        budget: Budget,
+        run: Run,
+        runtime: Runtime,
+        tracker: Tracker,
+        peak_flops: float,
+        flops_per_token: int,
+    ) -> None:
+        self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
+        self.run, self.runtime, self.tracker = run, runtime, tracker
+        self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
+        self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=_fast_dtype(runtime))
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.byte_lengths = task.byte_lengths.to(runtime.device)
+        self.loss = torch.compile(task.loss) if should_compile(recipe, runtime) else task.loss
+        self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
+        self.parts = 1  # into how many each micro-batch is cut, because memory ran out
+        self.step = 0
+        self.earlier_seconds = 0.0
+        self.began: float | None = None
+        self.last_save = time.perf_counter()
+        self.step_seconds: deque[float] = deque(maxlen=50)
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.announced = False
+        self.evaluation_seconds = 0.0
+        self.saved: checkpoint.Checkpoint | None = None
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
+        self.model.load_state_dict(found.tensors("model"))
+        self.optimizer.load_state(found.tensors("optimizer"))
+        set_random_state(found.tensors("random"), self.runtime.device)
+        state = found.values("state")
+        self.step, self.skipped, self.parts = (state[key] for key in ("step", "skipped", "parts"))
+        self.earlier_seconds = state["seconds"]
+        self.task.batches.load_state_dict(state["batches"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.saved = found
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far: evaluations and checkpoints included, over all resumes."""
+        return self.earlier_seconds + (0.0 if self.began is None else time.perf_counter() - self.began)
+
+    def train(self) -> Outcome:
+        """Run to the end of the budget, or until Ctrl-C or SIGTERM. Raises TrainingError where the loss is lost."""
+        self.model.train()
+        self.began = time.perf_counter()
+        with _stop_on_signal(self.tracker.say) as stop:
+            while (before := self._progress()) < 1 and stop.signal is None:
+                self._train_step(before)
+                after = self._progress()
+                evaluate = after < 1 and stop.signal is None and self._evaluation_due(before, after)
+                if evaluate or self._checkpoint_due():
+                    # Saved first: whatever goes wrong in an evaluation, the training is not lost.
+                    self._save()
+                if evaluate:
+                    self._evaluate(final=False)
+        if self.saved is None or self.saved.step != self.step:
+            self._save()
+        evaluation = self._evaluate(final=True) if stop.signal is None else {}
+        assert self.saved is not None
+        return Outcome(self.step, stop.signal, evaluation, self.saved)
+
+    def _progress(self) -> float:
+        return self.budget.progress(self.step, self.seconds)
+
+    def _evaluation_due(self, before: float, after: float) -> bool:
+        """Every so many steps where that was asked for; else EVALUATIONS times over the run, if the time allows."""
+        if self.recipe.loop.evaluate_every is not None:
+            return self.step % self.recipe.loop.evaluate_every == 0
+        due = math.floor(after * EVALUATIONS) > math.floor(before * EVALUATIONS)
+        return due and self.evaluation_seconds <= EVALUATION_SHARE * self.seconds
+
+    def _checkpoint_due(self) -> bool:
+        if self.recipe.loop.save_every is not None:
+            return self.step % self.recipe.loop.save_every == 0
+        return time.perf_counter() - self.last_save > 60 * self.recipe.loop.save_minutes
+
+    def _train_step(self, progress: float) -> None:
+        begin = time.perf_counter()
+        batches = [next(self.task.batches).to(self.runtime.device) for _ in range(self.accumulation)]
+        learnt = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        loss, norm = self._gradients(batches, learnt)
+        self.optimizer.set_rate(rate_factor(self.recipe.schedule, progress))
+        self._apply(loss, norm)
+        self.step += 1
+        self.step_seconds.append(time.perf_counter() - begin)
+        if self.step % self.recipe.loop.log_every == 0 or self.step == 1:
+            self._log(batches, learnt, loss, norm, rate_factor(self.recipe.schedule, progress))
+        if not self.announced and (self.step == 10 or self.seconds > 60):
+            self._announce_long_run()
+
+    def _log(self, batches: list[Batch], learnt: int, loss: float, norm: float, rate: float) -> None:
+        tokens = sum(len(batch.tokens) for batch in batches)
+        targets = torch.cat([batch.targets for batch in batches])
+        typical = statistics.median(self.step_seconds)
+        self.tracker.log(
+            {
+                "step": self.step,
+                "loss": loss,
+                "bits_per_byte": bits_per_byte(loss * learnt, targets, self.byte_lengths),
+                "gradient_norm": norm,
+                "rate": rate,
+                "epoch": self.task.batches.epoch,
+                "tokens": self.step * tokens,
+                "tokens_per_second": tokens / typical,
+                "mfu": tokens / typical * self.flops_per_token / self.peak_flops,
+                "seconds": self.seconds,
+                "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
+                "progress": self._progress(),
+                "skipped": self.skipped,
+            }
+        )
+
+    def _announce_long_run(self) -> None:
+        self.announced = True
+        left = self.budget.seconds_left(self.step, self.seconds, statistics.median(self.step_seconds))
+        if self.budget.steps is not None and left > LONG_RUN_SECONDS:
+            self.tracker.say(
+                f"the whole recipe takes about {left / 3600:,.1f} hours on this machine; "
+                "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
+            )
+
+    def _gradients(self, batches: list[Batch], learnt: int) -> tuple[float, float]:
+        """Leaves the gradient of the mean loss in the parameters. Returns that loss and the gradient's norm."""
+        while True:
+            try:
+                total = torch.zeros((), device=self.runtime.device)
+                for batch in batches:
+                    for part in batch.split(self.parts):
+                        # Normalised by the count of the whole step, so that the cut into parts does not matter.
+                        loss = self.loss(self.model, part) / learnt
+                        self.scaler.scale(loss).backward()
+                        total += loss.detach()
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                # The exception's traceback holds the tensors of the failed pass: leave the handler before trying again.
+            self._halve(batches)
+        for optimizer in self.optimizer.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        return float(total), float(norm)
+
+    def _halve(self, batches: list[Batch]) -> None:
+        self.optimizer.zero_grad()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tokens = len(batches[0].tokens) // self.parts
+        if tokens % 2 or tokens < 2:
+            raise TrainingError(
+                f"out of memory even with {tokens} tokens at a time; use a smaller model (--set model.width=N)"
+            )
+        self.parts *= 2
+        self.tracker.say(
+            f"out of memory: from now on {tokens // 2:,} tokens at a time instead of {tokens:,}; "
+            "the step is repeated and the batch stays the same"
+        )
+
+    def _apply(self, loss: float, norm: float) -> None:
+        """Take the optimizer step, or skip it where loss or gradient is not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            for optimizer in self.optimizer.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            self.skipped += 1
+            # With loss scaling an overflow is how the scale finds its level, not a failure of the run.
+            self.skipped_in_a_row += 0 if self.scaler.is_enabled() and self.scaler.get_scale() > 1 else 1
+            self.tracker.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.skipped_in_a_row >= NONFINITE_LIMIT:
+            good = "none was saved yet" if self.saved is None else str(self.saved.path)
+            raise TrainingError(
+                f"{NONFINITE_LIMIT} steps in a row without a finite gradient; the last good checkpoint is kept "
+                f"({good}). Lower the learning rates (--set optimizer.matrix_rate=..., optimizer.embedding_rate=...) "
+                "or use --precision fp32"
+            )
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "parts": self.parts,
+            "batches": self.task.batches.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state(),
+            "random": random_state(self.runtime.device),
+        }
+        self.saved = checkpoint.save(self.run.checkpoints, self.step, tensors, {"state": state})
+        self.last_save = time.perf_counter()
+        checkpoint.prune(self.run.checkpoints, self.recipe.loop.keep)
+
+    def _evaluate(self, *, final: bool) -> dict[str, float]:
+        assert self.saved is not None
+        begin = time.perf_counter()
+        evaluation = self.task.evaluate(self.model, final)
+        self.saved.record_evaluation(evaluation)
+        self.tracker.log({"step": self.step, **{f"validation_{name}": value for name, value in evaluation.items()}})
+        self.task.sample(self.model, self.step)
+        self.evaluation_seconds += time.perf_counter() - begin
+        return evaluation
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
+    """torch.compile, where nothing else was asked for: on a GPU. On a CPU its start-up of a minute does not pay."""
+    return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
+
+
+def _fast_dtype(runtime: Runtime) -> torch.dtype:
+    """What the optimizer multiplies in: bf16 where it is native, as Muon is meant to; fp16 would overflow."""
+    return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+
+
+@dataclass
+class _Stop:
+    signal: "signal.Signals | None" = None
+
+
+@contextlib.contextmanager
+def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one stops at once."""
+    stop = _Stop()
+    watched = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.getsignal(number) for number in watched}
+
+        def request(number: int, frame: object) -> None:
+            stop.signal = signal.Signals(number)
+            for each in watched:
+                signal.signal(each, before[each])
+            say(f"{stop.signal.name}: finishing this step, then saving (once more to stop at once)")
+
+        for number in watched:
+            signal.signal(number, request)
+    except ValueError:
+        # Not the main thread: nobody can interrupt here, and Python would not let us listen.
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number in watched:
+            signal.signal(number, before[number])

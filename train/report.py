@@ -1,0 +1,94 @@
+"""What remains of a run for a person to look at: loss.png and report.md."""
+
+from pathlib import Path
+from typing import Any
+
+from engine.config import Recipe, to_dict
+from engine.run import Run, versions
+from train.tracking import read_metrics
+
+
+def write_report(run: Run, recipe: Recipe, evaluation: dict[str, float], machine: str, peak_memory: int) -> None:
+    """Write loss.png and report.md from the run's metrics and its last evaluation."""
+    metrics = read_metrics(run.metrics)
+    plotted = plot_loss(metrics, run.loss_plot)
+    trained = [line for line in metrics if "loss" in line]
+    last: dict[str, Any] = trained[-1] if trained else {}
+    lines = [
+        f"# {recipe.name}: {run.path.name}",
+        "",
+        f"Validation loss **{evaluation['loss']:.4f}** nats per token, "
+        f"**{evaluation['bits_per_byte']:.4f}** bits per byte, perplexity {evaluation['perplexity']:.2f} "
+        f"(over {evaluation['tokens']:,} held-out tokens).",
+        "",
+        f"{last.get('step', 0):,} steps, {last.get('tokens', 0):,} tokens, {last.get('epoch', 0):.2f} epochs, "
+        f"{last.get('seconds', 0) / 60:.1f} minutes, {last.get('tokens_per_second', 0):,.0f} tokens/s, "
+        f"{100 * last.get('mfu', 0):.0f}% of the machine's measured peak, "
+        f"{peak_memory / 2**30:.2f} GiB at most, on {machine}.",
+        "",
+        *(["![loss](loss.png)", ""] if plotted else []),
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _flat(to_dict(recipe))),
+        *(f"| {name} | {value} |" for name, value in versions().items()),
+        "",
+        "Samples from each evaluation are in samples.md, all numbers in metrics.jsonl.",
+        "",
+    ]
+    run.report.write_text("\n".join(lines))
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
+    """Draw training and validation loss over tokens. False, and no picture, where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    trained = [line for line in metrics if "loss" in line]
+    tokens_at = {line["step"]: line["tokens"] for line in trained}
+    validated = [line for line in metrics if "validation_loss" in line and line["step"] in tokens_at]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(
+        [line["tokens"] for line in trained],
+        [line["loss"] for line in trained],
+        color="#9db4d0",
+        lw=0.8,
+        label="training",
+    )
+    axes.plot(
+        [tokens_at[line["step"]] for line in validated],
+        [line["validation_loss"] for line in validated],
+        color="#c2410c",
+        marker="o",
+        ms=4,
+        label="validation",
+    )
+    if validated:
+        final = validated[-1]
+        axes.set_title(
+            f"validation loss {final['validation_loss']:.3f}, {final['validation_bits_per_byte']:.3f} bits per byte",
+            fontsize=11,
+        )
+        # The first steps fall from ln(vocabulary): shown whole, they would flatten everything that follows.
+        low = min(line["loss"] for line in trained)
+        high = sorted(line["loss"] for line in trained)[int(0.97 * (len(trained) - 1))]
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        pair
+        for name, value in values.items()
+        for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)])
+    ]

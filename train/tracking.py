@@ -1,0 +1,117 @@
+"""Where the numbers of a run go: metrics.jsonl always, wandb when asked. The console (cli/console.py) is one too."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.errors import InputError
+
+Metrics = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes what a run has to say. `metrics` always holds "step"; loss is in nats per token, times in seconds."""
+
+    def log(self, metrics: Metrics) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """One JSON line per logged step. Resuming at `step` drops the lines that the run will write again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step] if step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
+
+    def log(self, metrics: Metrics) -> None:
+        self.file.write(json.dumps(dict(metrics)) + "\n")
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file. A last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Wandb:
+    """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later."""
+
+    def __init__(self, folder: Path, name: str, config: Metrics, say: Callable[[str], None]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--wandb needs the wandb package: pip install wandb") from None
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not (os.environ.get("WANDB_API_KEY") or _has_login()):
+            mode = "offline"
+            say("wandb: no login found, so it records offline; send it later with `wandb sync`")
+        # The same id on resume, so that one run stays one curve.
+        identity = folder / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        self.run = wandb.init(
+            project="gpt",
+            name=name,
+            dir=str(folder),
+            id=identity.read_text().strip(),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, metrics: Metrics) -> None:
+        values = dict(metrics)
+        self.run.log(values, step=values.pop("step"))
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _has_login() -> bool:
+    import netrc
+
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, metrics: Metrics) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics)
+
+    def say(self, message: str) -> None:
+        for tracker in self.trackers:
+            tracker.say(message)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
