@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from cli import data, generate, info, tokenizer, train
+from cli import bench, data, generate, info, tokenizer, train
 from engine.errors import InputError
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("bench-train")(bench.bench_train)
+app.command("bench-quality")(bench.bench_quality)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 

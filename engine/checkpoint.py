@@ -65,9 +65,10 @@ class Checkpoint:
     def evaluation(self) -> dict[str, Any] | None:
         """What was measured on this checkpoint, if anything was."""
         try:
-            return json.loads((self.path / EVALUATION).read_text())
+            measured = json.loads((self.path / EVALUATION).read_text())
         except (OSError, ValueError):
             return None
+        return measured if isinstance(measured, dict) else None
 
     def record_evaluation(self, values: Mapping[str, Any]) -> None:
         """Put an evaluation beside the checkpoint. It comes later, so the manifest does not list it."""

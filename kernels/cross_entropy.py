@@ -84,9 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         if ctx.reduction == "none":
-            *inputs, counts_N = ctx.saved_tensors
+            hidden_NC, weight_VC, targets_N, counts_N = ctx.saved_tensors
             scale_N = grad.masked_fill(~counts_N, 0.0)
-            _, hidden_grad, weight_grad = _blocks(*inputs, counts_N, scale_N, *ctx.options)
+            _, hidden_grad, weight_grad = _blocks(hidden_NC, weight_VC, targets_N, counts_N, scale_N, *ctx.options)
         else:
             hidden_grad, weight_grad = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
         return hidden_grad, weight_grad, None, None, None, None, None

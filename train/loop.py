@@ -90,7 +90,7 @@ class Loop:
         self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
         self.run, self.runtime, self.tracker = run, runtime, tracker
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
-        self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=_fast_dtype(runtime))
+        self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.byte_lengths = task.byte_lengths.to(runtime.device)
         self.loss = torch.compile(task.loss) if should_compile(recipe, runtime) else task.loss
@@ -301,7 +301,7 @@ def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
     return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
 
 
-def _fast_dtype(runtime: Runtime) -> torch.dtype:
+def muon_dtype(runtime: Runtime) -> torch.dtype:
     """What the optimizer multiplies in: bf16 where it is native, as Muon is meant to; fp16 would overflow."""
     return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 

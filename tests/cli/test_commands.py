@@ -1,0 +1,174 @@
+"""Each command as a person types it, and what it answers to a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SMALL, Gpt
+
+HEAVY = ("torch", "numpy", "datasets", "wandb", "matplotlib", "sentencepiece", "sacrebleu", "rouge_score", "pyarrow")
+COMMANDS = [
+    ("train",),
+    ("generate",),
+    ("info",),
+    ("tokenizer", "train"),
+    ("tokenizer", "show"),
+    ("data", "prepare"),
+    ("data", "show"),
+    ("bench-train",),
+    ("bench-quality",),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(gpt: Gpt, command: tuple[str, ...]) -> None:
+    result = gpt(*command, "--help")
+    assert result.code == 0 and "Example: gpt " + " ".join(command) in result.out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = f"import sys, cli.main; print([name for name in {HEAVY} if name in sys.modules])"
+    root = Path(__file__).parents[2]
+    output = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_training_leaves_a_whole_run_folder(gpt: Gpt, trained: Path) -> None:
+    for name in ("config.json", "tokenizer.model", "metrics.jsonl", "samples.md", "loss.png", "report.md"):
+        assert (trained / name).stat().st_size > 0, name
+    checkpoint = trained / "checkpoints" / "step-00000002"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "state.json",
+        "manifest.json",
+        "evaluation.json",
+    }
+    config = json.loads((trained / "config.json").read_text())
+    assert config["recipe"]["model"]["blocks"] == 1
+    assert config["versions"]["torch"]
+    report = (trained / "report.md").read_text()
+    assert "bits per byte" in report and "loss.png" in report and "model.width | 16" in report
+
+
+def test_a_run_tells_what_it_is(gpt: Gpt, trained: Path) -> None:
+    result = gpt("info", str(trained))
+    assert result.code == 0
+    for part in ("nano", "16 wide", "stories", "2 steps", "step-00000002", "bits/byte", "whole"):
+        assert part in result.out
+
+
+def test_generate_goes_on_from_the_prompt_and_repeats_with_its_seed(gpt: Gpt, trained: Path) -> None:
+    first = gpt("generate", str(trained), "Once upon", "--seed", "3", "--max-tokens", "12")
+    assert first.code == 0 and first.out.startswith("Once upon")
+    assert gpt("generate", str(trained), "Once upon", "--seed", "3", "--max-tokens", "12") == first
+    several = gpt("generate", str(trained), "-n", "2", "--temperature", "0", "--max-tokens", "5")
+    assert several.out.count("---") == 4
+
+
+def test_resume_goes_on_and_a_second_run_in_the_folder_is_refused(gpt: Gpt, trained: Path) -> None:
+    refused = gpt("train", "nano", "--steps", "2", "--out", str(trained), *SMALL)
+    assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
+    resumed = gpt("train", "nano", "--steps", "4", "--out", str(trained), "--resume")
+    assert resumed.code == 0 and "after step 2" in resumed.out
+    assert "4 steps" in gpt("info", str(trained)).out
+    changed = gpt("train", "nano", "--out", str(trained), "--resume", "--set", "model.blocks=3")
+    assert changed.code == 2 and "own recipe" in changed.err
+    again = gpt("train", "nano", "--steps", "1", "--out", str(trained), "--overwrite", *SMALL)
+    assert again.code == 0 and "1 steps" in gpt("info", str(trained)).out
+
+
+def test_every_derived_value_is_printed_at_the_start(gpt: Gpt) -> None:
+    out = gpt("train", "nano", "--tokens", "256", "--out", "run", *SMALL).out
+    for part in ("0.0M parameters", "4 x 32 = 128 tokens a step", "2 steps, 256 tokens", "muon", "cosine", "TFLOP/s"):
+        assert part in out
+
+
+def test_prepared_data_trains_a_model(gpt: Gpt) -> None:
+    Path("words.txt").write_text("<|endoftext|>\n".join(f"This is little story number {n}.\n" for n in range(300)))
+    prepared = gpt("data", "prepare", "words.txt", "--out", "ready", "--vocab-size", "300")
+    assert prepared.code == 0 and "train:" in prepared.out
+    shown = gpt("data", "show", "ready", "--verify", "--split", "validation")
+    assert "every checksum right" in shown.out and "little story" in shown.out
+    result = gpt("train", "nano", "--data", "ready", "--steps", "2", "--out", "run", *SMALL)
+    assert result.code == 0, result.err
+
+
+def test_data_show_prints_documents(gpt: Gpt) -> None:
+    assert gpt("data", "show", "stories", "-n", "3").out.count("---") == 3
+
+
+def test_tokenizer_train_and_show(gpt: Gpt) -> None:
+    Path("text.txt").write_text("the cat sat on the mat. " * 50)
+    result = gpt("tokenizer", "train", "--data", "text.txt", "--vocab-size", "5000", "--out", "own.model")
+    assert result.code == 0 and "the text supports" in result.out
+    assert "<|endoftext|>" in gpt("tokenizer", "show", "own.model").out
+    shown = gpt("tokenizer", "show", "own.model", "the cat 😀")
+    assert "bytes per token" in shown.out and "'the'" in shown.out
+
+
+def test_a_text_too_small_for_the_vocabulary_is_said(gpt: Gpt) -> None:
+    Path("text.txt").write_text("\n\n".join(f"the cat sat on mat number {n}." for n in range(500)))
+    result = gpt("train", "nano", "--data", "text.txt", "--steps", "1", "--out", "run", *SMALL[:8], *SMALL[10:])
+    assert result.code == 0 and "the vocabulary is" in result.out
+
+
+MISTAKES = {
+    "no such preset": (["train", "huge"], "nano, tiny, large"),
+    "no preset": (["train"], "gpt train nano"),
+    "no such setting": (["train", "nano", "--set", "model.depth=3"], "blocks"),
+    "wrong type": (["train", "nano", "--set", "model.blocks=many"], "int"),
+    "not a setting": (["train", "nano", "--set", "blocks"], "path=value"),
+    "impossible shape": (["train", "nano", "--set", "model.heads=3"], "multiple of"),
+    "two budgets": (["train", "nano", "--steps", "3", "--minutes", "3"], "exactly one"),
+    "negative budget": (["train", "nano", "--steps", "-3"], "above 0"),
+    "no such device": (["train", "nano", "--device", "tpu"], "--device"),
+    "no such precision": (["train", "nano", "--precision", "int3"], "bf16"),
+    "no such file": (["train", "nano", "--data", "missing.txt"], "missing.txt"),
+    "empty file": (["train", "nano", "--data", "empty.txt"], "empty"),
+    "binary file": (["train", "nano", "--data", "binary.txt"], "binary.txt"),
+    "not utf-8": (["train", "nano", "--data", "latin.txt"], "UTF-8"),
+    "no such column": (["train", "nano", "--data", "rows.jsonl", "--column", "story"], "text"),
+    "too few tokens": (["train", "nano", "--data", "few.txt", "--set", "model.vocab_size=300"], "too few"),
+    "stories never end": (["train", "nano", "--epochs", "2", "--set", "data.documents=none"], "never end"),
+    "not a run": (["generate", "nowhere"], "not a run"),
+    "info on nothing": (["info", "nowhere"], "not a run"),
+    "resume nothing": (["train", "nano", "--resume"], "not a run"),
+    "no tokenizer": (["tokenizer", "show", "nothing.model"], "nothing.model"),
+    "hot": (["generate", "nowhere", "--temperature", "-1"], "temperature"),
+    "tiny vocabulary": (["tokenizer", "train", "--data", "short.txt", "--vocab-size", "10"], "too small"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_clear_message_and_exit_code_2(gpt: Gpt, mistake: str) -> None:
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(bytes(range(256)) * 10)
+    Path("latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 50)
+    Path("rows.jsonl").write_text('{"text": "hello"}\n{"text": "you"}\n')
+    Path("short.txt").write_text("one little story.\n\nand another one.")
+    Path("few.txt").write_text("<|endoftext|>\n".join(f"story number {n}.\n" for n in range(30)))
+    arguments, expected = MISTAKES[mistake]
+    result = gpt(*arguments)
+    assert result.code == 2
+    assert result.err.startswith("error: ") and expected in result.err
+    assert "Traceback" not in result.err
+
+
+def test_unreachable_hub_falls_back_to_stories_only_where_not_asked_for(
+    gpt: Gpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.data import sources
+
+    def unreachable(name: str) -> None:
+        raise sources.HubUnreachable(f"{name}: the hub cannot be reached")
+
+    monkeypatch.setattr(sources, "_probe_hub", unreachable)
+    fallen_back = gpt("train", "tiny", "--steps", "1", "--out", "run", *SMALL)
+    assert fallen_back.code == 0 and "using the built-in stories instead" in fallen_back.out
+    insisted = gpt("train", "tiny", "--data", "tinystories", "--steps", "1", "--out", "other", *SMALL)
+    assert insisted.code == 2 and "cannot be reached" in insisted.err

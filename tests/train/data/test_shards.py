@@ -1,0 +1,250 @@
+"""What is prepared is what was read; however often it was interrupted, by however many processes."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import InputError
+from engine.tokenizer import Tokenizer, train_tokenizer
+from train.data import encoding, shards
+from train.data.shards import TokenShards, is_prepared, prepare
+from train.data.sources import FileSource, Source, open_source
+
+ROOT = Path(__file__).parents[3]
+TEXTS = [" ".join(f"word{n * k % 97} ünd" for k in range(n % 23 + 1)) for n in range(400)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
+    return open_source(str(tmp_path / "texts.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(encoding, "SMALL_CHARACTERS", 4000)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_every_document_comes_back_between_two_eods(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    prepared = prepare(source, tokenizer, tmp_path / "out", "train", workers=1, shard_tokens=1000)
+    texts = list(source.documents("train"))
+    assert (prepared.documents, prepared.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
+    assert len(list((tmp_path / "out/train").glob("*.tokens"))) > 5
+    for number, text in enumerate(texts):
+        ids = [tokenizer.eod, *tokenizer.encode(text), tokenizer.eod]
+        assert prepared.document(number).tolist() == ids
+        assert prepared.lengths[number] == len(ids) - 1
+        inputs, targets = prepared.read(number, 1, len(ids) - 2)
+        assert (inputs.tolist(), targets.tolist()) == (ids[1:-1], ids[2:])
+    assert prepared.tokens == prepared.lengths.sum()
+    prepared.verify()
+
+
+def test_shards_are_as_full_as_whole_documents_allow(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    prepared = prepare(source, tokenizer, tmp_path / "out", "train", workers=1, shard_tokens=400)
+    last = 0
+    for shard in prepared.index["shards"]:
+        last += shard["documents"]
+        assert shard["tokens"] <= 400 or shard["documents"] == 1
+        assert last == prepared.documents or shard["tokens"] + prepared.lengths[last] > 400
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    for workers in (1, 2):
+        prepare(
+            source, tokenizer, tmp_path / str(workers), "train", workers=workers, shard_tokens=1000, max_tokens=9000
+        )
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_max_tokens_ends_with_the_document_that_reaches_it(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer
+) -> None:
+    prepared = prepare(source, tokenizer, tmp_path / "out", "train", workers=1, shard_tokens=1000, max_tokens=3333)
+    assert prepared.tokens - prepared.lengths[-1] < 3333 <= prepared.tokens
+
+
+def test_a_giant_document_gets_a_shard_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in ("a", "b", "long " * 50, "c")))
+    prepared = prepare(open_source(str(tmp_path / "texts.jsonl")), tokenizer, tmp_path, "train", shard_tokens=20)
+    assert [shard["documents"] for shard in prepared.index["shards"]] == [1, 1, 1]
+
+
+class BrokenOffError(Exception):
+    pass
+
+
+class FailingSource(FileSource):
+    """Breaks off after so many documents."""
+
+    left = 10**9
+
+    def documents(self, split: str, start: int = 0) -> Iterator[str]:
+        for text in super().documents(split, start):
+            if self.left == 0:
+                raise BrokenOffError
+            self.left -= 1
+            yield text
+
+
+@pytest.mark.parametrize("steps", [[1], [150], [60, 1, 200], [100] * 8])
+def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, tokenizer: Tokenizer, steps: list[int]) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
+    source = FailingSource("texts", files=(tmp_path / "texts.jsonl",))
+    prepare(source, tokenizer, tmp_path / "whole", "train", workers=1, shard_tokens=1000)
+    for step in steps:
+        source.left = step
+        with contextlib.suppress(BrokenOffError):
+            prepare(source, tokenizer, tmp_path / "broken", "train", workers=1, shard_tokens=1000)
+    source.left = 10**9
+    prepare(source, tokenizer, tmp_path / "broken", "train", workers=1, shard_tokens=1000)
+    assert content(tmp_path / "broken") == content(tmp_path / "whole")
+
+
+KILLED = """
+import os
+from engine.tokenizer import Tokenizer
+from train.data import encoding
+from train.data.shards import prepare
+from train.data.sources import open_source
+encoding.CHUNK_CHARACTERS, encoding.SMALL_CHARACTERS = 2000, 4000
+def progress(documents, tokens, size):
+    if tokens > 5000:
+        os._exit(9)
+source, tokenizer = open_source("texts.jsonl"), Tokenizer.load("model")
+prepare(source, tokenizer, "out", "train", workers=2, shard_tokens=1000, progress=progress)
+"""
+
+
+def test_a_killed_run_takes_its_workers_along_and_goes_on_to_the_same_files(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tokenizer.save("model")
+    # Workers hold the same pipes: the call returns only when they, too, are gone.
+    killed = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, timeout=60)
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert len(json.loads(Path("out/train/unfinished.json").read_text())["shards"]) >= 4
+    assert not is_prepared("out")
+    with pytest.raises(InputError, match="is not finished; run the command that prepared it again"):
+        TokenShards.open("out", "train")
+    prepare(open_source("texts.jsonl"), tokenizer, "out", "train", workers=1, shard_tokens=1000)
+    prepare(open_source("texts.jsonl"), tokenizer, "whole", "train", workers=1, shard_tokens=1000)
+    assert content(Path("out")) == content(Path("whole"))
+
+
+def test_progress_counts_to_the_end(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    calls: list[tuple[int, int, int]] = []
+    prepared = prepare(source, tokenizer, tmp_path, "train", workers=1, progress=lambda *counts: calls.append(counts))
+    assert calls == sorted(calls)
+    assert calls[-1] == (prepared.documents, prepared.tokens, prepared.bytes)
+
+
+def test_what_is_prepared_is_opened_and_not_made_again(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    first = prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+    before = (tmp_path / "out/train/00000.tokens").stat().st_mtime_ns
+    again = prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+    assert (tmp_path / "out/train/00000.tokens").stat().st_mtime_ns == before
+    assert first.fingerprint == again.fingerprint
+    assert is_prepared(tmp_path / "out")
+    assert Tokenizer.load(tmp_path / "out" / shards.TOKENIZER).fingerprint == tokenizer.fingerprint
+    assert not is_prepared(tmp_path)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+    with pytest.raises(InputError, match="made with another max_tokens; delete it or choose another folder"):
+        prepare(source, tokenizer, tmp_path / "out", "train", workers=1, max_tokens=5)
+    with pytest.raises(InputError, match="made with another source_fingerprint"):
+        prepare(open_source(source.name, limit=9), tokenizer, tmp_path / "out", "train", workers=1)
+    other = train_tokenizer(TEXTS[:50], 280)
+    with pytest.raises(InputError, match="made with another tokenizer_fingerprint"):
+        prepare(source, other, tmp_path / "out", "train", workers=1)
+    with pytest.raises(InputError, match=r"tokenizer.model is another tokenizer"):
+        prepare(source, other, tmp_path / "out", "validation", workers=1)
+
+
+def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    prepare(source, tokenizer, tmp_path / "good", "train", workers=1, shard_tokens=1000)
+
+    def damaged(file: str, change: bytes | None) -> Path:
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", folder)
+        if change is None:
+            (folder / "train" / file).unlink()
+        else:
+            (folder / "train" / file).write_bytes(change)
+        return folder
+
+    tokens = (tmp_path / "good/train/00001.tokens").read_bytes()
+    with pytest.raises(InputError, match=r"00001.tokens is damaged: .* bytes long where the index says .*; delete"):
+        TokenShards.open(damaged("00001.tokens", tokens[:-7]), "train")
+    with pytest.raises(InputError, match=r"00001.starts is missing; delete"):
+        TokenShards.open(damaged("00001.starts", None), "train")
+    changed = TokenShards.open(damaged("00001.tokens", bytes([tokens[0] ^ 1]) + tokens[1:]), "train")
+    with pytest.raises(InputError, match=r"00001.tokens is damaged: its SHA-256"):
+        changed.verify()
+    with pytest.raises(InputError, match=r"index.json is damaged"):
+        TokenShards.open(damaged("index.json", b'{"format": 1, "sha'), "train")
+    with pytest.raises(InputError, match=r"has format 2, this program reads 1"):
+        TokenShards.open(damaged("index.json", b'{"format": 2, "shards": []}'), "train")
+    with pytest.raises(InputError, match=r"made with another tokenizer"):
+        TokenShards.open(tmp_path / "good", "train", "0" * 64)
+    with pytest.raises(InputError, match=r"validation holds no prepared data; make it with `gpt data prepare`"):
+        TokenShards.open(tmp_path / "good", "validation", tokenizer.fingerprint)
+
+
+def test_a_full_disk_and_a_dead_worker_say_how_to_go_on(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "_write_array", full)
+    with pytest.raises(InputError, match="is full; make room and run the same command again"):
+        prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+
+    def dead(*_: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(shards, "_write_array", dead)
+    with pytest.raises(InputError, match="run again with fewer workers"):
+        prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+
+
+def test_positions_beyond_32_bits_are_read_right(tmp_path: Path) -> None:
+    length, count = 2**31 + 11, 3
+    place = tmp_path / "train"
+    place.mkdir()
+    with (place / "00000.tokens").open("wb") as file:
+        for document in range(count + 1):
+            file.seek(2 * document * length)
+            file.write(np.array([7 + document], "<u2").tobytes())
+    (np.arange(count + 1, dtype="<i8") * length).tofile(place / "00000.starts")
+    entry = {"documents": count, "tokens": count * length, "bytes": 1, "sha256": {}}
+    index = {"format": 1, "dtype": "<u2", "vocab_size": 300, "tokenizer_fingerprint": "", "shards": [entry]}
+    (place / "index.json").write_text(json.dumps(index))
+    prepared = TokenShards.open(tmp_path, "train")
+    assert prepared.lengths.tolist() == [length] * count
+    assert [int(prepared.read(document, 0, 1)[0][0]) for document in range(count)] == [7, 8, 9]
+    assert int(prepared.read(2, length - 1, 1)[1][0]) == 10

@@ -1,0 +1,95 @@
+"""Muon and AdamW behind one face."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import ModelConfig, OptimizerConfig
+from engine.model import GPT
+from train.optimizer import Muon, Optimizer, orthogonalise
+
+CONFIG = ModelConfig(vocab_size=50, width=16, blocks=2, heads=2, context=8)
+
+
+def make(kind: str = "muon") -> tuple[GPT, Optimizer]:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    return model, Optimizer(model, OptimizerConfig(kind=kind), matmul_dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def take_steps(model: GPT, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(step))
+        model.loss(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
+def test_the_batched_muon_takes_the_steps_of_pytorchs_own(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    theirs = copy.deepcopy(ours)
+    # In bf16, as PyTorch's always is; a batched product may still round differently.
+    mine = Muon(ours, dtype=torch.bfloat16, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(shape)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
+        assert (a - b).abs().max() < 0.02 * 4 * 0.05
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    result = orthogonalise(torch.randn(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7, torch.float32)
+    singular = torch.linalg.svdvals(result)
+    assert result.shape == shape and singular.min() > 0.5 and singular.max() < 1.5
+
+
+def test_a_zero_gradient_is_no_direction() -> None:
+    result = orthogonalise(torch.zeros(1, 4, 4), (3.4445, -4.7750, 2.0315), 5, 1e-7, torch.float32)
+    assert torch.equal(result, torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_parameter_has_exactly_one_optimizer(kind: str) -> None:
+    model, optimizer = make(kind)
+    owned = [
+        parameter for inner in optimizer.optimizers for group in inner.param_groups for parameter in group["params"]
+    ]
+    assert len(owned) == len(set(map(id, owned))) == len(list(model.parameters()))
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_only_those() -> None:
+    model, optimizer = make()
+    (muon,) = (inner for inner in optimizer.optimizers if isinstance(inner, Muon))
+    names = {optimizer.names[parameter] for group in muon.param_groups for parameter in group["params"]}
+    assert names == {name for name, parameter in model.named_parameters() if "blocks" in name and parameter.ndim == 2}
+
+
+def test_the_rate_factor_scales_every_group() -> None:
+    _, optimizer = make()
+    optimizer.set_rate(0.25)
+    assert all(group["lr"] == 0.25 * group["peak"] for inner in optimizer.optimizers for group in inner.param_groups)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_restored_state_takes_the_same_steps_to_the_bit(kind: str) -> None:
+    model, optimizer = make(kind)
+    take_steps(model, optimizer, range(3))
+    weights = copy.deepcopy(model.state_dict())
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    take_steps(model, optimizer, range(3, 6))
+    other, restored = make(kind)
+    other.load_state_dict(weights)
+    restored.load_state(state)
+    take_steps(other, restored, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,242 @@
+"""Batches of packed documents in a pseudo-random order, with a cursor that resumes to the bit.
+
+Documents are cut into pieces of at most `context` tokens. An epoch deals every piece once, in an order computed on the
+fly; the pieces, laid end to end, are cut into batches of exactly so many tokens, without padding. The stream of batches
+is one for all ranks, dealt in turn: it does not depend on how many there are.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import InputError
+from train.data.permutation import Permutation
+
+IGNORE_INDEX = -100
+# Pieces looked up at a time: enough that numpy's calls cost little, few enough that a resume wastes little.
+LOOKAHEAD = 1024
+
+
+class PieceSource(Protocol):
+    """What a loader packs: documents of known lengths. A target may be IGNORE_INDEX: nothing is to be learnt there."""
+
+    fingerprint: str
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document. int64 [documents]"""
+
+    def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a part of a document. [length] each"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences. tokens, targets int64 [N]; cu_seqlens int32 [n + 1], 0 to N; none longer than max_seqlen."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Cut into parts of equal token counts. A sequence at a cut becomes two."""
+        size, rest = divmod(len(self.tokens), parts)
+        if rest:
+            raise ValueError(f"{len(self.tokens)} tokens do not divide into {parts} equal parts")
+        cuts = self.cu_seqlens.tolist()
+        batches = []
+        for start in range(0, len(self.tokens), size):
+            inner = [cut - start for cut in cuts if start < cut < start + size]
+            bounds = torch.tensor([0, *inner, size], dtype=torch.int32, device=self.cu_seqlens.device)
+            part = slice(start, start + size)
+            batches.append(Batch(self.tokens[part], self.targets[part], bounds, self.max_seqlen))
+        return batches
+
+    def to(self, device: torch.device | str) -> "Batch":
+        def move(tensor: Tensor) -> Tensor:
+            # Only from pinned memory does a copy overlap with the device's work.
+            pinned = tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_cuda else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(move(self.tokens), move(self.targets), move(self.cu_seqlens), self.max_seqlen)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the stream: the next piece of an epoch's order, what is already used of it, and what came before."""
+
+    epoch: int = 0
+    position: int = 0
+    offset: int = 0
+    batches: int = 0
+    tokens: int = 0
+
+
+Part = tuple[int, int, int]  # document, offset, length
+
+
+class PackedLoader:
+    """An iterator of `Batch`. `state_dict` is the place after the batch handed out last and the other ranks' like it.
+
+    Endless without `epochs`; with them the last batch is smaller where the tokens do not come out even, and the last
+    round may not reach every rank. `shuffle=False, epochs=1` is for evaluation.
+    """
+
+    def __init__(
+        self,
+        shards: PieceSource,
+        tokens_per_batch: int,
+        context: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        self.shards, self.tokens_per_batch, self.context, self.seed = shards, tokens_per_batch, context, seed
+        self.rank, self.world_size, self.shuffle, self.epochs = rank, world_size, shuffle, epochs
+        self.prefetch = prefetch
+        self._lengths = shards.lengths
+        self.tokens_per_epoch = int(self._lengths.sum())
+        if self.tokens_per_epoch < (tokens_per_batch if shuffle or epochs is None else 1):
+            raise InputError(
+                f"the data has {self.tokens_per_epoch:,} tokens, too few for one batch of {tokens_per_batch:,}; "
+                "give more data with --data, or choose a smaller batch"
+            )
+        # [documents + 1]: the number of each document's first piece.
+        self._first = np.concatenate([[0], -(-self._lengths // context)]).cumsum(dtype=np.int64)
+        self._handed_out = Cursor()
+        self._producer: Iterator[tuple[Batch, Cursor]] | None = None
+
+    @property
+    def epoch(self) -> float:
+        """How many times the data has been handed out, fractions included."""
+        return self._handed_out.tokens / self.tokens_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._producer is None:
+            batches = self._batches(self._handed_out)
+            self._producer = _Prefetcher(batches, self.prefetch) if self.prefetch else batches
+        batch, self._handed_out = next(self._producer)
+        return batch
+
+    def close(self) -> None:
+        """Stop prefetching. Iterating again goes on after the batch handed out last."""
+        if isinstance(self._producer, _Prefetcher):
+            self._producer.close()
+        self._producer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; the same on every rank after as many batches each."""
+        return {**vars(self._handed_out), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises InputError where the state belongs to other data or another order of it."""
+        meanings = {"data": "data", "context": "context", "seed": "seed", "shuffle": "order"}
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise InputError(
+                    f"this run cannot be resumed with another {meanings[key]}: it was {state.get(key)}, now it is "
+                    f"{value}; use what it began with, or start a new run"
+                )
+        self.close()
+        self._handed_out = Cursor(**{key: state[key] for key in vars(Cursor())})
+
+    def _identity(self) -> dict[str, Any]:
+        return {"data": self.shards.fingerprint, "context": self.context, "seed": self.seed, "shuffle": self.shuffle}
+
+    def _batches(self, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
+        """This rank's batches, each with the cursor after its whole round."""
+        plans = self._plans(cursor)
+        while dealt := list(islice(plans, self.world_size)):
+            if self.rank < len(dealt):
+                yield self._read(dealt[self.rank][0]), dealt[-1][1]
+
+    def _plans(self, cursor: Cursor) -> Iterator[tuple[list[Part], Cursor]]:
+        """What stands in every batch of all ranks, and the cursor after it."""
+        plan: list[Part] = []
+        room = self.tokens_per_batch
+        for epoch, position, offset, (document, start, length) in self._pieces(cursor):
+            while offset < length:
+                taken = min(length - offset, room)
+                plan.append((document, start + offset, taken))
+                offset, room = offset + taken, room - taken
+                place = (epoch, position, offset) if offset < length else (epoch, position + 1, 0)
+                if not room:
+                    cursor = Cursor(*place, cursor.batches + 1, cursor.tokens + self.tokens_per_batch)
+                    yield plan, cursor
+                    plan, room = [], self.tokens_per_batch
+        if plan:
+            yield plan, Cursor(*place, cursor.batches + 1, cursor.tokens + self.tokens_per_batch - room)
+
+    def _pieces(self, cursor: Cursor) -> Iterator[tuple[int, int, int, Part]]:
+        """Epoch, position, offset and piece, from the cursor on. The offset is what is used of the first piece."""
+        pieces = int(self._first[-1])
+        epoch, position, offset = cursor.epoch, cursor.position, cursor.offset
+        while self.epochs is None or epoch < self.epochs:
+            order = Permutation(pieces, self.seed, epoch) if self.shuffle else np.asarray
+            for begin in range(position, pieces, LOOKAHEAD):
+                numbers = order(np.arange(begin, min(begin + LOOKAHEAD, pieces)))
+                documents = np.searchsorted(self._first, numbers, "right") - 1
+                starts = (numbers - self._first[documents]) * self.context
+                lengths = np.minimum(self.context, self._lengths[documents] - starts)
+                parts = zip(documents.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+                for at, part in enumerate(parts, begin):
+                    yield epoch, at, offset, part
+                    offset = 0
+            epoch, position = epoch + 1, 0
+
+    def _read(self, plan: list[Part]) -> Batch:
+        inputs, targets = zip(*(self.shards.read(*part) for part in plan), strict=True)
+        bounds = np.cumsum([0, *(length for _, _, length in plan)])
+        tokens, learnt = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in (inputs, targets))
+        return Batch(tokens, learnt, torch.from_numpy(bounds.astype(np.int32)), self.context)
+
+
+class _Prefetcher(Iterator[tuple[Batch, Cursor]]):
+    """Runs an iterator ahead in a thread. Its exceptions, and its end, reach whoever asks for the next item."""
+
+    def __init__(self, items: Iterator[tuple[Batch, Cursor]], depth: int) -> None:
+        self.queue: queue.Queue[tuple[Batch, Cursor] | BaseException] = queue.Queue(depth)
+        self.closed = False
+        self.end: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, args=(items,), daemon=True)
+        self.thread.start()
+
+    def _run(self, items: Iterator[tuple[Batch, Cursor]]) -> None:
+        try:
+            for item in items:
+                self.queue.put(item)
+                if self.closed:
+                    return
+            self.queue.put(StopIteration())
+        except BaseException as error:
+            self.queue.put(error)
+
+    def __next__(self) -> tuple[Batch, Cursor]:
+        if self.end is None:
+            item = self.queue.get()
+            if not isinstance(item, BaseException):
+                return item
+            self.end = item
+        raise self.end
+
+    def close(self) -> None:
+        self.closed = True
+        # After this the thread can put one item more, for which there is room now, before it sees that it is closed.
+        while not self.queue.empty():
+            self.queue.get()
+        self.thread.join()

@@ -1,0 +1,277 @@
+"""One way to name text (built-in stories, Hugging Face data sets, local files): each name is a stream of documents."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from train.data.files import CUT_CHARACTERS, EXTENSIONS, find_files, pick_texts, read_texts, sample_hash
+from train.data.stories import SPLITS, stories
+
+# What splits are called out there.
+SPLIT_WORDS = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
+HUB_SHORT_NAMES = {
+    "tinystories": ("roneneldan/TinyStories", "text"),
+    "dsir-pile": ("stanford-crfm/DSIR-filtered-pile-50M", "contents"),
+}
+PROBE_SECONDS = 8
+# There are stories without end; so many are enough to say that a model has not seen them twice, and fit on any disk.
+STORIES = {"train": 1_000_000, "validation": 5_000, "test": 5_000}
+
+Streams = dict[str, Callable[[], Iterable[str | None]]]
+
+
+class HubUnreachable(InputError):  # noqa: N818
+    """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
+
+
+def open_source(name: str, *, column: str | None = None, holdout: float = 0.02, limit: int | None = None) -> "Source":
+    """The source of that name: stories, tinystories, dsir-pile, owner/dataset[:config], or a file, folder or glob.
+
+    `holdout` is the share of documents held out where the data brings no validation split, `limit` the number taken of
+    each split that it brings. Raises InputError where the name means nothing; the hub is asked when documents are.
+    """
+    if not 0 < holdout <= 0.5:
+        raise InputError(f"the held-out share must be over 0 and at most 0.5, not {holdout}")
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} documents leaves nothing to read")
+    if name == "stories":
+        return StoriesSource(name, column, holdout, limit)
+    if name in HUB_SHORT_NAMES:
+        path, usual_column = HUB_SHORT_NAMES[name]
+        return HubSource(name, column or usual_column, holdout, limit, path=path)
+    local = Path(name).expanduser()
+    if local.exists() or glob.has_magic(name) or local.suffix.lower() in EXTENSIONS or name.startswith((".", "/", "~")):
+        return FileSource(name, column, holdout, limit, files=find_files(name))
+    if hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name):
+        return HubSource(name, column, holdout, limit, path=hub[1], config=hub[2])
+    raise InputError(
+        f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile, a Hugging Face "
+        f"data set as owner/name, or a file, folder or glob of {' '.join(EXTENSIONS)}"
+    )
+
+
+def is_held_out(document: int, holdout: float) -> bool:
+    """Whether a document is held out: one of every round(1/holdout) in a row, at a place mixed from the block's number.
+
+    Decided by the number alone, so that a stream of unknown length is split while it is read. The first block gives its
+    second document, so that even two documents make a training and a validation split.
+    """
+    size = max(2, round(1 / holdout))
+    block, place = divmod(document, size)
+    mixed = block * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    return place == ((mixed ^ mixed >> 32) % size if block else 1)
+
+
+@dataclass
+class Source:
+    """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
+
+    `skipped` counts the empty documents that the latest pass left out.
+    """
+
+    name: str
+    column: str | None = None
+    holdout: float = 0.02
+    limit: int | None = None
+    skipped: int = 0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        raise NotImplementedError
+
+    def streams(self) -> Streams:
+        """The splits that the data itself comes with, "train" always, each as a function that opens it."""
+        raise NotImplementedError
+
+    def identity(self) -> list[Any]:
+        """What, beside the options, decides which documents come out. Needs no network, and no place on a disk."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which documents come out."""
+        parts = [type(self).__name__, self.column, self.holdout, self.limit, *self.identity()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise what is wrong with this source, if anything, by reading its first document."""
+        self.documents("train")
+
+    def documents(self, split: str, start: int = 0) -> Iterator[str]:
+        """The non-empty documents of a split from number `start` on. Raises InputError where the split has none."""
+        texts = islice(self._split(split), start, None)
+        first = list(islice(texts, 1))
+        if not first and start == 0:
+            bare = "it is empty" if split == "train" else "it has fewer than two documents"
+            why = f"its {self.skipped} documents are empty" if self.skipped else bare
+            raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
+        return chain(first, texts)
+
+    def _split(self, split: str) -> Iterator[str]:
+        if split not in SPLITS:
+            raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
+        streams = self.streams()
+        if "validation" in streams if split == "train" else split in streams:
+            return self._texts(streams[split])
+        if split == "test":
+            raise InputError(f"{self.name} has no test split; it has train and validation")
+        held_out, holdout = split == "validation", self.holdout
+        return (text for n, text in enumerate(self._texts(streams["train"])) if is_held_out(n, holdout) == held_out)
+
+    def _texts(self, stream: Callable[[], Iterable[str | None]]) -> Iterator[str]:
+        self.skipped = 0
+        for text in islice(stream(), self.limit):
+            if not text or text.isspace():
+                self.skipped += 1
+            else:
+                # JSON can spell half a surrogate pair, which is no text to a tokenizer.
+                yield text if text.isascii() else text.encode(errors="replace").decode()
+
+
+class StoriesSource(Source):
+    """The stories that the program writes itself."""
+
+    def describe(self) -> str:
+        return "stories: written by the program as it trains"
+
+    def identity(self) -> list[Any]:
+        # A changed writer shows in its first stories.
+        return [STORIES, *(story.text for story in stories("train", 0, 16))]
+
+    def documents(self, split: str, start: int = 0) -> Iterator[str]:
+        if split not in SPLITS:
+            raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
+        count = max(0, (self.limit or STORIES[split]) - start)
+        return (story.text for story in stories(split, start, count))
+
+
+@dataclass
+class FileSource(Source):
+    """Local files, sorted. Where some are named train and others validation or test, as in val.jsonl, they are that."""
+
+    files: tuple[Path, ...] = ()
+
+    def describe(self) -> str:
+        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        return f"{self.name}: {len(self.files):,} file{'s' * (len(self.files) > 1)}, {megabytes:,.1f} MB"
+
+    def identity(self) -> list[Any]:
+        return [CUT_CHARACTERS, *([file.name, file.stat().st_size, sample_hash(file)] for file in self.files)]
+
+    def streams(self) -> Streams:
+        groups: dict[str, list[Path]] = {}
+        for file in self.files:
+            words = re.split(r"[^a-z]+", file.stem.lower())
+            groups.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), ""), []).append(file)
+        if not groups.keys() > {"train"}:
+            groups = {"": list(self.files)}
+        groups["train"] = sorted(groups.get("train", []) + groups.pop("", []))
+        return {split: partial(self._read, files) for split, files in groups.items()}
+
+    def _read(self, files: list[Path]) -> Iterator[str | None]:
+        # A lone short text is cut finer: it, too, has to give a document to hold out.
+        alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
+        return chain.from_iterable(read_texts(file, self.column, min(CUT_CHARACTERS, alone)) for file in files)
+
+
+@dataclass
+class HubSource(Source):
+    """A data set of the Hugging Face hub, streamed."""
+
+    path: str = ""
+    config: str | None = None
+
+    def describe(self) -> str:
+        return f"{self.name}: {self.path} from the Hugging Face hub, streamed"
+
+    def identity(self) -> list[Any]:
+        return [self.path, self.config]
+
+    def streams(self) -> Streams:
+        try:
+            import datasets
+            from huggingface_hub import constants
+        except ImportError:
+            raise InputError(
+                f"{self.name} needs a package: pip install datasets; or use --data stories or a file"
+            ) from None
+        # Offline, only a copy that was downloaded whole will do, and such copies are not streamed.
+        offline = constants.HF_HUB_OFFLINE
+        if not offline:
+            _probe_hub(self.name)
+        with self._plain_errors():
+            splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
+        streams: Streams = {SPLIT_WORDS.get(name, name): partial(self._rows, rows) for name, rows in splits.items()}
+        if len(streams) == 1:
+            return {"train": next(iter(streams.values()))}
+        if "train" not in streams:
+            raise InputError(f"{self.name} has no training split, only {', '.join(streams)}; choose other --data")
+        return streams
+
+    def _rows(self, rows: Iterable[Any]) -> Iterator[str | None]:
+        with self._plain_errors():
+            yield from pick_texts(
+                ((f"{self.name}, row {number}", row) for number, row in enumerate(rows, 1)), self.column
+            )
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Turn what the hub's many layers raise into one message that can be acted on."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if isinstance(error, FileNotFoundError):
+                raise InputError(
+                    f"{self.path}: no such data set on the hub, or not for you, and no such file ({reason})"
+                ) from error
+            if "BuilderConfig" in reason or "Config name" in reason:
+                asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
+                names = re.search(r"\[.*\]", str(error))
+                raise InputError(
+                    f"{self.path} {asked}: choose one of {names and names[0]} as {self.path}:CONFIG"
+                ) from error
+            layers = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+            if isinstance(error, OSError) or layers & {"httpx", "httpx2", "requests", "aiohttp", "urllib3"}:
+                raise _unreachable(self.name, reason) from error
+            raise InputError(f"{self.path} cannot be read ({reason}); choose other --data") from error
+
+
+def _unreachable(name: str, reason: str) -> HubUnreachable:
+    from huggingface_hub import constants
+
+    return HubUnreachable(
+        f"{name}: the Hugging Face hub at {constants.ENDPOINT} cannot be reached ({reason}); check the network, "
+        "HF_ENDPOINT and HF_HUB_OFFLINE, or use --data stories or a local file"
+    )
+
+
+def _probe_hub(name: str) -> None:
+    """Raise HubUnreachable within seconds: the hub's own client goes on trying for half a minute, or for more."""
+    from huggingface_hub import constants, get_session
+
+    failure = [f"no answer in {PROBE_SECONDS} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            failure.clear()
+        except Exception as error:
+            failure[0] = str(error) or type(error).__name__
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if failure:
+        raise _unreachable(name, failure[0])
