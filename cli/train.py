@@ -88,9 +88,11 @@ def train(
 
 
 def make_room(run: "Run", overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder, unless the old one is to go."""
-    if not run.config.exists():
+    """Refuse to mix a run with something else in its folder; an old run goes where that was asked for."""
+    if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
         return
+    if not run.config.exists():
+        raise InputError(f"{run.path} is not empty and holds no run; choose another folder with --out")
     if not overwrite:
         raise InputError(
             f"{run.path} already holds a run: --resume goes on with it, --out puts this one elsewhere, "
@@ -114,7 +116,7 @@ def start(recipe: "Recipe", run: "Run", device: str, *, resume: bool, wandb: boo
         console.say(f"training failed: {failure}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.say("stopped before training began; the same command starts over")
+        console.say(f"stopped before training began; go on with: gpt train {recipe.name} --out {run.path} --resume")
         raise typer.Exit(130) from None
     finally:
         console.close()

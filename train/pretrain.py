@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from engine.config import Recipe
+from engine.config import Recipe, override
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
 from engine.model import GPT
@@ -31,6 +31,7 @@ LEAST_TOKENS = 1_000_000
 # Where the Hub cannot be reached: so many of the built-in stories stand in for a data set that ends.
 FALLBACK_STORIES = 100_000
 SAMPLE_TOKENS = 200
+EVALUATION_BATCH_TOKENS = 8192
 
 
 class Console(Tracker, Protocol):
@@ -54,7 +55,15 @@ def pretrain(
     Raises InputError for what the user can mend, TrainingError where the loss stays not finite.
     """
     peak = measured_peak(runtime)
-    recipe, data = prepare_data(recipe, run, runtime, console, peak, resume=resume)
+    if not resume:
+        recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
+        run.write_recipe(recipe)
+    try:
+        recipe, data = prepare_data(recipe, run, console)
+    except InputError:
+        if not resume:
+            run.discard_preparation()
+        raise
     run.write_recipe(recipe)
     seed_everything(recipe.loop.seed)
     model = GPT(recipe.model).to(runtime.device)
@@ -77,7 +86,8 @@ def pretrain(
                 data.validation,
                 data.tokenizer.byte_lengths,
                 tokens=recipe.data.final_evaluation_tokens if final else recipe.data.evaluation_tokens,
-                tokens_per_batch=micro_tokens,
+                # No more than a training pass holds, and far less than it holds with its activations.
+                tokens_per_batch=min(micro_tokens, EVALUATION_BATCH_TOKENS),
             ),
             sample=lambda model, step: write_samples(model, data.tokenizer, run, recipe.loop.samples, step),
             byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths),
@@ -112,48 +122,37 @@ def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
     return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
 
 
-def prepare_data(
-    recipe: Recipe, run: Run, runtime: Runtime, console: Console, peak: float, *, resume: bool
-) -> tuple[Recipe, Data]:
-    """Tokenizer and token files for a recipe; the recipe comes back with what the data decided (vocabulary, source)."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    if is_prepared(recipe.data.source):
-        folder = Path(recipe.data.source)
-        tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        data = Data(
-            tokenizer, *(TokenShards.open(folder, split, tokenizer.fingerprint) for split in ("train", "validation"))
-        )
-    elif resume and is_prepared(run.data) and run.tokenizer.exists():
-        tokenizer = Tokenizer.load(run.tokenizer)
-        data = Data(
-            tokenizer, *(TokenShards.open(run.data, split, tokenizer.fingerprint) for split in ("train", "validation"))
-        )
-    else:
-        recipe, source = find_source(recipe, console)
-        console.say(source.describe())
-        if run.tokenizer.exists():
-            # Left by a run that stopped while it prepared its data.
-            tokenizer = Tokenizer.load(run.tokenizer)
-        else:
-            tokenizer = train_tokenizer(
-                source.documents("train"),
-                recipe.model.vocab_size,
-                sample_bytes=SAMPLE_BYTES_PER_PIECE * recipe.model.vocab_size,
-                notice=console.say,
-            )
-            tokenizer.save(run.tokenizer)
-        limits = {
-            "train": most_tokens(recipe, peak),
-            "validation": recipe.data.final_evaluation_tokens,
-        }
-        shards = [
-            prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
-            for split, limit in limits.items()
-        ]
-        data = Data(tokenizer, *shards)
+def prepare_data(recipe: Recipe, run: Run, console: Console) -> tuple[Recipe, Data]:
+    """Tokenizer and token files for a recipe; the recipe comes back with what the data decided (vocabulary, source).
+
+    Goes on where an interrupted preparation of the same run stopped.
+    """
+    folder = Path(recipe.data.source)
+    if not is_prepared(folder):
+        folder = run.data
+        if not (is_prepared(folder) and run.has_checkpoint()):
+            recipe, source = find_source(recipe, console)
+            prepare_source(recipe, source, run, console)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
     tokenizer.save(run.tokenizer)
+    shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in ("train", "validation")]
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(recipe, model=model), data
+    return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
+
+
+def prepare_source(recipe: Recipe, source: Source, run: Run, console: Console) -> None:
+    """Train the run's tokenizer, unless it has one, and tokenize the source into its folder."""
+    console.say(source.describe())
+    if run.tokenizer.exists():
+        tokenizer = Tokenizer.load(run.tokenizer)
+    else:
+        sample_bytes = SAMPLE_BYTES_PER_PIECE * recipe.model.vocab_size
+        documents = source.documents("train")
+        tokenizer = train_tokenizer(documents, recipe.model.vocab_size, sample_bytes=sample_bytes, notice=console.say)
+        tokenizer.save(run.tokenizer)
+    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
+    for split, limit in limits.items():
+        prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
 
 
 def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:

@@ -29,7 +29,7 @@ def write_report(run: Run, recipe: Recipe, evaluation: dict[str, float], machine
         *(["![loss](loss.png)", ""] if plotted else []),
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _flat(to_dict(recipe))),
+        *(f"| {name} | {value} |" for name, value in _flat(to_dict(recipe)) if value is not None),
         *(f"| {name} | {value} |" for name, value in versions().items()),
         "",
         "Samples from each evaluation are in samples.md, all numbers in metrics.jsonl.",

@@ -1,6 +1,8 @@
 """Each command as a person types it, and what it answers to a mistake."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from tests.cli.conftest import SMALL, Gpt
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "datasets", "wandb", "matplotlib", "sentencepiece", "sacrebleu", "rouge_score", "pyarrow")
 COMMANDS = [
     ("train",),
@@ -31,8 +34,7 @@ def test_every_command_has_help_with_an_example(gpt: Gpt, command: tuple[str, ..
 
 def test_help_loads_nothing_heavy() -> None:
     script = f"import sys, cli.main; print([name for name in {HEAVY} if name in sys.modules])"
-    root = Path(__file__).parents[2]
-    output = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
 
 
@@ -128,6 +130,7 @@ MISTAKES = {
     "negative budget": (["train", "nano", "--steps", "-3"], "above 0"),
     "no such device": (["train", "nano", "--device", "tpu"], "--device"),
     "no such precision": (["train", "nano", "--precision", "int3"], "bf16"),
+    "a folder of something else": (["train", "nano", "--out", "mine"], "not empty"),
     "no such file": (["train", "nano", "--data", "missing.txt"], "missing.txt"),
     "empty file": (["train", "nano", "--data", "empty.txt"], "empty"),
     "binary file": (["train", "nano", "--data", "binary.txt"], "binary.txt"),
@@ -151,12 +154,51 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(gpt: Gpt, mistake: str
     Path("latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 50)
     Path("rows.jsonl").write_text('{"text": "hello"}\n{"text": "you"}\n')
     Path("short.txt").write_text("one little story.\n\nand another one.")
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("do not delete")
     Path("few.txt").write_text("<|endoftext|>\n".join(f"story number {n}.\n" for n in range(30)))
     arguments, expected = MISTAKES[mistake]
     result = gpt(*arguments)
     assert result.code == 2
     assert result.err.startswith("error: ") and expected in result.err
     assert "Traceback" not in result.err
+    assert Path("mine/thesis.txt").exists()
+
+
+def test_after_a_mistake_in_the_data_the_right_command_just_works(gpt: Gpt) -> None:
+    Path("empty.txt").write_text("")
+    assert gpt("train", "nano", "--data", "empty.txt", "--out", "run").code == 2
+    assert gpt("train", "nano", "--steps", "1", "--out", "run", *SMALL).code == 0
+
+
+def test_an_interrupted_preparation_goes_on_with_resume(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train import pretrain
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "prepare", interrupted)
+        stopped = gpt("train", "nano", "--steps", "1", "--out", "run", *SMALL)
+    assert stopped.code == 130 and "gpt train nano --out run --resume" in stopped.out
+    tokenizer = Path("run/tokenizer.model").read_bytes()
+    assert gpt("train", "nano", "--out", "run", "--resume").code == 0
+    assert Path("run/tokenizer.model").read_bytes() == tokenizer
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_step_and_says_how_to_go_on(gpt: Gpt, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "cli", "train", "nano", "--steps", "100000", "--out", "run", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("step "):
+            pass
+        process.send_signal(number)
+        said = process.stdout.read()
+    assert process.returncode == code
+    assert f"{number.name}: finishing this step" in said and "gpt train nano --out run --resume" in said
+    assert gpt("train", "nano", "--out", "run", "--resume", "--steps", "1").code == 0
 
 
 def test_unreachable_hub_falls_back_to_stories_only_where_not_asked_for(
