@@ -1,12 +1,21 @@
 """What a run is made of: frozen dataclasses, the three presets, and typed overrides (`--set model.blocks=6`)."""
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from engine.errors import InputError
+
+
+def _require(config: Any, group: str, names: tuple[str, ...], good: Callable[[Any], bool], expected: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not good(value):
+            raise InputError(f"{group}.{name} is {value}; it must be {expected}")
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "blocks", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self, "model", ("vocab_size", "width", "blocks", "heads", "context"), lambda n: n >= 1, "at least 1")
+        _require(self, "model", ("rotary_base", "norm_eps"), lambda x: x > 0, "above 0")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise InputError(
                 f"model.width {self.width} does not divide into {self.heads} heads of an even size; "
@@ -61,6 +69,8 @@ class DataConfig:
     column: str | None = None
     # How many documents at most; None is all. The built-in stories never end, so they need a number.
     documents: int | None = None
+    # How many tokens to prepare at most; None is as many as the budget can use.
+    tokens: int | None = None
     # The share held out for validation where the source has no validation split of its own.
     holdout: float = 0.02
     # How many validation tokens an evaluation reads, at most: during the run, and once at its end.
@@ -68,8 +78,9 @@ class DataConfig:
     final_evaluation_tokens: int = 500_000
 
     def __post_init__(self) -> None:
-        if not 0 < self.holdout < 1:
-            raise InputError(f"data.holdout is {self.holdout}; it must lie between 0 and 1")
+        _require(self, "data", ("holdout",), lambda share: 0 < share < 1, "between 0 and 1")
+        counts = ("documents", "evaluation_tokens", "final_evaluation_tokens")
+        _require(self, "data", counts, lambda n: n >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class OptimizerConfig:
     """AdamW for embedding, head and norms; Muon (or AdamW too) for the matrices inside the blocks."""
 
     kind: Literal["muon", "adamw"] = "muon"
-    embedding_rate: float = 0.006
+    embedding_rate: float = 0.01
     head_rate: float = 0.003
     norm_rate: float = 0.003
     matrix_rate: float = 0.02
@@ -86,15 +97,21 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        rates = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate", "weight_decay")
+        _require(self, "optimizer", rates, lambda x: x >= 0, "at least 0")
+        _require(self, "optimizer", ("beta1", "beta2"), lambda x: 0 <= x < 1, "at least 0 and below 1")
+        _require(self, "optimizer", ("clip",), lambda x: x > 0, "above 0")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over the run, as shares of it: rise for `warmup`, then fall to `floor` of the peak."""
 
-    shape: Literal["cosine", "wsd"] = "cosine"
+    shape: Literal["cosine", "wsd"] = "wsd"
     warmup: float = 0.02
     # Only for wsd (warm up, stay, decay): the share at the end over which the rate falls, in a straight line.
-    decay: float = 0.5
+    decay: float = 0.7
     floor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -135,14 +152,18 @@ class LoopConfig:
     save_minutes: float = 10.0
     keep: int = 2
     samples: int = 3
+    # torch.compile; None decides by the device.
     compile: bool | None = None
     seed: int = 0
+    # Refuse operations that vary from run to run (only on a GPU are there any); some are slower without them.
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "micro_batch", "log_every", "evaluate_every", "save_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"loop.{name} is {value}; it must be at least 1")
+        counts = ("batch", "micro_batch", "log_every", "evaluate_every", "save_every", "keep")
+        _require(self, "loop", counts, lambda n: n >= 1, "at least 1")
+        _require(self, "loop", ("samples",), lambda n: n >= 0, "at least 0")
+        _require(self, "loop", ("save_minutes",), lambda x: x > 0, "above 0")
+        _require(self, "loop", ("seed",), lambda n: 0 <= n < 2**62, "at least 0 and below 2**62")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InputError(f"loop.batch {self.batch} is not a multiple of loop.micro_batch {self.micro_batch}")
 
@@ -169,15 +190,17 @@ PRESETS = {
     "nano": Recipe(
         name="nano",
         model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256),
-        data=DataConfig(source="stories", documents=40_000),
-        budget=BudgetConfig(tokens=4_000_000),
-        loop=LoopConfig(batch=16),
+        data=DataConfig(source="stories"),
+        budget=BudgetConfig(tokens=3_000_000),
+        # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
+        optimizer=OptimizerConfig(embedding_rate=0.02, head_rate=0.01),
+        loop=LoopConfig(batch=8),
     ),
     # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.
     "tiny": Recipe(
         name="tiny",
         model=ModelConfig(vocab_size=28_000, width=256, blocks=12, heads=8, context=256),
-        data=DataConfig(source="tinystories", fallback="stories", documents=None),
+        data=DataConfig(source="tinystories", fallback="stories"),
         budget=BudgetConfig(epochs=6),
         loop=LoopConfig(batch=178, log_every=10),
     ),
@@ -185,7 +208,8 @@ PRESETS = {
     "large": Recipe(
         name="large",
         model=ModelConfig(vocab_size=28_000, width=1024, blocks=24, heads=16, context=512),
-        data=DataConfig(source="dsir-pile", fallback="stories", documents=None),
+        data=DataConfig(source="dsir-pile", fallback="stories"),
+        optimizer=OptimizerConfig(embedding_rate=0.006, head_rate=0.001),
         budget=BudgetConfig(tokens=7_000_000_000),
         loop=LoopConfig(batch=30, log_every=10),
     ),
@@ -219,7 +243,7 @@ def override(config: Config, path: str, value: Any) -> Config:
     elif rest:
         raise InputError(f"{name} is a single setting: {path!r} goes too deep")
     else:
-        value = _parse(path, value, hints[name])
+        value = _typed(name, value, hints[name])
     return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
 
 
@@ -234,29 +258,35 @@ def override_text(config: Config, setting: str) -> Config:
         raise InputError(f"--set {setting}: {error}") from None
 
 
-def _parse(name: str, value: Any, kind: Any) -> Any:
+def _typed(name: str, value: Any, kind: Any, *, parse: bool = True) -> Any:
+    """The value, if it is of this type; with `parse` also the value that a text spells."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value not in choices:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         return value
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if value is None or (parse and isinstance(value, str) and value.lower() == "none"):
             return None
         kind = next(choice for choice in choices if choice is not type(None))
-    if not isinstance(value, str):
-        return value
     try:
-        if kind is bool:
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
-        if kind is int:
-            number = float(value.replace("_", ""))
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        return kind(value)
+        typed = _parse(value, kind) if parse and isinstance(value, str) else value
+        # True is an int to Python, and an int is as good as a float.
+        good = type(typed) is kind or (kind is float and type(typed) is int)
+        if good and (kind is not float or math.isfinite(typed)):
+            return typed
     except (ValueError, KeyError, OverflowError):
-        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+        pass
+    raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if kind is bool:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+    if kind is int:
+        number = float(text)
+        return int(number) if number == int(number) else number
+    return kind(text)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -275,7 +305,9 @@ def _build(kind: Any, values: Any, where: str) -> Any:
     if unknown := set(values) - set(hints):
         raise InputError(f"{where} holds settings that this version does not know: {', '.join(sorted(unknown))}")
     built = {
-        name: _build(hints[name], value, f"{where}.{name}") if dataclasses.is_dataclass(hints[name]) else value
+        name: _build(hints[name], value, f"{where}.{name}")
+        if dataclasses.is_dataclass(hints[name])
+        else _typed(f"{where}.{name}", value, hints[name], parse=False)
         for name, value in values.items()
     }
     try:

@@ -56,21 +56,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         # Three matrices, not one: the optimizer then treats each as the linear map that it is (see train/optimizer.py).
         self.query = Linear(config.width, config.width)
         self.key = Linear(config.width, config.width)
         self.value = Linear(config.width, config.width)
         self.output = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, places: "Places") -> Tensor:
+    def forward(self, x: Tensor, places: "Places", layer: int) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
         q, k = rotate(q, places.cos, places.sin), rotate(k, places.cos, places.sin)
-        return self.output(places.attend(self.layer, q, k, v).flatten(-2))
+        return self.output(places.attend(layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -86,16 +86,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, branch: Tensor, residual: Tensor, places: "Places") -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Tensor, residual: Tensor, places: "Places", layer: int) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm.add(branch, residual)
-        x, residual = self.mlp_norm.add(self.attention(x, places), residual)
+        x, residual = self.mlp_norm.add(self.attention(x, places, layer), residual)
         return self.mlp(x), residual
 
 
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.final_norm = LayerNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size)
         self.initialise()
@@ -175,8 +175,8 @@ class GPT(nn.Module):
         branch = self.embedding(tokens)
         branch = branch.to(self.compute_dtype or branch.dtype)
         residual = torch.zeros_like(branch)
-        for block in self.blocks:
-            branch, residual = block(branch, residual, places)
+        for layer, block in enumerate(self.blocks):
+            branch, residual = block(branch, residual, places, layer)
         return self.final_norm.add(branch, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report.md"
+
+    def discard_preparation(self) -> None:
+        """Take away what stands in the folder before training begins."""
+        shutil.rmtree(self.data, ignore_errors=True)
+        self.tokenizer.unlink(missing_ok=True)
+        self.config.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.checkpoints(self.checkpoints))

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,14 @@ class Runtime:
         """The most memory the process (on a GPU: the device, for this process) has held so far, in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
-        import sys
+        try:
+            # Not getrusage, whose peak a child process inherits from the one that started it.
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        except (OSError, IndexError):
+            import resource
 
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Runtime:

@@ -32,7 +32,12 @@ class Sampling:
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty <= 100,
+                "above 0 and at most 100",
+            ),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "at least 0 and below 2**62"),
         )
         for name, value, good, expected in bounds:
@@ -79,10 +84,9 @@ def choose(
         return penalise(logits_BV, sampling, seen_BV).argmax(dim=-1)
     cumulative_BV = distribution(logits_BV, sampling, seen_BV).cumsum(dim=-1)
     draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(logits_BV.device)
-    # Against the last sum, which rounding may leave a little off 1; and below it, for a product that rounds up to it
-    # would fall beyond the last token that has any probability.
-    total = cumulative_BV[:, -1:]
-    return ((cumulative_BV <= draws[:, None] * total) & (cumulative_BV < total)).sum(dim=-1)
+    # Against the last sum, which rounding may leave a little off 1: a draw can never fall beyond the last token.
+    threshold = draws[:, None] * cumulative_BV[:, -1:]
+    return (cumulative_BV <= threshold).sum(dim=-1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 def make_generators(seed: int | None, count: int) -> list[torch.Generator]:

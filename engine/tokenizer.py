@@ -86,7 +86,7 @@ class Tokenizer:
         """Token ids of many texts, in one call into SentencePiece. Raises InputError for what UTF-8 cannot spell."""
         try:
             return self._encode_batch(texts)
-        except (TypeError, UnicodeError):
+        except (RuntimeError, TypeError, UnicodeError):
             for text in texts:
                 _check_unicode(text)
             raise
@@ -205,6 +205,8 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         byte_fallback=True,
         character_coverage=0.9999,
+        # Even where the text holds no space: spelled in bytes it would come back as its mark.
+        required_chars=SPACE_MARK,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,

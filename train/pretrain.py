@@ -65,7 +65,7 @@ def pretrain(
             run.discard_preparation()
         raise
     run.write_recipe(recipe)
-    seed_everything(recipe.loop.seed)
+    seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
     model = GPT(recipe.model).to(runtime.device)
     model.compute_dtype = runtime.dtype
     budget = Budget(recipe.budget, recipe.tokens_per_step, data.train.tokens)
@@ -164,7 +164,8 @@ def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
     except HubUnreachable as error:
         if data.fallback is None:
             raise
-        console.say(f"{error}; using the built-in {data.fallback} instead (--data {data.source} insists)")
+        reason = str(error).partition(";")[0]
+        console.say(f"{reason}; using the built-in {data.fallback} instead (--data {data.source} insists)")
         documents = data.documents or FALLBACK_STORIES
         recipe = dataclasses.replace(
             recipe,

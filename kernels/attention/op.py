@@ -42,25 +42,31 @@ def flash_attention(
     if not packed:
         out, lse = _dense(q, k, v, causal, scale, window, softcap, return_lse)
         return (out, lse) if return_lse and lse is not None else out
-    starts_q = _check_boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    starts_k = _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    if len(starts_q) != len(starts_k):
-        raise ValueError(f"cu_seqlens_k holds {len(starts_k) - 1} sequences; cu_seqlens_q holds {len(starts_q) - 1}")
-    return _packed(q, k, v, starts_q, starts_k, causal, scale, window, softcap, return_lse)
+    return _packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, return_lse
+    )
 
 
+# The loop over sequences depends on data: torch.compile would unroll it, and compile anew for every batch.
+@torch.compiler.disable
 def _packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts_q: list[int],
-    starts_k: list[int],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     causal: bool,
     scale: float | None,
     window: int | None,
     softcap: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    starts_q = _check_boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    starts_k = _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if len(starts_q) != len(starts_k):
+        raise ValueError(f"cu_seqlens_k holds {len(starts_k) - 1} sequences; cu_seqlens_q holds {len(starts_q) - 1}")
     lengths_q = [end - start for start, end in pairwise(starts_q)]
     lengths_k = [end - start for start, end in pairwise(starts_k)]
     # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size

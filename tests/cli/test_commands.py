@@ -100,6 +100,23 @@ def test_prepared_data_trains_a_model(gpt: Gpt) -> None:
     assert result.code == 0, result.err
 
 
+def test_local_files_train_on_a_machine_that_lacks_the_optional_packages(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("<|endoftext|>\n".join(f"A little story, number {n}.\n" for n in range(300)))
+    missing = "datasets wandb matplotlib rouge_score sacrebleu pyarrow pandas huggingface_hub fastapi triton".split()
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.argv = ["gpt", "train", "nano", "--data", "words.txt", "--steps", "1", *{SMALL}]
+from cli.main import main
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/nano/report.md").exists() and not (tmp_path / "runs/nano/loss.png").exists()
+
+
 def test_data_show_prints_documents(gpt: Gpt) -> None:
     assert gpt("data", "show", "stories", "-n", "3").out.count("---") == 3
 

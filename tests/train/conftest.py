@@ -83,8 +83,8 @@ Train = Callable[..., tuple[Outcome, Recorder]]
 def train(tmp_path: Path, cpu: Runtime) -> Train:
     """Run a recipe in tmp_path/NAME."""
 
-    def run(recipe: Recipe, name: str = "run", **options: Any) -> tuple[Outcome, Recorder]:
+    def run(recipe: Recipe, name: str = "run", *, runtime: Runtime = cpu, **options: Any) -> tuple[Outcome, Recorder]:
         recorder = Recorder()
-        return pretrain(recipe, Run(tmp_path / name), cpu, recorder, **options), recorder
+        return pretrain(recipe, Run(tmp_path / name), runtime, recorder, **options), recorder
 
     return run

@@ -19,6 +19,7 @@ import torch
 from engine import checkpoint
 from engine.config import BudgetConfig, Recipe, override, to_dict
 from engine.run import Run
+from engine.runtime import Runtime
 from train import loop, pretrain
 from train.loop import Loop, TrainingError
 from train.tracking import read_metrics
@@ -190,6 +191,21 @@ def test_evaluations_are_recorded_with_their_checkpoints(small: Recipe, train: T
     assert (tmp_path / "run" / "samples.md").read_text().count("## Step") == 3
 
 
+def test_half_precision_scales_its_loss_and_resumes_to_the_bit(
+    small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = Runtime(torch.device("cpu"), "fp16")
+    small = dataclasses.replace(small, budget=BudgetConfig(steps=30))
+    outcome, recorder = train(small, "whole", runtime=half)
+    assert outcome.checkpoint.values("state")["scaler"]["scale"] > 1
+    assert recorder.losses()[-1] < recorder.losses()[0] - 0.3
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        train(small, "stopped", runtime=half)
+    train(small, "stopped", runtime=half, resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
 def test_a_long_run_is_announced_with_its_way_out(small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LONG_RUN_SECONDS", 1e-6)
     _, recorder = train(dataclasses.replace(small, budget=BudgetConfig(steps=12)))
@@ -222,6 +238,7 @@ import torch
 torch.set_num_threads(1)
 from engine.config import from_dict
 from engine.run import Run
+from engine.runtime import Runtime
 from engine.runtime import choose
 import safetensors.torch
 from tests.train.conftest import Recorder

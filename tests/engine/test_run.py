@@ -1,0 +1,129 @@
+"""A run's folder: what it holds, and what is said where it holds something else."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.config import BudgetConfig, ModelConfig, Recipe
+from engine.errors import InputError
+from engine.model import GPT
+from engine.run import Run, versions
+from engine.runtime import choose
+from engine.tokenizer import Tokenizer, train_tokenizer
+
+CPU = choose("cpu", "fp32")
+
+
+@pytest.fixture
+def run(small_config: ModelConfig, tokenizer: Tokenizer, tmp_path: Path) -> Run:
+    """Checkpoints 1, 2 and 10 of a model whose norms are filled with the step; the second is the best."""
+    run = Run(tmp_path / "runs" / "small")
+    run.write_recipe(Recipe(name="small", model=small_config, budget=BudgetConfig(steps=10)))
+    tokenizer.save(run.tokenizer)
+    for step, loss in ((1, 3.0), (2, 1.0), (10, 2.0)):
+        model = GPT(small_config)
+        torch.nn.init.constant_(model.final_norm.weight, step)
+        saved = checkpoint.save(run.checkpoints, step, {"model": model.state_dict()}, {"state": {"step": step}})
+        saved.record_evaluation({"loss": loss})
+    return run
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 10), ("best", 2), ("1", 1), ("10", 10)])
+def test_the_model_of_any_checkpoint_loads_with_its_tokenizer(run: Run, which: str, step: int) -> None:
+    model, tokenizer = run.load_model(CPU, which)
+    assert torch.equal(model.final_norm.weight, torch.full_like(model.final_norm.weight, step))
+    assert not model.training and model.config == run.read_recipe().model
+    assert tokenizer.vocab_size == model.config.vocab_size
+
+
+def test_a_model_loads_in_the_dtype_of_the_runtime(run: Run) -> None:
+    model, _ = run.load_model(choose("cpu", "bf16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_nothing_is_unpickled_to_load_a_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+            patch.setattr(owner, name, refuse)
+        run.load_model(CPU)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_loaded(run: Run) -> None:
+    damage(run, 10)
+    notices: list[str] = []
+    model, _ = run.load_model(CPU, notice=notices.append)
+    assert model.final_norm.weight[0] == 2
+    assert len(notices) == 1 and "step-00000010" in notices[0]
+
+
+def damage(run: Run, *steps: int) -> None:
+    for step in steps:
+        (run.checkpoints / f"step-{step:08d}" / "model.safetensors").write_bytes(b"gone")
+
+
+def remove_checkpoints(run: Run) -> None:
+    run.checkpoints.rename(run.path / "elsewhere")
+
+
+def other_tokenizer(run: Run) -> None:
+    train_tokenizer(["abc abc abd"], 268).save(run.tokenizer)
+
+
+def other_width(run: Run) -> None:
+    config = json.loads(run.config.read_text())
+    config["recipe"]["model"]["width"] *= 2
+    run.config.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "which", "expected"),
+    [
+        (lambda run: run.config.unlink(), "latest", r"small is not a run.*no config\.json.*gpt train"),
+        (lambda run: run.config.write_text("{"), "latest", r"cannot read .*config\.json"),
+        (lambda run: run.config.write_bytes(b"\xff\xfe"), "latest", r"cannot read .*config\.json"),
+        (lambda run: run.config.write_text("[]"), "latest", r"config\.json holds no recipe"),
+        (lambda run: run.config.write_text('{"recipe": 3}'), "latest", "group of settings"),
+        (lambda run: run.tokenizer.unlink(), "latest", r"cannot read the tokenizer .*tokenizer\.model"),
+        (other_tokenizer, "latest", r"tokenizer\.model has 268 pieces; .* built for 400"),
+        (other_width, "latest", r"step-00000010 does not fit the model that .*config\.json"),
+        (remove_checkpoints, "latest", "has no latest checkpoint.*begun"),
+        (remove_checkpoints, "best", "has no best checkpoint"),
+        (remove_checkpoints, "3", "no checkpoint '3'; it has none"),
+        (lambda run: None, "3", "no checkpoint '3'; it has 1, 2, 10"),
+        (lambda run: damage(run, 2), "best", r"step-00000002/model\.safetensors .*choose another"),
+        (lambda run: damage(run, 1), "1", r"step-00000001/model\.safetensors .*choose another"),
+        (lambda run: damage(run, 1, 2, 10), "latest", "every checkpoint of .* is damaged"),
+    ],
+)
+def test_what_cannot_be_loaded_says_what_is_wrong_and_where(
+    run: Run, spoil: Callable[[Run], None], which: str, expected: str
+) -> None:
+    spoil(run)
+    with pytest.raises(InputError, match=expected):
+        run.load_model(CPU, which)
+
+
+@pytest.mark.parametrize("is_file", [False, True], ids=["missing", "a file"])
+def test_a_path_that_is_no_folder_is_refused(is_file: bool, tmp_path: Path) -> None:
+    path = tmp_path / "nothing"
+    if is_file:
+        path.write_text("text")
+    with pytest.raises(InputError, match="nothing"):
+        Run(path).load_model(CPU)
+    assert not Run(path).has_checkpoint()
+
+
+def test_the_recipe_is_kept_with_the_versions_it_ran_on(run: Run) -> None:
+    stored = run.read_config()
+    assert stored["versions"] == versions()
+    assert {"python", "platform", "torch", "commit"} <= stored["versions"].keys()
+    assert run.read_recipe().name == "small" and run.has_checkpoint()

@@ -1,0 +1,108 @@
+"""layer_norm: values, gradients and dtypes, with and without the residual addition."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import layer_norm
+
+
+def definition(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    summed = x if residual is None else x + residual
+    centred = summed - summed.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return normal if bias is None else normal + bias, summed
+
+
+def tensors(
+    shape: tuple[int, ...], bias: bool, residual: bool, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    made = {"x": (torch.randn(shape) * 3 + 1).to(dtype), "weight": torch.randn(shape[-1]).to(parameter_dtype)}
+    if bias:
+        made["bias"] = torch.randn(shape[-1]).to(parameter_dtype)
+    if residual:
+        made["residual"] = torch.randn(shape).to(dtype)
+    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+
+
+def outputs_and_gradients(function: Any, given: dict[str, Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    given = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in given.items()}
+    out = function(**given)
+    out = out if isinstance(out, tuple) else (out,)
+    directions = [torch.linspace(-1, 1, each.numel()).sin().view_as(each).to(each.dtype) for each in out]
+    return [*out, *torch.autograd.grad(out, list(given.values()), directions)]
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (2, 3, 128), (1, 5), (0, 16)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_values_and_gradients_are_those_of_the_definition(
+    shape: tuple[int, ...], bias: bool, residual: bool, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> None:
+    given = tensors(shape, bias, residual, dtype, parameter_dtype)
+
+    def exactly(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
+        both = definition(x, weight, bias, residual, 1e-5)
+        return both if residual is not None else both[0]
+
+    ours = outputs_and_gradients(layer_norm, given, None)
+    plain = outputs_and_gradients(exactly, given, dtype)
+    exact = outputs_and_gradients(exactly, given, torch.float64)
+    kinds = [dtype] * (2 if residual else 1) + [tensor.dtype for tensor in given.values()]
+    assert [each.dtype for each in ours] == kinds
+    for mine, theirs, true in zip(ours, plain, exact, strict=True):
+        if true.numel():
+            allowed = 2 * (theirs.double() - true).abs().max() + 1e-6 * (1 + true.abs().max())
+            assert (mine.double() - true).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradients_of_weight_and_bias_do_not_wear_off_over_many_rows(dtype: torch.dtype) -> None:
+    given = tensors((4096, 8), True, False, dtype, torch.float32)
+    out = layer_norm(**given)  # type: ignore[arg-type]
+    assert isinstance(out, Tensor)
+    exact = given["x"].detach().double()
+    normal = (exact - exact.mean(-1, keepdim=True)) / exact.std(-1, correction=0, keepdim=True)
+    weight, _ = torch.autograd.grad(out, (given["weight"], given["bias"]), normal.sign().to(dtype), retain_graph=True)
+    bias = torch.autograd.grad(out, given["bias"], torch.ones_like(out))[0]
+    torch.testing.assert_close(weight.double(), normal.abs().sum(0), rtol=1e-4, atol=0)
+    assert torch.equal(bias, torch.full((8,), 4096.0))
+
+
+def test_it_passes_gradcheck() -> None:
+    given = tensors((3, 5), True, True, torch.float64, torch.float64)
+    x, weight, bias, residual = given.values()
+    assert torch.autograd.gradcheck(
+        lambda x, weight, bias, residual: layer_norm(x, weight, bias, residual=residual), (x, weight, bias, residual)
+    )
+
+
+def test_eps_keeps_a_constant_row_finite() -> None:
+    x = torch.full((2, 8), 5.0, requires_grad=True)
+    out = layer_norm(x, torch.ones(8), eps=1e-3)
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(2, 8)) and x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", {"weight": torch.ones(3)}),
+        ("bias", {"bias": torch.ones(3)}),
+        ("residual", {"residual": torch.ones(4)}),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(name: str, change: dict[str, Tensor]) -> None:
+    given: dict[str, Any] = {"x": torch.ones(2, 4), "weight": torch.ones(4)} | change
+    with pytest.raises(ValueError, match=name):
+        layer_norm(**given)
