@@ -79,7 +79,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self, "data", ("holdout",), lambda share: 0 < share < 1, "between 0 and 1")
-        counts = ("documents", "evaluation_tokens", "final_evaluation_tokens")
+        counts = ("documents", "tokens", "evaluation_tokens", "final_evaluation_tokens")
         _require(self, "data", counts, lambda n: n >= 1, "at least 1")
 
 

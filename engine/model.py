@@ -42,34 +42,30 @@ class LayerNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's rotation: fp32 [..., 1, head_dim / 2] for positions [...]."""
+    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * base**-exponents
-    return angles.cos()[..., None, :], angles.sin()[..., None, :]
+    angles = positions[..., None, None].float() * base**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., arXiv:2104.09864), halves paired as in GPT-NeoX. x [..., H, D]."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        # Three matrices, not one: the optimizer then treats each as the linear map that it is (see train/optimizer.py).
-        self.query = Linear(config.width, config.width)
-        self.key = Linear(config.width, config.width)
-        self.value = Linear(config.width, config.width)
+        self.heads = config.heads
+        # Query, key and value in one product. The optimizer still treats them as three maps (see train/optimizer.py).
+        self.qkv = Linear(config.width, 3 * config.width)
         self.output = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, places: "Places", layer: int) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
-        )
-        q, k = rotate(q, places.cos, places.sin), rotate(k, places.cos, places.sin)
+        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=-2)
+        q, k = rotate(qk, places.cos, places.sin).chunk(2, dim=-2)
         return self.output(places.attend(layer, q, k, v).flatten(-2))
 
 

@@ -14,7 +14,8 @@ class Muon(torch.optim.Muon):
 
     State, arguments and arithmetic are those of torch.optim.Muon; only how it is carried out differs. PyTorch's works
     on one matrix at a time, always in bf16: a launch-bound loop on a GPU, and on a CPU without bf16 units about 90
-    times slower than fp32 (0.9 against 86 GFLOP/s, measured). Here `dtype` says what to multiply in.
+    times slower than fp32 (0.9 against 86 GFLOP/s, measured). Here `dtype` says what to multiply in. A parameter group
+    may say that its matrices are `parts` maps stacked in one (query, key and value, say): each is treated on its own.
     """
 
     def __init__(self, params: Iterable[Any], *, dtype: torch.dtype, **options: Any) -> None:
@@ -28,10 +29,10 @@ class Muon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                self._step_batch(group, parameters, group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5)
+            for parameters in by_shape.values():
+                self._step_batch(group, parameters)
 
-    def _step_batch(self, group: dict[str, Any], parameters: list[Tensor], rate: float) -> None:
+    def _step_batch(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -39,9 +40,16 @@ class Muon(torch.optim.Muon):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        rows, columns = parameters[0].shape
+        rows //= group.get("parts", 1)
         directions = orthogonalise(
-            torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype
-        )
+            torch.stack(updates).view(-1, rows, columns),
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+            self.dtype,
+        ).reshape(len(parameters), -1, columns)
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, directions.unbind(), alpha=-rate)
 
@@ -95,8 +103,11 @@ class Optimizer:
             )
         ]
         if config.kind == "muon" and groups["matrix"]:
+            stacked = [parameter for parameter in groups["matrix"] if self.names[parameter].endswith("qkv.weight")]
+            single = [parameter for parameter in groups["matrix"] if not self.names[parameter].endswith("qkv.weight")]
+            parts = [{"params": stacked, "parts": 3}, {"params": single, "parts": 1}]
             self.optimizers.append(
-                Muon(groups["matrix"], dtype=matmul_dtype, lr=config.matrix_rate, weight_decay=config.weight_decay)
+                Muon(parts, dtype=matmul_dtype, lr=config.matrix_rate, weight_decay=config.weight_decay)
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -26,7 +26,9 @@ def within_twice(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     if finite.any():
         error = (ours.double() - exact)[finite].abs().max().item()
         allowed = (plain.double() - exact)[finite].abs().max().item()
-        tiny = 1e-6 * (1 + exact[finite].abs().max().item())
+        # Of few numbers, plain PyTorch's may happen to fall near their rounded values: grant the rounding itself.
+        rounding = torch.finfo(ours.dtype).eps / 2 * exact[finite].abs().max().item()
+        tiny = 1e-6 * (1 + exact[finite].abs().max().item()) + rounding
         assert error <= 2 * allowed + tiny, f"{name} is off by {error:.3g}; plain PyTorch by {allowed:.3g}"
 
 

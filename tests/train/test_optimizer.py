@@ -46,6 +46,21 @@ def test_the_batched_muon_takes_the_steps_of_pytorchs_own(shape: tuple[int, int]
         assert (a - b).abs().max() < 0.02 * 4 * 0.05
 
 
+def test_stacked_maps_are_treated_each_on_its_own() -> None:
+    torch.manual_seed(0)
+    single: list[torch.Tensor] = [nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
+    stacked = nn.Parameter(torch.cat([each.detach() for each in single]))
+    separate = Muon(single, dtype=torch.float32, lr=0.02)
+    together = Muon([{"params": [stacked], "parts": 3}], dtype=torch.float32, lr=0.02)
+    for _ in range(3):
+        stacked.grad = torch.randn(48, 16)
+        for parameter, gradient in zip(single, stacked.grad.split(16), strict=True):
+            parameter.grad = gradient
+        separate.step()
+        together.step()
+    torch.testing.assert_close(stacked, torch.cat(single))
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

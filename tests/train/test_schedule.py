@@ -14,7 +14,7 @@ def test_the_rate_rises_through_warm_up_and_is_never_nothing_at_first() -> None:
 
 
 def test_cosine_falls_to_its_floor() -> None:
-    config = ScheduleConfig(warmup=0.2, floor=0.1)
+    config = ScheduleConfig(shape="cosine", warmup=0.2, floor=0.1)
     assert rate_factor(config, 0.6) == pytest.approx(0.55)
     assert rate_factor(config, 1.0) == pytest.approx(0.1)
     assert rate_factor(config, 1.2) == pytest.approx(0.1)
