@@ -103,17 +103,6 @@ def test_prepared_data_trains_a_model(gpt: Gpt) -> None:
 def test_local_files_train_on_a_machine_that_lacks_the_optional_packages(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("<|endoftext|>\n".join(f"A little story, number {n}.\n" for n in range(300)))
     missing = ["datasets", "wandb", "matplotlib", "rouge_score", "sacrebleu", "pyarrow", "huggingface_hub", "triton"]
-        "datasets",
-        "wandb",
-        "matplotlib",
-        "rouge_score",
-        "sacrebleu",
-        "pyarrow",
-        "pandas",
-        "huggingface_hub",
-        "fastapi",
-        "triton",
-    ]
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({missing}))
