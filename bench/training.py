@@ -187,4 +187,5 @@ def train_plain(recipe: Recipe, data: str, runtime: Runtime, *, seconds: float, 
         tokens=10**9,
         tokens_per_batch=recipe.tokens_per_step,
     )
-    return {"steps": steps, "tokens": steps * recipe.tokens_per_step, "seconds": seconds, **evaluation}
+    trained = {"steps": steps, "tokens": steps * recipe.tokens_per_step, "seconds": seconds}
+    return {"trained": trained, "rate": rate, "vocabulary": tokenizer.vocab_size, "evaluation": evaluation}

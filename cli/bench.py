@@ -66,8 +66,9 @@ def bench_quality(
     recipe = dataclasses.replace(config.override(config.preset("nano"), "loop.batch", batch), precision="fp32")
     machine = runtime.choose(device, "fp32")
     result = train_plain(recipe, data, machine, seconds=60 * minutes, rate=rate)
+    trained, evaluation = result["trained"], result["evaluation"]
     print(
-        f"plain: loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte after "
-        f"{result['tokens']:,} tokens in {result['seconds']:.0f} s"
+        f"plain: loss {evaluation['loss']:.4f}, {evaluation['bits_per_byte']:.4f} bits per byte "
+        f"after {trained['tokens']:,} tokens in {trained['seconds']:.0f} s"
     )
     print(f"written to {write_result('quality-plain', machine, result)}")

@@ -19,7 +19,9 @@ def prepare(
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer, where one is trained.")] = 28_000,
     column: Column = None,
     documents: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
-    max_tokens: Annotated[float | None, typer.Option(help="At most so many training tokens, such as 1e9.")] = None,
+    max_tokens: Annotated[
+        float | None, typer.Option(min=1, max=1e15, help="At most so many tokens, such as 1e9.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")] = None,
 ) -> None:
     """Tokenize a data set into files that training maps into memory. Interrupted, the same command goes on.

@@ -34,6 +34,12 @@ def main() -> None:
         # The reader of a pipe, `head` say, has seen enough.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -59,21 +59,24 @@ def train(
     if preset is None and not (resume and out):
         raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
     run = Run(out or Path("runs") / str(preset))
-    budgets = {"steps": steps, "tokens": None if tokens is None else int(tokens), "epochs": epochs, "minutes": minutes}
+    budgets = {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes}
     chosen = {name: value for name, value in budgets.items() if value is not None}
     if resume:
-        if data or column or seed is not None or setting or overwrite:
+        if data or column or seed is not None or setting or overwrite or precision != "auto":
             raise InputError(
                 "--resume goes on with the run's own recipe; only --steps, --tokens, --epochs or --minutes may change"
             )
         recipe = run.read_recipe()
     else:
         recipe = config.preset(str(preset))
-        make_room(run, overwrite)
     if chosen:
-        recipe = dataclasses.replace(recipe, budget=config.BudgetConfig(**chosen))  # type: ignore[arg-type]
+        budget = config.BudgetConfig(**chosen)  # type: ignore[arg-type]
+        if budget.tokens is not None:
+            budget = config.BudgetConfig(tokens=int(budget.tokens))
+        recipe = dataclasses.replace(recipe, budget=budget)
     if data is not None:
-        recipe = config.override(recipe, "data.source", data)
+        # A path is kept whole: a run may be resumed from another folder.
+        recipe = config.override(recipe, "data.source", str(Path(data).resolve()) if Path(data).exists() else data)
         # Asked for by name, nothing else will do.
         recipe = config.override(recipe, "data.fallback", None)
     if column is not None:
@@ -84,11 +87,14 @@ def train(
         recipe = config.override(recipe, "precision", precision)
     for each in setting or []:
         recipe = config.override_text(recipe, each)
-    start(recipe, run, device, resume=resume, wandb=wandb)
+    start(recipe, run, device, resume=resume, overwrite=overwrite, wandb=wandb)
 
 
-def make_room(run: "Run", overwrite: bool) -> None:
+def make_room(recipe: "Recipe", run: "Run", overwrite: bool) -> None:
     """Refuse to mix a run with something else in its folder; an old run goes where that was asked for."""
+    from train.data.shards import is_prepared
+    from train.data.sources import open_source
+
     if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
         return
     if not run.config.exists():
@@ -98,31 +104,39 @@ def make_room(run: "Run", overwrite: bool) -> None:
             f"{run.path} already holds a run: --resume goes on with it, --out puts this one elsewhere, "
             "--overwrite deletes it"
         )
+    # Nothing is deleted that is not a run, or for a command that cannot work.
+    run.read_recipe()
+    if not is_prepared(recipe.data.source):
+        open_source(recipe.data.source, column=recipe.data.column, limit=recipe.data.documents)
     shutil.rmtree(run.path)
 
 
-def start(recipe: "Recipe", run: "Run", device: str, *, resume: bool, wandb: bool) -> None:
+def start(recipe: "Recipe", run: "Run", device: str, *, resume: bool, overwrite: bool, wandb: bool) -> None:
     """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
     from cli.console import Console
     from engine import runtime
     from train.loop import TrainingError
     from train.pretrain import pretrain
 
-    console = Console()
     machine = runtime.choose(device, recipe.precision)
+    if not resume:
+        make_room(recipe, run, overwrite)
+    console = Console()
+    go_on = f"go on with: gpt train {recipe.name} --out {run.path} --resume"
     try:
         outcome = pretrain(recipe, run, machine, console, resume=resume, wandb=wandb)
     except TrainingError as failure:
         console.say(f"training failed: {failure}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.say(f"stopped before training began; go on with: gpt train {recipe.name} --out {run.path} --resume")
+        console.say(f"stopped at once, what came after the last checkpoint is lost; {go_on}")
         raise typer.Exit(130) from None
     finally:
         console.close()
     if outcome.stopped_by is not None:
-        console.say(f"saved {outcome.checkpoint.path}; go on with: gpt train {recipe.name} --out {run.path} --resume")
+        console.say(f"saved {outcome.checkpoint.path}; {go_on}")
         raise typer.Exit(128 + outcome.stopped_by)
     console.say(f"report     {run.report}")
-    console.say(f"loss plot  {run.loss_plot}")
+    if run.loss_plot.exists():
+        console.say(f"loss plot  {run.loss_plot}")
     console.say(f'try it     gpt generate {run.path} "Once upon a time"')

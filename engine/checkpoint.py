@@ -150,6 +150,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which did not verify: steps that come again must not meet their names."""
+    for checkpoint in checkpoints(folder):
+        if checkpoint.step > step:
+            aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint.path, aside)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content such that a reader, or a crash, sees the old or the new, never a half."""
     writing = path.with_name(f".writing-{path.name}")

@@ -133,8 +133,8 @@ class BudgetConfig:
         if len(chosen) != 1:
             raise InputError(f"a run needs exactly one of steps, tokens, epochs, minutes; it has {chosen or 'none'}")
         ((name, value),) = chosen.items()
-        if not value > 0:
-            raise InputError(f"budget.{name} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise InputError(f"budget.{name} is {value}; it must be above 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,16 @@ class Recipe:
     def tokens_per_step(self) -> int:
         return self.loop.batch * self.model.context
 
+    @property
+    def tokens_per_pass(self) -> int:
+        return (self.loop.micro_batch or self.loop.batch) * self.model.context
+
 
 PRESETS = {
     "nano": Recipe(
         name="nano",
         model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256),
-        data=DataConfig(source="stories"),
+        data=DataConfig(source="stories", documents=100_000),
         budget=BudgetConfig(tokens=3_000_000),
         # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
         optimizer=OptimizerConfig(embedding_rate=0.02, head_rate=0.01),

@@ -109,35 +109,33 @@ def stream(
 
 
 def _token_steps(model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-    """Endlessly the next token of every sequence, until the context is full. One list per step."""
+    """Endlessly the next token of every sequence, one list per step. The caller stops where the context ends."""
     weight = model.embedding.weight
-    longest = max(len(prompt) for prompt in prompts)
-    generators = make_generators(sampling.seed, len(prompts))
-    cache = KVCache(
-        model.config,
-        len(prompts),
-        # Prompts are padded on the right while they are read, so there must be room for the longest twice at its end.
-        model.config.context + 1,
-        device=weight.device,
-        dtype=model.compute_dtype or weight.dtype,
-    )
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    padded = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
     for index, prompt in enumerate(prompts):
         padded[index, : len(prompt)] = torch.tensor(prompt)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     tokens = padded.to(weight.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    generators = make_generators(sampling.seed, len(prompts))
     seen = _seen(tokens, lengths, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    for _ in range(model.config.context):
+    # One more than the context: where a sequence that has ended goes on being written.
+    capacity = model.config.context + 1
+    cache = KVCache(
+        model.config, len(prompts), capacity, device=weight.device, dtype=model.compute_dtype or weight.dtype
+    )
+    rows = torch.arange(len(prompts), device=weight.device)
+    new = lengths  # of each sequence: how many of its tokens this pass reads
+    while True:
         with inference(model):
             hidden = model(tokens, cache=cache)
-            # Padding is read too, but nothing attends to it: the next token is written over it.
-            last = hidden[torch.arange(len(prompts)), lengths - 1] if hidden.shape[1] > 1 else hidden[:, 0]
-            cache.lengths = (cache.lengths + (lengths if hidden.shape[1] > 1 else 1)).clamp(max=model.config.context)
+            # Shorter prompts are padded on the right. Nothing attends to padding, and it is soon written over.
+            last = hidden[rows, new - 1]
+            cache.lengths = (cache.lengths + new).clamp(max=model.config.context)
             chosen = choose(model.logits(last), sampling, generators, seen)
             if seen is not None:
                 seen.scatter_(1, chosen[:, None], True)
         yield chosen.tolist()
-        tokens = chosen[:, None]
+        tokens, new = chosen[:, None], torch.ones_like(lengths)
 
 
 def _seen(tokens_BT: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
@@ -157,13 +155,17 @@ def generate(
     stop: Sequence[str] = (),
 ) -> list[Completion]:
     """`stream`, gathered: one completion per prompt."""
-    texts, ids, finishes = [""] * len(prompts), [()] * len(prompts), ["length"] * len(prompts)
-    gathered: list[tuple[int, ...]] = list(ids)
+    pieces: list[list[Piece]] = [[] for _ in prompts]
     for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop):
-        texts[piece.index] += piece.text
-        gathered[piece.index] += piece.ids
-        finishes[piece.index] = piece.finish or "length"
-    return [Completion(*parts) for parts in zip(texts, gathered, finishes, strict=True)]
+        pieces[piece.index].append(piece)
+    return [
+        Completion(
+            text="".join(piece.text for piece in own),
+            ids=tuple(token for piece in own for token in piece.ids),
+            finish=own[-1].finish or "length",
+        )
+        for own in pieces
+    ]
 
 
 def document_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

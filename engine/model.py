@@ -42,7 +42,10 @@ class LayerNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...]."""
+    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
+
+    The sign of the first half is that of a rotation's matrix, so that `rotate` is x * cos + swapped x * sin.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None, None].float() * base**-exponents
     cos, sin = angles.cos(), angles.sin()
@@ -52,7 +55,8 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., arXiv:2104.09864), halves paired as in GPT-NeoX. x [..., H, D]."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+    # The angles stay in fp32: rounded to bf16, a rotation would no longer keep lengths.
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class Attention(nn.Module):

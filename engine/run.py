@@ -56,7 +56,9 @@ class Run:
         return self.path / "report.md"
 
     def discard_preparation(self) -> None:
-        """Take away what stands in the folder before training begins."""
+        """Take away what stands in the folder before training begins, unless some text is tokenized already."""
+        if any(self.data.glob("*/*.json")):
+            return
         shutil.rmtree(self.data, ignore_errors=True)
         self.tokenizer.unlink(missing_ok=True)
         self.config.unlink(missing_ok=True)

@@ -82,6 +82,8 @@ def choose(
     """The next token of each sequence, int64 [B]. Each draws one number from its own generator."""
     if sampling.temperature == 0:
         return penalise(logits_BV, sampling, seen_BV).argmax(dim=-1)
+    if torch.are_deterministic_algorithms_enabled():
+        logits_BV = logits_BV.cpu()  # sums in the order of the tokens, which a GPU does not promise
     cumulative_BV = distribution(logits_BV, sampling, seen_BV).cumsum(dim=-1)
     draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(logits_BV.device)
     # Against the last sum, which rounding may leave a little off 1: a draw can never fall beyond the last token.
@@ -96,5 +98,6 @@ def make_generators(seed: int | None, count: int) -> list[torch.Generator]:
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed + index)
+            # Far apart, so that the texts of one seed are not those of the next, shifted by one.
+            generator.manual_seed((seed + index * 0x9E3779B97F4A7C15) % 2**63)
     return generators

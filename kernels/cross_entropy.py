@@ -13,8 +13,12 @@ from torch import Tensor
 # 512 rows of 4,096 pieces and 256 rows of 28,000 are fastest; 64 rows are 20% slower, all rows at once twice as slow.
 BLOCK_BYTES = 8 * 2**20
 SMALLEST_BLOCK = 256
+# A GPU has no such cache, but many more units to fill.
+GPU_BLOCK_BYTES = 256 * 2**20
 
 
+# The loop over blocks would be unrolled by torch.compile, which has nothing to fuse across them.
+@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -43,7 +47,15 @@ def linear_cross_entropy(
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     flat = targets.reshape(-1)
     losses: Tensor = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat, ignore_index, softcap, z_loss, reduction
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        flat,
+        ignore_index,
+        softcap,
+        z_loss,
+        reduction,
+        # Inside `forward` gradients are always off, so it cannot see whether they will be wanted.
+        torch.is_grad_enabled(),
     )
     if reduction == "none":
         return losses.reshape(targets.shape)
@@ -61,23 +73,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         z_loss: float,
         reduction: str,
+        grad_enabled: bool,
     ) -> Tensor:
         counts_N = targets_N != ignore_index
         ctx.reduction, ctx.options = reduction, (softcap, z_loss)
-        needs_gradient = any(ctx.needs_input_grad[:2])
+        needs_gradient = grad_enabled and any(ctx.needs_input_grad[:2])
         targets_N = targets_N.masked_fill(~counts_N, 0)
         if reduction == "none":
             # Each row's gradient will be scaled by a number that is not known yet: the backward pass starts over.
             ctx.save_for_backward(hidden_NC, weight_VC, targets_N, counts_N)
             return _blocks(hidden_NC, weight_VC, targets_N, counts_N, None, softcap, z_loss)[0]
-        scale_N = counts_N.to(_accumulator(hidden_NC))
-        if reduction == "mean":
-            # Where nothing counts the mean is NaN, as in F.cross_entropy, but the gradients are 0.
-            scale_N = scale_N / counts_N.sum().clamp(min=1)
-        loss_N, *gradients = _blocks(
-            hidden_NC, weight_VC, targets_N, counts_N, scale_N if needs_gradient else None, softcap, z_loss
-        )
-        ctx.save_for_backward(*gradients)
+        # The gradients of the sum: divided here by the number of rows, they would underflow in fp16.
+        scale_N = counts_N.to(_accumulator(hidden_NC)) if needs_gradient else None
+        loss_N, *gradients = _blocks(hidden_NC, weight_VC, targets_N, counts_N, scale_N, softcap, z_loss)
+        ctx.save_for_backward(counts_N.sum(), *gradients)
         return loss_N.sum() / counts_N.sum() if reduction == "mean" else loss_N.sum()
 
     @staticmethod
@@ -88,8 +97,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale_N = grad.masked_fill(~counts_N, 0.0)
             _, hidden_grad, weight_grad = _blocks(hidden_NC, weight_VC, targets_N, counts_N, scale_N, *ctx.options)
         else:
-            hidden_grad, weight_grad = (gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None, None, None
+            count, *gradients = ctx.saved_tensors
+            # Where nothing counts the mean is NaN, as in F.cross_entropy, but the gradients are 0.
+            factor = grad / count.clamp(min=1) if ctx.reduction == "mean" else grad
+            hidden_grad, weight_grad = (gradient * factor.to(gradient.dtype) for gradient in gradients)
+        return hidden_grad, weight_grad, *[None] * 6
 
 
 def _blocks(
@@ -105,7 +117,8 @@ def _blocks(
 
     A row that does not count has loss 0, and scale 0.
     """
-    rows = max(SMALLEST_BLOCK, BLOCK_BYTES // (4 * weight_VC.shape[0]))
+    block_bytes = GPU_BLOCK_BYTES if hidden_NC.is_cuda else BLOCK_BYTES
+    rows = max(SMALLEST_BLOCK, block_bytes // (4 * weight_VC.shape[0]))
     weight = weight_VC.detach().to(hidden_NC.dtype)
     accumulate = _accumulator(hidden_NC)
     loss_N = torch.empty(hidden_NC.shape[0], dtype=accumulate, device=hidden_NC.device)

@@ -1,39 +1,37 @@
 """How good a model is on text it has not seen: loss, perplexity, bits per byte."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from engine.model import GPT
 from engine.runtime import inference
-from train.data.loader import IGNORE_INDEX, PackedLoader, PieceSource
+from train.data.loader import IGNORE_INDEX, Batch, PieceSource, pack
 
 
 def evaluate_loss(
     model: GPT, documents: PieceSource, byte_lengths: np.ndarray, *, tokens: int, tokens_per_batch: int
 ) -> dict[str, float]:
-    """Loss over the first `tokens` tokens of the documents, each read from its start.
+    """Loss over the first documents that hold `tokens` tokens, each read from its start, whole.
 
     A document longer than the context is read in pieces that do not see one another. Bits per byte count the UTF-8
-    bytes that the targets spell (byte_lengths [vocab]); unlike the loss, they compare across tokenizers.
+    bytes that the targets spell (byte_lengths [vocab]); unlike the loss, they compare across tokenizers. The result
+    does not depend on tokens_per_batch, which bounds what is read at a time (a piece at least).
     """
-    loader = PackedLoader(
-        documents, tokens_per_batch, model.config.context, seed=0, shuffle=False, epochs=1, prefetch=0
-    )
     device = model.embedding.weight.device
     nats = 0.0
     targets = text_bytes = 0
     with inference(model):
-        for batch in loader:
+        for batch in _whole_pieces(documents, model.config.context, tokens, tokens_per_batch):
             learnt = batch.targets[batch.targets != IGNORE_INDEX].numpy()
             text_bytes += int(byte_lengths[learnt].sum())
             targets += len(learnt)
             batch = batch.to(device)
-            loss = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-            nats += float(loss)
-            if targets >= tokens:
-                break
+            nats += float(
+                model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+            )
     loss_per_token = nats / targets
     return {
         "loss": loss_per_token,
@@ -42,6 +40,23 @@ def evaluate_loss(
         "tokens": targets,
         "bytes": text_bytes,
     }
+
+
+def _whole_pieces(documents: PieceSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
+    """Documents in order, cut only where they exceed the context, in batches of at most tokens_per_batch."""
+    lengths = documents.lengths
+    count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    size = 0
+    for document, length in enumerate(lengths[:count].tolist()):
+        for start in range(0, length, context):
+            piece = documents.read(document, start, min(context, length - start))
+            if held and size + len(piece[0]) > tokens_per_batch:
+                yield pack(held, context)
+                held, size = [], 0
+            held.append(piece)
+            size += len(piece[0])
+    yield pack(held, context)
 
 
 def bits_per_byte(nats: float, targets: torch.Tensor, byte_lengths: torch.Tensor) -> float:

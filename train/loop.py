@@ -93,7 +93,11 @@ class Loop:
         self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.byte_lengths = task.byte_lengths.to(runtime.device)
-        self.loss = torch.compile(task.loss) if should_compile(recipe, runtime) else task.loss
+        self.loss = task.loss
+        if should_compile(recipe, runtime):
+            # Where compiling fails (no C compiler, say), run that part as it is.
+            torch._dynamo.config.suppress_errors = True
+            self.loss = torch.compile(task.loss)
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
         self.parts = 1  # into how many each micro-batch is cut, because memory ran out
         self.step = 0
@@ -116,6 +120,7 @@ class Loop:
         self.step, self.skipped, self.parts = (state[key] for key in ("step", "skipped", "parts"))
         self.earlier_seconds = state["seconds"]
         self.task.batches.load_state_dict(state["batches"])
+        checkpoint.set_aside_newer(self.run.checkpoints, found.step)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.saved = found
@@ -129,7 +134,7 @@ class Loop:
         """Run to the end of the budget, or until Ctrl-C or SIGTERM. Raises TrainingError where the loss is lost."""
         self.model.train()
         self.began = time.perf_counter()
-        with _stop_on_signal(self.tracker.say) as stop:
+        with _stop_on_signal() as stop:
             while (before := self._progress()) < 1 and stop.signal is None:
                 self._train_step(before)
                 after = self._progress()
@@ -139,6 +144,8 @@ class Loop:
                     self._save()
                 if evaluate:
                     self._evaluate(final=False)
+        if stop.signal is not None:
+            self.tracker.say(f"{stop.signal.name}: stopping after step {self.step:,}, saving")
         if self.saved is None or self.saved.step != self.step:
             self._save()
         evaluation = self._evaluate(final=True) if stop.signal is None else {}
@@ -169,7 +176,7 @@ class Loop:
         self._apply(loss, norm)
         self.step += 1
         self.step_seconds.append(time.perf_counter() - begin)
-        if self.step % self.recipe.loop.log_every == 0 or self.step == 1:
+        if self.step % self.recipe.loop.log_every == 0 or self.step == 1 or self._progress() >= 1:
             self._log(batches, learnt, loss, norm, rate_factor(self.recipe.schedule, progress))
         if not self.announced and (self.step == 10 or self.seconds > 60):
             self._announce_long_run()
@@ -207,25 +214,30 @@ class Loop:
 
     def _gradients(self, batches: list[Batch], learnt: int) -> tuple[float, float]:
         """Leaves the gradient of the mean loss in the parameters. Returns that loss and the gradient's norm."""
-        while True:
-            try:
-                total = torch.zeros((), device=self.runtime.device)
-                for batch in batches:
-                    for part in batch.split(self.parts):
-                        # Normalised by the count of the whole step, so that the cut into parts does not matter.
-                        loss = self.loss(self.model, part) / learnt
-                        self.scaler.scale(loss).backward()
-                        total += loss.detach()
-                break
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                # The exception's traceback holds the tensors of the failed pass: leave the handler before trying again.
+        total = self._passes(batches, learnt)
+        while total is None:
             self._halve(batches)
+            total = self._passes(batches, learnt)
         for optimizer in self.optimizer.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         return float(total), float(norm)
+
+    def _passes(self, batches: list[Batch], learnt: int) -> Tensor | None:
+        """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
+        total = torch.zeros((), device=self.runtime.device)
+        try:
+            for batch in batches:
+                for part in batch.split(self.parts):
+                    # Normalised by the count of the whole step, so that the cut into parts does not matter.
+                    loss = self.loss(self.model, part) / learnt
+                    self.scaler.scale(loss).backward()
+                    total += loss.detach()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None
+        return total
 
     def _halve(self, batches: list[Batch]) -> None:
         self.optimizer.zero_grad()
@@ -284,10 +296,17 @@ class Loop:
     def _evaluate(self, *, final: bool) -> dict[str, float]:
         assert self.saved is not None
         begin = time.perf_counter()
-        evaluation = self.task.evaluate(self.model, final)
-        self.saved.record_evaluation(evaluation)
-        self.tracker.log({"step": self.step, **{f"validation_{name}": value for name, value in evaluation.items()}})
-        self.task.sample(self.model, self.step)
+        try:
+            evaluation = self.task.evaluate(self.model, final)
+            self.saved.record_evaluation(evaluation)
+            measured = {f"validation_{name}": value for name, value in evaluation.items()}
+            self.tracker.log({"step": self.step, "tokens": self.step * self.recipe.tokens_per_step, **measured})
+            self.task.sample(self.model, self.step)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            evaluation = {}
+            self.tracker.say("out of memory while evaluating: left out; the checkpoint is saved")
         self.evaluation_seconds += time.perf_counter() - begin
         return evaluation
 
@@ -312,8 +331,11 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
-    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one stops at once."""
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one stops at once.
+
+    The handler only takes note: printing from it could break into a print that is under way.
+    """
     stop = _Stop()
     watched = (signal.SIGINT, signal.SIGTERM)
     try:
@@ -323,7 +345,6 @@ def _stop_on_signal(say: Callable[[str], None]) -> Iterator[_Stop]:
             stop.signal = signal.Signals(number)
             for each in watched:
                 signal.signal(each, before[each])
-            say(f"{stop.signal.name}: finishing this step, then saving (once more to stop at once)")
 
         for number in watched:
             signal.signal(number, request)

@@ -19,10 +19,10 @@ from train.data.loader import Batch, PackedLoader
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
 from train.evaluate import evaluate_loss
-from train.loop import Loop, Outcome, Task
+from train.loop import Loop, Outcome, Task, should_compile
 from train.report import write_report
 from train.schedule import Budget
-from train.tracking import MetricsFile, Tracker, Trackers, Wandb
+from train.tracking import MetricsFile, Tracker, Trackers, Wandb, require_wandb
 
 # A tokenizer learns little from more text than this per piece of its vocabulary.
 SAMPLE_BYTES_PER_PIECE = 1000
@@ -30,6 +30,7 @@ SAMPLE_BYTES_PER_PIECE = 1000
 LEAST_TOKENS = 1_000_000
 # Where the Hub cannot be reached: so many of the built-in stories stand in for a data set that ends.
 FALLBACK_STORIES = 100_000
+SPLITS_USED = ("train", "validation")
 SAMPLE_TOKENS = 200
 EVALUATION_BATCH_TOKENS = 8192
 
@@ -54,52 +55,33 @@ def pretrain(
 
     Raises InputError for what the user can mend, TrainingError where the loss stays not finite.
     """
+    if wandb:
+        require_wandb()
+    seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
     peak = measured_peak(runtime)
     if not resume:
+        # Settled here, so that a resumed run does not depend on the machine or its mood.
+        recipe = override(recipe, "precision", runtime.precision)
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
         run.write_recipe(recipe)
     try:
-        recipe, data = prepare_data(recipe, run, console)
+        recipe, data = prepare_data(recipe, run, console, resume=resume)
+        batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
     except InputError:
         if not resume:
             run.discard_preparation()
         raise
     run.write_recipe(recipe)
-    seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
     model = GPT(recipe.model).to(runtime.device)
     model.compute_dtype = runtime.dtype
     budget = Budget(recipe.budget, recipe.tokens_per_step, data.train.tokens)
-    micro_tokens = (recipe.loop.micro_batch or recipe.loop.batch) * recipe.model.context
-    batches = PackedLoader(data.train, micro_tokens, recipe.model.context, seed=recipe.loop.seed)
     found = run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
     trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
     if wandb:
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say))
     tracker = Trackers(trackers)
-    loop = Loop(
-        model,
-        Task(
-            loss=packed_loss,
-            batches=batches,
-            evaluate=lambda model, final: evaluate_loss(
-                model,
-                data.validation,
-                data.tokenizer.byte_lengths,
-                tokens=recipe.data.final_evaluation_tokens if final else recipe.data.evaluation_tokens,
-                # No more than a training pass holds, and far less than it holds with its activations.
-                tokens_per_batch=min(micro_tokens, EVALUATION_BATCH_TOKENS),
-            ),
-            sample=lambda model, step: write_samples(model, data.tokenizer, run, recipe.loop.samples, step),
-            byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths),
-        ),
-        recipe,
-        budget,
-        run,
-        runtime,
-        tracker,
-        peak_flops=peak,
-        flops_per_token=recipe.model.flops_per_token,
-    )
+    task = pretraining_task(recipe, data, batches, run)
+    loop = Loop(model, task, recipe, budget, run, runtime, tracker, peak, recipe.model.flops_per_token)
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")
@@ -110,11 +92,25 @@ def pretrain(
     try:
         outcome = loop.train()
         if outcome.stopped_by is None:
-            write_report(run, recipe, outcome.evaluation, runtime.describe(), runtime.peak_memory())
+            write_report(run, recipe, runtime.describe(), runtime.peak_memory())
         return outcome
     finally:
         batches.close()
         tracker.close()
+
+
+def pretraining_task(recipe: Recipe, data: Data, batches: PackedLoader, run: Run) -> Task:
+    def evaluate(model: GPT, final: bool) -> dict[str, float]:
+        tokens = recipe.data.final_evaluation_tokens if final else recipe.data.evaluation_tokens
+        # No more at a time than a training pass holds, and far less than it holds with its activations.
+        at_a_time = min(recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
+        lengths = data.tokenizer.byte_lengths
+        return evaluate_loss(model, data.validation, lengths, tokens=tokens, tokens_per_batch=at_a_time)
+
+    def sample(model: GPT, step: int) -> None:
+        write_samples(model, data.tokenizer, run, recipe.loop.samples, step)
+
+    return Task(packed_loss, batches, evaluate, sample, torch.from_numpy(data.tokenizer.byte_lengths))
 
 
 def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -122,7 +118,7 @@ def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
     return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
 
 
-def prepare_data(recipe: Recipe, run: Run, console: Console) -> tuple[Recipe, Data]:
+def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) -> tuple[Recipe, Data]:
     """Tokenizer and token files for a recipe; the recipe comes back with what the data decided (vocabulary, source).
 
     Goes on where an interrupted preparation of the same run stopped.
@@ -130,12 +126,14 @@ def prepare_data(recipe: Recipe, run: Run, console: Console) -> tuple[Recipe, Da
     folder = Path(recipe.data.source)
     if not is_prepared(folder):
         folder = run.data
-        if not (is_prepared(folder) and run.has_checkpoint()):
+        if not all(is_prepared(folder, split) for split in SPLITS_USED):
             recipe, source = find_source(recipe, console)
             prepare_source(recipe, source, run, console)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    if resume and run.tokenizer.exists() and Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{folder} now has another tokenizer than {run.path} began with; start a new run")
+    shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED]
     tokenizer.save(run.tokenizer)
-    shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in ("train", "validation")]
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
 
@@ -183,8 +181,8 @@ def most_tokens(recipe: Recipe, peak: float) -> int | None:
     if budget.epochs is not None:
         return None
     if budget.minutes is not None:
-        # At the speed of a bare matrix product, which no training step reaches.
-        needed = 60 * budget.minutes * peak / recipe.model.flops_per_token
+        # At half the speed of a bare matrix product, which few training steps reach.
+        needed = 60 * budget.minutes * peak / 2 / recipe.model.flops_per_token
     else:
         needed = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
     # Validation is held out of the same stream, and the last batch must fill up.
@@ -209,7 +207,8 @@ def describe(recipe: Recipe, runtime: Runtime, data: Data, budget: Budget, peak:
         + (f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""),
         f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
         f"budget     {extent}",
-        f"machine    {runtime.describe()}; one large matrix product: {peak / 1e12:.3g} TFLOP/s",
+        f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
+        f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",
     ]
 
 

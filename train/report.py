@@ -8,25 +8,29 @@ from engine.run import Run, versions
 from train.tracking import read_metrics
 
 
-def write_report(run: Run, recipe: Recipe, evaluation: dict[str, float], machine: str, peak_memory: int) -> None:
-    """Write loss.png and report.md from the run's metrics and its last evaluation."""
+def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> None:
+    """Write report.md and, where matplotlib is installed, loss.png, from the run's metrics."""
     metrics = read_metrics(run.metrics)
-    plotted = plot_loss(metrics, run.loss_plot)
     trained = [line for line in metrics if "loss" in line]
+    evaluated = [line for line in metrics if "validation_loss" in line]
     last: dict[str, Any] = trained[-1] if trained else {}
-    lines = [
-        f"# {recipe.name}: {run.path.name}",
-        "",
-        f"Validation loss **{evaluation['loss']:.4f}** nats per token, "
-        f"**{evaluation['bits_per_byte']:.4f}** bits per byte, perplexity {evaluation['perplexity']:.2f} "
-        f"(over {evaluation['tokens']:,} held-out tokens).",
-        "",
+    lines = [f"# {recipe.name}: {run.path.name}", ""]
+    if evaluated:
+        final = evaluated[-1]
+        lines += [
+            f"Validation loss **{final['validation_loss']:.4f}** nats per token, "
+            f"**{final['validation_bits_per_byte']:.4f}** bits per byte, perplexity "
+            f"{final['validation_perplexity']:.2f} (over {final['validation_tokens']:,} held-out tokens, "
+            f"after step {final['step']:,}).",
+            "",
+        ]
+    lines += [
         f"{last.get('step', 0):,} steps, {last.get('tokens', 0):,} tokens, {last.get('epoch', 0):.2f} epochs, "
         f"{last.get('seconds', 0) / 60:.1f} minutes, {last.get('tokens_per_second', 0):,.0f} tokens/s, "
         f"{100 * last.get('mfu', 0):.0f}% of the machine's measured peak, "
         f"{peak_memory / 2**30:.2f} GiB at most, on {machine}.",
         "",
-        *(["![loss](loss.png)", ""] if plotted else []),
+        *(["![loss](loss.png)", ""] if plot_loss(metrics, run.loss_plot) else []),
         "| setting | value |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in _flat(to_dict(recipe)) if value is not None),
@@ -47,9 +51,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = [line for line in metrics if "loss" in line]
-    tokens_at = {line["step"]: line["tokens"] for line in trained}
-    validated = [line for line in metrics if "validation_loss" in line and line["step"] in tokens_at]
+    # A loss that was not finite is null.
+    trained = [line for line in metrics if line.get("loss") is not None]
+    validated = [line for line in metrics if line.get("validation_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(
         [line["tokens"] for line in trained],
@@ -59,7 +63,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
         label="training",
     )
     axes.plot(
-        [tokens_at[line["step"]] for line in validated],
+        [line["tokens"] for line in validated],
         [line["validation_loss"] for line in validated],
         color="#c2410c",
         marker="o",
@@ -72,6 +76,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
             f"validation loss {final['validation_loss']:.3f}, {final['validation_bits_per_byte']:.3f} bits per byte",
             fontsize=11,
         )
+    if trained:
         # The first steps fall from ln(vocabulary): shown whole, they would flatten everything that follows.
         low = min(line["loss"] for line in trained)
         high = sorted(line["loss"] for line in trained)[int(0.97 * (len(trained) - 1))]

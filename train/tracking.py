@@ -1,12 +1,15 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb when asked. The console (cli/console.py) is one too."""
 
+import importlib.util
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.checkpoint import write_atomically
 from engine.errors import InputError
 
 Metrics = Mapping[str, Any]
@@ -27,11 +30,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step] if step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
 
     def log(self, metrics: Metrics) -> None:
-        self.file.write(json.dumps(dict(metrics)) + "\n")
+        # JSON has no NaN: a number that is not one is null.
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self.file.write(json.dumps(values) + "\n")
 
     def say(self, message: str) -> None:
         pass
@@ -51,14 +59,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def require_wandb() -> None:
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb needs the wandb package: pip install wandb")
+
+
 class Wandb:
     """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later."""
 
     def __init__(self, folder: Path, name: str, config: Metrics, say: Callable[[str], None]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("--wandb needs the wandb package: pip install wandb") from None
+        import wandb
+
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not (os.environ.get("WANDB_API_KEY") or _has_login()):
             mode = "offline"

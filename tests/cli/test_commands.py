@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,6 +146,8 @@ MISTAKES = {
     "not a setting": (["train", "nano", "--set", "blocks"], "path=value"),
     "impossible shape": (["train", "nano", "--set", "model.heads=3"], "multiple of"),
     "two budgets": (["train", "nano", "--steps", "3", "--minutes", "3"], "exactly one"),
+    "endless budget": (["train", "nano", "--minutes", "inf"], "finite"),
+    "no number": (["train", "nano", "--tokens", "nan"], "finite"),
     "negative budget": (["train", "nano", "--steps", "-3"], "above 0"),
     "no such device": (["train", "nano", "--device", "tpu"], "--device"),
     "no such precision": (["train", "nano", "--precision", "int3"], "bf16"),
@@ -203,6 +207,58 @@ def test_an_interrupted_preparation_goes_on_with_resume(gpt: Gpt, monkeypatch: p
     assert Path("run/tokenizer.model").read_bytes() == tokenizer
 
 
+def test_what_is_tokenized_is_kept_when_the_preparation_fails_on_the_way(
+    gpt: Gpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.errors import InputError
+    from train import pretrain
+
+    honest = pretrain.prepare
+
+    def full(source: Any, tokenizer: Any, folder: Any, split: str, **options: Any) -> Any:
+        if split == "validation":
+            raise InputError("the disk is full")
+        return honest(source, tokenizer, folder, split, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "prepare", full)
+        assert gpt("train", "nano", "--steps", "1", "--out", "run", *SMALL).code == 2
+    tokens = Path("run/data/train/00000.tokens")
+    before = tokens.stat().st_mtime_ns
+    assert "--resume" in gpt("train", "nano", "--steps", "1", "--out", "run", *SMALL).err
+    assert gpt("train", "nano", "--out", "run", "--resume").code == 0
+    assert tokens.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("mistake", [["--set", "bogus=1"], ["--data", "missing.txt"], ["--device", "tpu"]], ids=str)
+def test_overwrite_deletes_nothing_for_a_command_that_cannot_work(gpt: Gpt, trained: Path, mistake: list[str]) -> None:
+    result = gpt("train", "nano", "--out", str(trained), "--overwrite", "--steps", "1", *SMALL, *mistake)
+    assert result.code == 2
+    assert gpt("info", str(trained)).code == 0 and (trained / "checkpoints/step-00000002/manifest.json").exists()
+
+
+def test_overwrite_deletes_nothing_that_is_not_a_run(gpt: Gpt) -> None:
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text('{"model_type": "other"}')
+    assert gpt("train", "nano", "--out", "theirs", "--overwrite", "--steps", "1", *SMALL).code == 2
+    assert Path("theirs/config.json").exists()
+
+
+def test_resuming_on_data_that_was_prepared_anew_is_refused(gpt: Gpt) -> None:
+    def prepare(word: str) -> None:
+        Path("words.txt").write_text("<|endoftext|>\n".join(f"A {word} story, number {n}.\n" for n in range(300)))
+        shutil.rmtree("ready", ignore_errors=True)
+        assert gpt("data", "prepare", "words.txt", "--out", "ready", "--vocab-size", "300").code == 0
+
+    prepare("little")
+    assert gpt("train", "nano", "--data", "ready", "--steps", "1", "--out", "run", *SMALL).code == 0
+    tokenizer = Path("run/tokenizer.model").read_bytes()
+    prepare("quite different")
+    refused = gpt("train", "nano", "--out", "run", "--resume", "--steps", "2")
+    assert refused.code == 2 and "another tokenizer" in refused.err
+    assert Path("run/tokenizer.model").read_bytes() == tokenizer
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_the_step_and_says_how_to_go_on(gpt: Gpt, number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "cli", "train", "nano", "--steps", "100000", "--out", "run", *SMALL]
@@ -214,7 +270,7 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(gpt: Gpt, number: s
         process.send_signal(number)
         said = process.stdout.read()
     assert process.returncode == code
-    assert f"{number.name}: finishing this step" in said and "gpt train nano --out run --resume" in said
+    assert f"{number.name}: stopping after step" in said and "gpt train nano --out run --resume" in said
     assert gpt("train", "nano", "--out", "run", "--resume", "--steps", "1").code == 0
 
 

@@ -200,3 +200,25 @@ def test_an_argument_that_does_not_fit_is_named(match: str, change: dict[str, An
     }
     with pytest.raises(ValueError, match=match):
         linear_cross_entropy(**(given | change))
+
+
+def test_without_gradients_there_is_one_matrix_product_per_block() -> None:
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Products.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight = torch.randn(8, 4), torch.randn(16, 4, requires_grad=True)
+    with torch.no_grad(), Products():
+        linear_cross_entropy(hidden, weight, torch.arange(8))
+    assert Products.count == 1
+
+
+def test_the_mean_in_half_precision_keeps_small_gradients() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, 8).half(), torch.randn(512, 8)
+    weight.requires_grad_()
+    (2.0**14 * linear_cross_entropy(hidden, weight, torch.randint(0, 512, (4096,)))).backward()
+    assert weight.grad is not None and (weight.grad != 0).float().mean() > 0.99

@@ -40,7 +40,7 @@ def test_the_loss_is_that_of_each_document_read_piece_by_piece(
         text_bytes += len(tokenizer.decode(ids.tolist()).encode())
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
-            logits = model.logits(model(piece[None, :-1]))[0]
+            logits = model.logits(model(piece[None, :-1]))[0].detach()
             nats += float(F.cross_entropy(logits, piece[1:], reduction="sum"))
             count += len(piece) - 1
     result = evaluate_loss(model, shards, tokenizer.byte_lengths, tokens=10**9, tokens_per_batch=100)
@@ -53,7 +53,22 @@ def test_the_loss_is_that_of_each_document_read_piece_by_piece(
 def test_no_more_is_read_than_asked_for(tokenizer: Tokenizer, shards: TokenShards) -> None:
     model = small_model(tokenizer.vocab_size, 32)
     result = evaluate_loss(model, shards, tokenizer.byte_lengths, tokens=150, tokens_per_batch=100)
-    assert result["tokens"] == 200
+    first = shards.lengths.cumsum()
+    assert result["tokens"] == first[first >= 150][0]
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 64, 10_000])
+def test_the_loss_does_not_depend_on_how_much_is_read_at_a_time(
+    tokenizer: Tokenizer, shards: TokenShards, tokens_per_batch: int
+) -> None:
+    model = small_model(tokenizer.vocab_size, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # so that what a token has seen matters
+    options = {"tokens": 1000, "tokens_per_batch": 500}
+    expected = evaluate_loss(model, shards, tokenizer.byte_lengths, **options)
+    result = evaluate_loss(model, shards, tokenizer.byte_lengths, **{**options, "tokens_per_batch": tokens_per_batch})
+    assert result == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_leaves_the_model_in_training(tokenizer: Tokenizer, shards: TokenShards) -> None:

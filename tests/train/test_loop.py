@@ -173,13 +173,39 @@ def test_the_checkpoint_is_saved_before_evaluation_and_sampling(
     small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError("evaluation took it all")
+        raise ArithmeticError("evaluation broke down")
 
     monkeypatch.setattr(pretrain, "evaluate_loss", broken)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ArithmeticError):
         train(override(small, "loop.evaluate_every", 4))
     found = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.step == 4
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_left_out(
+    small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("evaluation took it all")
+
+    monkeypatch.setattr(pretrain, "evaluate_loss", greedy)
+    outcome, recorder = train(override(small, "loop.evaluate_every", 4))
+    assert outcome.step == 6 and outcome.evaluation == {}
+    assert sum("out of memory while evaluating" in line for line in recorder.said) == 2
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_resume_past_damaged_checkpoints_keeps_what_it_saves(small: Recipe, train: Train, tmp_path: Path) -> None:
+    small = override(override(small, "loop.save_every", 2), "loop.keep", 3)
+    train(small)
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (4, 6):
+        (folder / f"step-{step:08d}" / "state.json").write_text("{}")
+    outcome, recorder = train(override(small, "loop.keep", 1), resume=True)
+    assert any("after step 2" in line for line in recorder.said)
+    assert outcome.step == 6
+    outcome.checkpoint.verify()
+    assert {path.name for path in folder.glob("damaged-*")} == {"damaged-step-00000004", "damaged-step-00000006"}
 
 
 def test_evaluations_are_recorded_with_their_checkpoints(small: Recipe, train: Train, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class Batch:
 
     def split(self, parts: int) -> list["Batch"]:
         """Cut into parts of equal token counts. A sequence at a cut becomes two."""
+        if parts == 1:
+            return [self]
         size, rest = divmod(len(self.tokens), parts)
         if rest:
             raise ValueError(f"{len(self.tokens)} tokens do not divide into {parts} equal parts")
@@ -200,10 +202,14 @@ class PackedLoader:
             epoch, position = epoch + 1, 0
 
     def _read(self, plan: list[Part]) -> Batch:
-        inputs, targets = zip(*(self.shards.read(*part) for part in plan), strict=True)
-        bounds = np.cumsum([0, *(length for _, _, length in plan)])
-        tokens, learnt = (torch.from_numpy(np.concatenate(arrays).astype(np.int64)) for arrays in (inputs, targets))
-        return Batch(tokens, learnt, torch.from_numpy(bounds.astype(np.int32)), self.context)
+        return pack([self.shards.read(*part) for part in plan], self.context)
+
+
+def pack(sequences: list[tuple[np.ndarray, np.ndarray]], context: int) -> Batch:
+    """Inputs and targets of several sequences, end to end."""
+    inputs, targets = (np.concatenate(arrays).astype(np.int64) for arrays in zip(*sequences, strict=True))
+    bounds = np.cumsum([0, *(len(sequence) for sequence, _ in sequences)]).astype(np.int32)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(bounds), context)
 
 
 class _Prefetcher(Iterator[tuple[Batch, Cursor]]):

@@ -211,9 +211,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_prepared(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds data that `prepare` has finished, with its tokenizer: usable as data by itself."""
-    return (Path(folder) / TOKENIZER).is_file() and any(Path(folder).glob(f"*/{INDEX}"))
+def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:
+    """Whether a folder holds a split (any, unless named) that `prepare` has finished, with its tokenizer."""
+    return (Path(folder) / TOKENIZER).is_file() and any(Path(folder).glob(f"{split}/{INDEX}"))
 
 
 class TokenShards:

@@ -141,7 +141,7 @@ class StoriesSource(Source):
     """The stories that the program writes itself."""
 
     def describe(self) -> str:
-        return "stories: written by the program as it trains"
+        return "stories: written by the program itself"
 
     def identity(self) -> list[Any]:
         # A changed writer shows in its first stories.
@@ -201,8 +201,8 @@ class HubSource(Source):
             import datasets
             from huggingface_hub import constants
         except ImportError:
-            raise InputError(
-                f"{self.name} needs a package: pip install datasets; or use --data stories or a file"
+            raise HubUnreachable(
+                f"{self.name}: the datasets package is missing; pip install datasets, or use --data stories or a file"
             ) from None
         # Offline, only a copy that was downloaded whole will do, and such copies are not streamed.
         offline = constants.HF_HUB_OFFLINE
