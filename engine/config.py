@@ -131,7 +131,9 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if len(chosen) != 1:
-            raise InputError(f"a run needs exactly one of steps, tokens, epochs, minutes; it has {chosen or 'none'}")
+            raise InputError(
+                f"a run needs exactly one of --steps, --tokens, --epochs, --minutes; it has {chosen or 'none'}"
+            )
         ((name, value),) = chosen.items()
         if not 0 < value < math.inf:
             raise InputError(f"budget.{name} is {value}; it must be above 0, and finite")
