@@ -189,6 +189,3 @@ class GPT(nn.Module):
         """Sum over the targets (-100 does not count) of the cross-entropy in nats. fp32, no dimensions."""
         hidden = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return linear_cross_entropy(hidden, self.head.weight, targets, reduction="sum")
-
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())

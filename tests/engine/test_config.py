@@ -41,7 +41,7 @@ def test_presets_have_the_shapes_and_parameter_counts_of_the_design(
     assert (config.vocab_size, config.width, config.blocks, config.heads, config.context) == shape
     assert config.parameters / 1e6 == pytest.approx(millions, rel=0.025)
     with torch.device("meta"):
-        assert GPT(config).parameter_count() == config.parameters
+        assert sum(parameter.numel() for parameter in GPT(config).parameters()) == config.parameters
 
 
 def test_an_unknown_preset_lists_those_there_are() -> None:
