@@ -72,3 +72,35 @@ def bench_quality(
         f"after {trained['tokens']:,} tokens in {trained['seconds']:.0f} s"
     )
     print(f"written to {write_result('quality-plain', machine, result)}")
+
+
+def bench_compile(
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Compile the attention kernels for sm_80, sm_89 and sm_90, GPU or not: registers, spills, shared memory.
+
+    Example: gpt bench-compile --dtype fp16
+    """
+    import json
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from bench.compile_report import report
+    from engine.run import versions
+
+    table = Table("kernel", "arch", "head dim", "tile", "registers", "spilled", "shared", "wgmma")
+    lines = []
+    for line in report(dtype=dtype):
+        lines.append(line)
+        tile = line["tile"]
+        size = f"{tile['queries']}x{tile['keys']}, {tile['warps']} warps, {tile['stages']} stages"
+        shared = f"{line['shared_bytes'] / 1024:.0f} of {line['shared_limit'] / 1024:.0f} KiB"
+        row = (line["kernel"], line["architecture"], line["head_dim"], size, line["registers"], line["spilled_bytes"])
+        table.add_row(*map(str, row), shared, "yes" if line["wgmma"] else "no")
+    Console(highlight=False).print(table)
+    path = Path("bench/results") / f"compile-{dtype}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"versions": versions(), "kernels": lines}, indent=1) + "\n")
+    print(f"written to {path}")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference, visible
+from kernels.backend import backend
 
 
 def flash_attention(
@@ -39,12 +40,59 @@ def flash_attention(
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check(q, k, v, packed=packed, window=window, softcap=softcap)
+    if backend(q.device) == "triton" and q.dtype != torch.float64:
+        return _triton(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, return_lse
+        )
     if not packed:
         out, lse = _dense(q, k, v, causal, scale, window, softcap, return_lse)
         return (out, lse) if return_lse and lse is not None else out
     return _packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window, softcap, return_lse
     )
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    # Imported here: a machine that runs the torch backend needs no Triton.
+    from kernels.attention.operators import attention_forward
+
+    if not 1 <= q.shape[-1] <= 256:
+        raise ValueError(f"q has head dim {q.shape[-1]}; expected 1 to 256 (GPT_KERNELS=torch takes any)")
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        longest_q, longest_k = q.shape[1], k.shape[1]
+    else:
+        longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        longest_k = _longest("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        if cu_seqlens_q is None or cu_seqlens_k is None or len(cu_seqlens_q) != len(cu_seqlens_k):
+            raise ValueError("cu_seqlens_q and cu_seqlens_k hold different numbers of sequences; expected the same")
+    # The kernels read whole rows: the last dimension must be dense, the others may have any stride.
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, scale, window, softcap
+    )
+    return (out, lse) if return_lse else out
+
+
+def _longest(name: str, boundaries: Tensor | None, tokens: int, longest: int | None) -> int:
+    """The longest sequence. To look makes a GPU wait: there, boundaries that come with their max_seqlen are trusted."""
+    if longest is not None and boundaries is not None and boundaries.is_cuda:
+        return longest
+    starts = _check_boundaries(name, boundaries, tokens, longest)
+    return max((end - start for start, end in pairwise(starts)), default=0)
 
 
 # The loop over sequences depends on data: torch.compile would unroll it, and compile anew for every batch.

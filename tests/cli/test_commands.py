@@ -25,6 +25,7 @@ COMMANDS = [
     ("data", "show"),
     ("bench-train",),
     ("bench-quality",),
+    ("bench-compile",),
 ]
 
 

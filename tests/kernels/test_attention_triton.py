@@ -1,0 +1,214 @@
+"""The Triton kernels, interpreted where there is no GPU, held to float64 by the rule of the torch backend."""
+
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model import GPT
+from kernels import flash_attention
+from kernels.attention.reference import attention_reference
+from kernels.backend import backend, why_not_triton
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bf16 wrongly (it takes the bits for numbers).
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GPT_KERNELS", "triton")
+    assert DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    # What the kernels do not write must not look right by chance.
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    yield
+
+
+def poisoned(make: Any) -> Any:
+    def filled(*arguments: Any, **options: Any) -> Tensor:
+        tensor: Tensor = make(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return filled
+
+
+def run(attend: Any, tensors: list[Tensor], weights: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """out, lse, dq, dk, dv of a weighted sum of out and of the finite part of lse."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    out, lse = attend(*leaves, **options)
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    ((out * weights[0].to(dtype)).sum() + (finite * weights[1].to(finite.dtype)).sum()).backward()
+    return [out.detach(), lse.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def check(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    for name, mine, peer, truth in zip(("out", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert not mine.isnan().any(), f"{name} is NaN"
+        assert torch.equal(mine.isinf(), truth.isinf()), f"{name}: not the same infinities"
+        finite = truth.isfinite()
+        if finite.any():
+            error = (mine.double() - truth)[finite].abs().max().item()
+            allowed = (peer.double() - truth)[finite].abs().max().item()
+            largest = truth[finite].abs().max().item()
+            tiny = 2e-6 * (1 + largest) + torch.finfo(mine.dtype).eps / 2 * largest
+            assert error <= 2 * allowed + tiny, f"{name} is off by {error:.3g}; plain PyTorch by {allowed:.3g}"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    key_heads = draw(st.sampled_from([1, 2]))
+    return {
+        "batch": draw(st.sampled_from([1, 2])),
+        "queries": draw(st.integers(1, 90)),
+        "keys": draw(st.integers(1, 90)),
+        "key_heads": key_heads,
+        "heads": key_heads * draw(st.sampled_from([1, 2])),
+        "head_dim": draw(st.sampled_from([16, 24, 32, 64, 80])),
+        "options": {
+            "causal": draw(st.booleans()),
+            "window": draw(st.sampled_from([None, None, 1, 7, 40, 1000])),
+            "softcap": draw(st.sampled_from([None, None, 3.0, 30.0])),
+        },
+        "strided": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def make(case: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(case["seed"])
+
+    def random(*shape: int) -> Tensor:
+        if case["strided"]:  # heads before tokens in memory, and a gap between rows
+            shape = (shape[0], shape[2], shape[1], shape[3] + 8)
+            return torch.randn(shape, generator=generator).transpose(1, 2)[..., :-8].to(DEVICE)
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    q = random(case["batch"], case["queries"], case["heads"], case["head_dim"])
+    k, v = (random(case["batch"], case["keys"], case["key_heads"], case["head_dim"]) for _ in "kv")
+    lse_weight = torch.randn(case["batch"], case["heads"], case["queries"], generator=generator).to(DEVICE)
+    return [q, k, v], [torch.randn(q.shape, generator=generator).to(DEVICE), lse_weight]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=20)
+@given(case=cases())
+def test_outputs_and_gradients_are_within_twice_the_error_of_plain_pytorch(
+    case: dict[str, Any], dtype: torch.dtype
+) -> None:
+    tensors, weights = make(case)
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    exact = run(attention_reference, tensors, weights, torch.float64, **case["options"])
+    plain = run(attention_reference, tensors, weights, dtype, **case["options"])
+    check(run(flash_attention, tensors, weights, dtype, return_lse=True, **case["options"]), plain, exact)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+def test_large_heads(head_dim: int) -> None:
+    case = {"batch": 1, "queries": 70, "keys": 70, "key_heads": 1, "heads": 1, "strided": False, "seed": 0}
+    tensors, weights = make({**case, "head_dim": head_dim})
+    exact = run(attention_reference, tensors, weights, torch.float64)
+    plain = run(attention_reference, tensors, weights, torch.float32)
+    check(run(flash_attention, tensors, weights, torch.float32, return_lse=True), plain, exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False, "softcap": 2.0}], ids=str)
+def test_packed_sequences_empty_and_single_ones_too_equal_the_sequences_one_by_one(options: dict[str, Any]) -> None:
+    lengths = [33, 0, 1, 70, 5]
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    bounds = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    torch.manual_seed(0)
+    tensors = [torch.randn(starts[-1], heads, 16, device=DEVICE) for heads in (4, 2, 2)]
+    weights = [torch.randn(starts[-1], 4, 16, device=DEVICE), torch.randn(4, starts[-1], device=DEVICE)]
+    options = {**options, "return_lse": True}
+    bounds_of = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    together = run(flash_attention, tensors, weights, torch.float32, **bounds_of, **options)
+    for start, end in pairwise(starts):
+        if start == end:
+            continue
+        part = [tensor[None, start:end] for tensor in tensors]
+        part_weights = [weights[0][None, start:end], weights[1][None, :, start:end]]
+        alone = run(flash_attention, part, part_weights, torch.float32, **options)
+        for index, (mine, single) in enumerate(zip(together, alone, strict=True)):
+            own = mine[:, start:end] if index == 1 else mine[start:end]
+            torch.testing.assert_close(own, single[0], rtol=1e-5, atol=1e-5)
+
+
+def test_it_gives_the_same_bits_every_time() -> None:
+    case = {"batch": 2, "queries": 80, "keys": 80, "key_heads": 1, "heads": 2, "head_dim": 32}
+    tensors, weights = make({**case, "strided": False, "seed": 1})
+    first, second = (run(flash_attention, tensors, weights, torch.float32, return_lse=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_operators_keep_their_promises_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.attention.operators import attention_forward
+
+    q, k, v = (torch.randn(1, 20, heads, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1))
+    torch.library.opcheck(attention_forward, (q, k, v, None, None, 20, 20, True, 0.25, None, None))
+    bounds = torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+    packed = [tensor.detach()[0].requires_grad_() for tensor in (q, k, v)]
+    torch.library.opcheck(attention_forward, (*packed, bounds, bounds, 13, 13, True, 0.25, 5, 2.0))
+
+
+def test_torch_compile_takes_it_whole() -> None:
+    q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attention(q, k, v)
+        assert isinstance(out, Tensor)
+        return out.square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    gradients = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_head_too_large_is_refused_by_name() -> None:
+    q = torch.randn(1, 4, 1, 288, device=DEVICE)
+    with pytest.raises(ValueError, match="q has head dim 288"):
+        flash_attention(q, q, q)
+
+
+def test_the_model_learns_the_same_through_either_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=50, width=32, blocks=2, heads=2, context=32)).to(DEVICE)
+    tokens = torch.randint(0, 50, (64,), device=DEVICE)
+    bounds = torch.tensor([0, 20, 21, 52, 64], dtype=torch.int32, device=DEVICE)
+    gradients = []
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("GPT_KERNELS", name)
+        loss = model.loss(tokens, tokens.roll(-1), cu_seqlens=bounds)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backend_is_torch_on_a_cpu_and_what_was_asked_for_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPT_KERNELS")
+    assert backend(torch.device("cpu")) == "torch"
+    monkeypatch.setenv("GPT_KERNELS", "triton")
+    assert backend(torch.device("cpu")) == "triton"
+    monkeypatch.setenv("GPT_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="expected torch or triton"):
+        backend(torch.device("cpu"))
+
+
+def test_the_probe_launches_a_kernel_and_tells_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernels.probe
+
+    assert why_not_triton(torch.device(DEVICE)) is None
+    why_not_triton.cache_clear()
+    monkeypatch.setattr(kernels.probe, "_double_kernel", None)
+    assert "TypeError" in (why_not_triton(torch.device(DEVICE)) or "")
+    why_not_triton.cache_clear()
