@@ -90,13 +90,13 @@ def bench_compile(
     from bench.compile_report import report
     from engine.run import versions
 
-    table = Table("kernel", "arch", "head dim", "tile", "registers", "spilled", "shared", "wgmma")
+    table = Table("kernel", "arch", "dim", "tile, warps, stages", "registers", "spilled", "shared KiB", "wgmma")
     lines = []
     for line in report(dtype=dtype):
         lines.append(line)
         tile = line["tile"]
-        size = f"{tile['queries']}x{tile['keys']}, {tile['warps']} warps, {tile['stages']} stages"
-        shared = f"{line['shared_bytes'] / 1024:.0f} of {line['shared_limit'] / 1024:.0f} KiB"
+        size = f"{tile['queries']}x{tile['keys']}, {tile['warps']}, {tile['stages']}"
+        shared = f"{line['shared_bytes'] / 1024:.0f} of {line['shared_limit'] / 1024:.0f}"
         row = (line["kernel"], line["architecture"], line["head_dim"], size, line["registers"], line["spilled_bytes"])
         table.add_row(*map(str, row), shared, "yes" if line["wgmma"] else "no")
     Console(highlight=False).print(table)
