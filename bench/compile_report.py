@@ -1,4 +1,4 @@
-"""Compile every attention kernel at its row of the tile table, without a GPU: registers, spills, shared memory, wgmma.
+"""Compile every attention kernel at every row of the tile table, without a GPU: registers, spills, shared memory.
 
 Runs as a program of its own (`python -m bench.compile_report`), one JSON line per kernel: an assertion inside the
 compiler ends the process, and where kernels are interpreted (TRITON_INTERPRET) there is nothing to compile.
@@ -14,17 +14,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 89, 90)
+from kernels.tiles import Tile, rows
+
+ARCHITECTURES = (80, 89, 90, 100)
 HEAD_DIMS = (32, 64, 128, 256)
+KERNELS = ("forward", "keys", "queries")
 # Of one program, in bytes: what the architecture has per multiprocessor, less what the system keeps.
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP32 = ("lse_ptr", "delta_ptr")
 
 
 def report(
     architectures: Sequence[int] = ARCHITECTURES, head_dims: Sequence[int] = HEAD_DIMS, dtype: str = "bf16"
 ) -> Iterator[dict[str, Any]]:
-    """What the compiler says of each kernel, architecture and head dim, compiled in a process per architecture."""
+    """What the compiler says of each kernel, architecture, head dim and row, in a process per architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compile_report", dtype, ",".join(map(str, head_dims))]
     root = Path(__file__).resolve().parent.parent
@@ -39,7 +43,7 @@ def report(
             raise RuntimeError(f"the compiler ended with {process.returncode}; what it printed stands above")
 
 
-def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str) -> dict[str, Any]:
+def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str, tile: Tile) -> dict[str, Any]:
     """Causal and packed, as training uses it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -47,13 +51,13 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str) -> d
 
     from kernels.attention.backward import dk_dv_kernel, dq_kernel
     from kernels.attention.forward import forward_kernel
-    from kernels.tiles import row
 
     kernel = {"forward": forward_kernel, "keys": dk_dv_kernel, "queries": dq_kernel}[name]
-    tile = row(name, architecture, head_dim)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_T": tile.queries,
         "BLOCK_S": tile.keys, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
+        "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize,
+        "SPLIT": tile.split,
     }  # fmt: skip
     signature, values, attributes = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):
@@ -75,6 +79,7 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str) -> d
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    ptx = compiled.asm["ptx"]
     return {
         "kernel": name,
         "architecture": architecture,
@@ -85,13 +90,17 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str) -> d
         "spilled_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[architecture],
-        "wgmma": "wgmma" in compiled.asm["ptx"],
-        "async_copy": "cp.async" in compiled.asm["ptx"],
+        "warps": compiled.metadata.num_warps,
+        "wgmma": "wgmma" in ptx or "tcgen05.mma" in ptx,
+        "tma": "cp.async.bulk.tensor" in ptx,
+        "async_copy": "cp.async" in ptx,
+        "specialized": "setmaxnreg" in ptx,
     }
 
 
 if __name__ == "__main__":
     element, sizes, target = sys.argv[1:]
     for size in map(int, sizes.split(",")):
-        for each in ("forward", "keys", "queries"):
-            print(json.dumps(compile_kernel(each, int(target), size, element)), flush=True)
+        for each in KERNELS:
+            for row in rows(each, int(target), size, ELEMENT_SIZE[element]):
+                print(json.dumps(compile_kernel(each, int(target), size, element, row)), flush=True)

@@ -1,7 +1,9 @@
-"""Tile sizes: one row per kernel, architecture and head dim, each with its reason.
+"""Tile sizes: per kernel, family of architectures and head dim, the row that runs, then others that wait to be timed.
 
-Registers and spills are what the compiler reports for bf16, causal and packed (Triton 3.7); none of the rows spills.
-No row has been timed yet.
+Registers (of 255 a thread) and shared memory are what the compiler says of bf16, causal and packed (Triton 3.7); no
+row spills. No row has been timed yet: what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as
+long as its products at D = 64, twice as long at 32 and half as long at 128, so that smaller heads want more warps on a
+multiprocessor (65,536 registers): the products of some fill the exponentials of others.
 """
 
 from dataclasses import dataclass
@@ -11,50 +13,130 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys per block, warps per program, stages of the load pipeline."""
+    """Queries and keys per block, warps per program, stages of the load pipeline.
+
+    descriptors: tiles are loaded by the copy engine (TMA). specialize: by warps of their own (forward kernel only).
+    split: tiles that need no mask have a loop of their own ("keys" only; the other kernels always do so).
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
+    specialize: bool = False
+    split: bool = True
 
 
-# (kernel, sm_90 or newer, largest head dim): tile
-TABLE = {
-    ("forward", True, 32): Tile(128, 64, 4, 3),  # 190 registers
-    ("forward", True, 64): Tile(128, 128, 8, 2),  # 195 registers; 128/64 with 3 stages: 121
-    ("forward", True, 128): Tile(128, 128, 8, 2),  # 232 registers, 160 KiB shared
-    ("forward", True, 256): Tile(64, 64, 8, 2),  # 228 registers, 160 KiB shared
-    ("keys", True, 32): Tile(64, 128, 8, 2),  # 190 registers
-    ("keys", True, 64): Tile(64, 128, 8, 2),  # 243 registers
-    ("keys", True, 128): Tile(32, 128, 8, 2),  # 230 registers; 64/128 spills, 64/64 takes all 255
-    ("keys", True, 256): Tile(32, 32, 8, 1),  # 167 registers; 16/64 spills
-    ("queries", True, 32): Tile(128, 64, 8, 3),  # 120 registers
-    ("queries", True, 64): Tile(128, 64, 8, 3),  # 127 registers
-    ("queries", True, 128): Tile(128, 64, 8, 3),  # 167 registers
-    ("queries", True, 256): Tile(32, 32, 8, 1),  # 128 registers; 64/32 spills
-    ("forward", False, 32): Tile(128, 64, 4, 2),  # 187 registers
-    ("forward", False, 64): Tile(64, 64, 4, 2),  # 180 registers
-    ("forward", False, 128): Tile(64, 64, 8, 2),  # 158 registers, 56 KiB shared
-    ("forward", False, 256): Tile(64, 32, 8, 1),  # 200 registers, 52 KiB shared
-    ("keys", False, 32): Tile(32, 64, 4, 2),  # 128 registers
-    ("keys", False, 64): Tile(32, 64, 4, 2),  # 175 registers
-    ("keys", False, 128): Tile(32, 64, 8, 2),  # 170 registers, 53 KiB shared
-    ("keys", False, 256): Tile(16, 32, 8, 1),  # 164 registers, 56 KiB shared; 16/16 spills
-    ("queries", False, 32): Tile(64, 32, 4, 2),  # 96 registers
-    ("queries", False, 64): Tile(64, 32, 4, 2),  # 134 registers
-    ("queries", False, 128): Tile(64, 32, 4, 2),  # 202 registers
-    ("queries", False, 256): Tile(32, 16, 8, 1),  # 128 registers
+# (kernel, family, largest head dim)
+TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
+    ("forward", "sm_90", 32): (
+        Tile(128, 64, 4, 3, True),  # 167 registers: three programs at a time
+        Tile(128, 128, 8, 3, True),  # 153
+        Tile(64, 128, 4, 3, True),  # 150
+        Tile(128, 128, 4, 2, True, True),
+    ),
+    ("forward", "sm_90", 64): (
+        Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
+        Tile(128, 128, 8, 2, True),  # 164
+        Tile(128, 128, 8, 3, True),  # 164
+        Tile(128, 64, 4, 3, True, True),
+        Tile(128, 128, 4, 2, True, True),
+    ),
+    ("forward", "sm_90", 128): (
+        Tile(128, 128, 8, 2, True),  # 200 registers, 161 KiB
+        Tile(128, 64, 8, 3, True),  # 164
+        Tile(64, 64, 4, 3, True),  # 145, 113 KiB: two programs at a time
+        Tile(128, 64, 4, 3, True, True),
+        Tile(128, 128, 4, 2, True, True),
+        Tile(128, 128, 8, 2),  # 246: what descriptors save
+    ),
+    ("forward", "sm_90", 256): (
+        Tile(64, 64, 8, 2, True),  # 181 registers, 161 KiB
+        Tile(128, 64, 8, 2, True),  # 249
+    ),
+    ("keys", "sm_90", 32): (
+        Tile(64, 128, 8, 2, True),  # 244 registers
+        Tile(64, 64, 4, 3, True, split=False),  # 215
+        Tile(64, 128, 8, 2, True, split=False),  # 218
+    ),
+    ("keys", "sm_90", 64): (
+        Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
+        Tile(64, 128, 8, 3, True, split=False),  # 239
+        Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
+        Tile(64, 128, 8, 2, split=False),  # 219
+    ),
+    # In one loop: two, or 64 queries, spill.
+    ("keys", "sm_90", 128): (
+        Tile(32, 128, 8, 2, True, split=False),  # 254 registers, 96 KiB
+        Tile(64, 64, 8, 2, True, split=False),  # 248
+    ),
+    ("keys", "sm_90", 256): (Tile(32, 32, 8, 1, True, split=False),),  # 178 registers; in two loops it spills
+    ("queries", "sm_90", 32): (
+        Tile(64, 64, 4, 3, True),  # 113 registers: four programs at a time
+        Tile(128, 64, 8, 3, True),  # 113
+        Tile(128, 128, 8, 3, True),  # 177
+    ),
+    ("queries", "sm_90", 64): (
+        Tile(128, 64, 8, 3, True),  # 122 registers: two programs at a time
+        Tile(64, 64, 4, 3, True),  # 122
+        Tile(128, 128, 8, 2, True),  # 216
+    ),
+    ("queries", "sm_90", 128): (
+        Tile(128, 64, 8, 2, True),  # 182 registers, 128 KiB
+        Tile(128, 64, 8, 3, True),  # 180
+        Tile(64, 64, 4, 2, True),  # 173, 97 KiB: two programs at a time
+        Tile(128, 128, 8, 2, True),  # 245
+    ),
+    ("queries", "sm_90", 256): (
+        Tile(64, 32, 8, 2, True),  # 188 registers; with one stage it spills
+        Tile(32, 32, 8, 1, True),  # 128
+    ),
+    # For sm_80 and sm_89 (99 KiB of shared memory), the larger count of the two. Descriptors are turned back into
+    # pointers there, at the price of spills.
+    ("forward", "sm_80", 32): (Tile(128, 64, 4, 2),),  # 214 registers
+    ("forward", "sm_80", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),  # 181, 191 registers
+    ("forward", "sm_80", 128): (Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),  # 158, 245 registers
+    ("forward", "sm_80", 256): (Tile(64, 32, 8, 1),),  # 202 registers
+    ("keys", "sm_80", 32): (Tile(32, 64, 4, 2),),  # 208 registers
+    ("keys", "sm_80", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),  # 242, 220 registers
+    ("keys", "sm_80", 128): (Tile(32, 64, 8, 2),),  # 234 registers
+    ("keys", "sm_80", 256): (Tile(16, 32, 8, 1),),  # 210 registers
+    ("queries", "sm_80", 32): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),  # 96, 180 registers
+    ("queries", "sm_80", 64): (Tile(64, 32, 4, 2),),  # 134 registers
+    ("queries", "sm_80", 128): (Tile(64, 32, 4, 2),),  # 202 registers
+    ("queries", "sm_80", 256): (Tile(32, 16, 8, 1),),  # 128 registers
+    # Exact fp32 has no tensor cores, and tiles twice the size: for checks, not for speed.
+    ("forward", "fp32", 32): (Tile(64, 32, 4, 1),),
+    ("forward", "fp32", 64): (Tile(32, 32, 4, 1),),
+    ("forward", "fp32", 128): (Tile(32, 16, 8, 1),),
+    ("forward", "fp32", 256): (Tile(16, 16, 8, 1),),
+    ("keys", "fp32", 32): (Tile(32, 32, 4, 1),),
+    ("keys", "fp32", 64): (Tile(32, 32, 4, 1),),
+    ("keys", "fp32", 128): (Tile(16, 16, 4, 1, split=False),),
+    ("keys", "fp32", 256): (Tile(16, 16, 4, 1, split=False),),
+    ("queries", "fp32", 32): (Tile(32, 32, 4, 1),),
+    ("queries", "fp32", 64): (Tile(32, 32, 4, 1),),
+    ("queries", "fp32", 128): (Tile(32, 16, 8, 1),),
+    ("queries", "fp32", 256): (Tile(16, 16, 8, 1),),
 }
 
 
-def tile(kernel: str, device: torch.device, head_dim: int) -> Tile:
-    """The row for a kernel ("forward", "keys" or "queries"), by the device's architecture."""
+def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
+    """The row that runs for a kernel ("forward", "keys" or "queries") and elements of so many bytes on a device."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return row(kernel, 10 * major + minor, head_dim)
+    return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
 
 
-def row(kernel: str, architecture: int, head_dim: int) -> Tile:
-    """The same by number: 80, 89, 90."""
+def rows(kernel: str, architecture: int, head_dim: int, element_size: int) -> tuple[Tile, ...]:
+    """All rows by number of the architecture (80, 89, 90); the first is the one that runs."""
     largest = next(size for size in (32, 64, 128, 256) if head_dim <= size)
-    return TABLE[kernel, architecture >= 90, largest]
+    return TABLE[kernel, family(architecture, element_size), largest]
+
+
+def family(architecture: int, element_size: int) -> str:
+    """ "fp32"; or "sm_90" where there are TMA, wgmma (or its heir) and 227 KiB of shared memory; or "sm_80"."""
+    if element_size > 2:
+        return "fp32"
+    # sm_120, the consumer chip, is younger and yet has none of the three.
+    return "sm_90" if 90 <= architecture < 120 else "sm_80"

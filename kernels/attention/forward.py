@@ -10,7 +10,7 @@ Names: b_ a block in registers, o_ offsets. Sizes: T queries, S keys, D head dim
 import triton
 import triton.language as tl
 
-from kernels.attention.tile import load_tile, sequence, store_tile, tanh, visible
+from kernels.attention.tile import keys_seen, load_tile, matrix, sequence, store_tile, tanh, visible
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def _attend(
     b_out,  # [BLOCK_T, BLOCK_D] fp32, not yet divided by the row sum
     b_max,  # [BLOCK_T] fp32, of the scores in units of log2
     b_sum,  # [BLOCK_T] fp32
-    o_query,  # [BLOCK_T] positions, aligned with the keys
-    k_ptr,  # of this sequence and head
-    v_ptr,
+    o_query,  # [BLOCK_T] positions
+    k,  # of this sequence and head, as load_tile reads them
+    v,
     begin,  # keys [begin, end), begin a multiple of BLOCK_S
     end,
     keys,
@@ -37,23 +37,29 @@ def _attend(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
-    for key in tl.range(begin, end, BLOCK_S):
-        b_k = load_tile(k_ptr, key, keys, stride_k, BLOCK_S, BLOCK_D, HEAD_DIM)  # [BLOCK_S, BLOCK_D]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BLOCK_T, BLOCK_S]
+    for key in tl.range(begin, end, BLOCK_S, warp_specialize=SPECIALIZE):
+        b_k = load_tile(k, key, keys, stride_k, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR, MASKED)  # [BLOCK_S, BLOCK_D]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
+        # What turns b_s into scores in units of log2. It waits for the exponential, where one instruction multiplies
+        # and subtracts.
+        unit = scale
         if SOFTCAP:
-            b_s = tanh(b_s) * softcap_log2
+            b_s = tanh(b_s * scale)
+            unit = softcap_log2
         if MASKED:
             o_key = key + tl.arange(0, BLOCK_S)
             mask = visible(o_query[:, None], o_key[None, :], keys, window, CAUSAL, WINDOW)
             b_s = tl.where(mask, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * unit)
         # A row that has seen no key yet has a maximum of -inf, and -inf - -inf is NaN.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_p = tl.exp2(b_s * unit - b_shift[:, None])
         b_rescale = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        b_v = load_tile(v_ptr, key, keys, stride_v, BLOCK_S, BLOCK_D, HEAD_DIM)
+        b_v = load_tile(v, key, keys, stride_v, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR, MASKED)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
         b_max = b_new
     return b_out, b_max, b_sum
@@ -98,62 +104,58 @@ def forward_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PACKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
+    # One axis for all: the others end at 65,535, fewer than the heads of a large packed batch.
+    blocks = tl.cdiv(queries, BLOCK_T)
     # The last blocks of a causal sequence see the most keys: started first, they do not run on alone at the end.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    row = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_T
+    batch = tl.program_id(0) // blocks // heads
+    head = tl.program_id(0) // blocks % heads
     q_start, queries = sequence(cu_q_ptr, batch, queries, stride_q_batch, stride_q_token, PACKED)
     k_start, keys = sequence(cu_k_ptr, batch, keys, stride_k_batch, stride_k_token, PACKED)
     v_start, _ = sequence(cu_k_ptr, batch, keys, stride_v_batch, stride_v_token, PACKED)
     out_start, _ = sequence(cu_q_ptr, batch, queries, stride_out_batch, stride_out_token, PACKED)
     lse_start, _ = sequence(cu_q_ptr, batch, queries, stride_lse_batch, 1, PACKED)
-    row = block * BLOCK_T
-    if row >= queries:
-        return
+    if not SPECIALIZE:  # noqa: SIM102 - one is decided by the compiler, the other when it runs
+        if row >= queries:
+            return
     q_ptr += q_start + head.to(tl.int64) * stride_q_head
     k_ptr += k_start + (head // group).to(tl.int64) * stride_k_head
     v_ptr += v_start + (head // group).to(tl.int64) * stride_v_head
+    k = matrix(k_ptr, keys, stride_k_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+    v = matrix(v_ptr, keys, stride_v_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR)
 
-    # The positions of the first and the last query, counted so that the last query stands at the last key.
-    shift = keys - queries
-    first = row + shift
-    last = tl.minimum(row + BLOCK_T, queries) - 1 + shift
-    # Keys [begin, end) are seen by some query of the block; those of [full_begin, full_end) by all of them.
-    begin = 0
-    full_begin = 0
-    end = keys
-    full_end = keys // BLOCK_S * BLOCK_S
-    if CAUSAL:
-        end = tl.minimum(keys, last + 1)
-        full_end = tl.minimum(full_end, (tl.maximum(first + 1, 0)) // BLOCK_S * BLOCK_S)
-    if WINDOW:
-        begin = tl.maximum(first - window + 1, 0) // BLOCK_S * BLOCK_S
-        full_begin = tl.cdiv(tl.maximum(row + BLOCK_T - 1 + shift - window + 1, 0), BLOCK_S) * BLOCK_S
-        if not CAUSAL:
-            end = tl.minimum(keys, last + window)
-            full_end = tl.minimum(full_end, tl.maximum(first + window, 0) // BLOCK_S * BLOCK_S)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-    full_end = tl.maximum(full_end, full_begin)
-
-    o_query = first + tl.arange(0, BLOCK_T)
-    b_q = load_tile(q_ptr, row, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM)
+    o_query = row + keys - queries + tl.arange(0, BLOCK_T)
+    # Only where every load goes through a descriptor does the compiler hand them to warps of their own.
+    q = matrix(q_ptr, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, SPECIALIZE)
+    b_q = load_tile(q, row, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, SPECIALIZE)
     b_out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
-    if WINDOW:
+    begin, full_begin, full_end, end = keys_seen(row, queries, keys, window, BLOCK_T, BLOCK_S, CAUSAL, WINDOW)
+    if SPECIALIZE:  # in a single loop only, and without a branch around it
+        end = tl.where(row < queries, end, 0)
         b_out, b_max, b_sum = _attend(
-            b_q, b_out, b_max, b_sum, o_query, k_ptr, v_ptr, begin, tl.minimum(full_begin, end), keys, stride_k_token,
-            stride_v_token, scale, softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, True, CAUSAL, WINDOW, SOFTCAP,
+            b_q, b_out, b_max, b_sum, o_query, k, v, begin, end, keys, stride_k_token, stride_v_token, scale,
+            softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, True, CAUSAL, WINDOW, SOFTCAP, DESCRIPTOR, True,
         )  # fmt: skip
-    b_out, b_max, b_sum = _attend(
-        b_q, b_out, b_max, b_sum, o_query, k_ptr, v_ptr, full_begin, full_end, keys, stride_k_token,
-        stride_v_token, scale, softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, WINDOW, CAUSAL, WINDOW, SOFTCAP,
-    )  # fmt: skip
-    b_out, b_max, b_sum = _attend(
-        b_q, b_out, b_max, b_sum, o_query, k_ptr, v_ptr, full_end, end, keys, stride_k_token,
-        stride_v_token, scale, softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, True, CAUSAL, WINDOW, SOFTCAP,
-    )  # fmt: skip
+    else:
+        if WINDOW:
+            b_out, b_max, b_sum = _attend(
+                b_q, b_out, b_max, b_sum, o_query, k, v, begin, tl.minimum(full_begin, end), keys, stride_k_token,
+                stride_v_token, scale, softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, True, CAUSAL, WINDOW, SOFTCAP,
+                DESCRIPTOR, False,
+            )  # fmt: skip
+        b_out, b_max, b_sum = _attend(
+            b_q, b_out, b_max, b_sum, o_query, k, v, full_begin, full_end, keys, stride_k_token, stride_v_token, scale,
+            softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, False, CAUSAL, WINDOW, SOFTCAP, DESCRIPTOR, False,
+        )  # fmt: skip
+        b_out, b_max, b_sum = _attend(
+            b_q, b_out, b_max, b_sum, o_query, k, v, full_end, end, keys, stride_k_token, stride_v_token, scale,
+            softcap_log2, window, BLOCK_S, BLOCK_D, HEAD_DIM, True, CAUSAL, WINDOW, SOFTCAP, DESCRIPTOR, False,
+        )  # fmt: skip
 
     # A row that saw no key: sum 0, maximum -inf. It gives 0, and -inf for its log-sum-exp.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)

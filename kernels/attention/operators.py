@@ -5,7 +5,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kernels.attention.launch import Call, backward, forward
+from kernels.attention.call import Call
+from kernels.attention.launch import backward, forward
 
 
 @torch.library.custom_op("gpt::attention_forward", mutates_args=())

@@ -6,11 +6,21 @@ pytest.importorskip("triton")
 
 
 def test_no_attention_kernel_spills_or_overflows() -> None:
-    from bench.compile_report import report
+    from bench.compile_report import KERNELS, report
+    from kernels.tiles import rows
 
-    lines = list(report(architectures=(80, 89, 90), head_dims=(32, 64, 128)))
-    assert len(lines) == 27
+    architectures, head_dims = (80, 89, 90), (32, 64, 128)
+    lines = list(report(architectures, head_dims))
+    assert [(line["kernel"], line["head_dim"], line["architecture"]) for line in lines] == [
+        (kernel, head_dim, architecture)
+        for architecture in architectures
+        for head_dim in head_dims
+        for kernel in KERNELS
+        for _ in rows(kernel, architecture, head_dim, 2)
+    ]
     for line in lines:
         assert line["spilled_bytes"] == 0, line
         assert line["shared_bytes"] <= line["shared_limit"], line
-        assert line["wgmma"] == (line["architecture"] >= 90), line
+        assert line["wgmma"] == (line["architecture"] == 90), line
+        assert line["tma"] == line["tile"]["descriptors"], line
+        assert line["specialized"] == line["tile"]["specialize"], line

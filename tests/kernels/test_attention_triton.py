@@ -1,8 +1,7 @@
-"""The Triton kernels, interpreted where there is no GPU, held to float64 by the rule of the torch backend."""
+"""The Triton kernels, on a GPU or interpreted on a CPU, held to float64 by the rule of the torch backend."""
 
 import os
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,11 +15,16 @@ from engine.model import GPT
 from kernels import flash_attention
 from kernels.attention.reference import attention_reference
 from kernels.backend import backend, why_not_triton
+from kernels.tiles import Tile
+from tests.kernels.rule import assert_within_twice
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # The interpreter multiplies bf16 wrongly (it takes the bits for numbers).
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+# Small ones, so that short sequences have many blocks: some full, some on the diagonal, some at an edge.
+TILES = [Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 4, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,10 @@ def poisoned(make: Any) -> Any:
     return filled
 
 
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    monkeypatch.setattr("kernels.attention.launch.tile", lambda *arguments: tile)
+
+
 def run(attend: Any, tensors: list[Tensor], weights: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
     """out, lse, dq, dk, dv of a weighted sum of out and of the finite part of lse."""
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
@@ -52,26 +60,20 @@ def run(attend: Any, tensors: list[Tensor], weights: list[Tensor], dtype: torch.
 
 def check(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
     for name, mine, peer, truth in zip(("out", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
-        assert not mine.isnan().any(), f"{name} is NaN"
-        assert torch.equal(mine.isinf(), truth.isinf()), f"{name}: not the same infinities"
-        finite = truth.isfinite()
-        if finite.any():
-            error = (mine.double() - truth)[finite].abs().max().item()
-            allowed = (peer.double() - truth)[finite].abs().max().item()
-            largest = truth[finite].abs().max().item()
-            tiny = 2e-6 * (1 + largest) + torch.finfo(mine.dtype).eps / 2 * largest
-            assert error <= 2 * allowed + tiny, f"{name} is off by {error:.3g}; plain PyTorch by {allowed:.3g}"
+        assert_within_twice(name, mine, peer, truth)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    key_heads = draw(st.sampled_from([1, 2]))
+    length = st.integers(1, 70)
+    queries = draw(length)
+    batch, key_heads, heads = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 1, 3), (1, 2, 4)]))
     return {
-        "batch": draw(st.sampled_from([1, 2])),
-        "queries": draw(st.integers(1, 90)),
-        "keys": draw(st.integers(1, 90)),
+        "batch": batch,
+        "queries": queries,
+        "keys": draw(st.one_of(st.just(queries), length)),
         "key_heads": key_heads,
-        "heads": key_heads * draw(st.sampled_from([1, 2])),
+        "heads": heads,
         "head_dim": draw(st.sampled_from([16, 24, 32, 64, 80])),
         "options": {
             "causal": draw(st.booleans()),
@@ -79,6 +81,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "softcap": draw(st.sampled_from([None, None, 3.0, 30.0])),
         },
         "strided": draw(st.booleans()),
+        "tile": draw(st.sampled_from(TILES)),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -98,48 +101,118 @@ def make(case: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return [q, k, v], [torch.randn(q.shape, generator=generator).to(DEVICE), lse_weight]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=20)
-@given(case=cases())
-def test_outputs_and_gradients_are_within_twice_the_error_of_plain_pytorch(
-    case: dict[str, Any], dtype: torch.dtype
-) -> None:
+def hold_to_the_rule(case: dict[str, Any], dtype: torch.dtype) -> None:
     tensors, weights = make(case)
     tensors = [tensor.to(dtype) for tensor in tensors]
-    exact = run(attention_reference, tensors, weights, torch.float64, **case["options"])
-    plain = run(attention_reference, tensors, weights, dtype, **case["options"])
-    check(run(flash_attention, tensors, weights, dtype, return_lse=True, **case["options"]), plain, exact)
+    options = case.get("options", {})
+    exact = run(attention_reference, tensors, weights, torch.float64, **options)
+    plain = run(attention_reference, tensors, weights, dtype, **options)
+    check(run(flash_attention, tensors, weights, dtype, return_lse=True, **options), plain, exact)
 
 
-@pytest.mark.parametrize("head_dim", [96, 128, 256])
-def test_large_heads(head_dim: int) -> None:
-    case = {"batch": 1, "queries": 70, "keys": 70, "key_heads": 1, "heads": 1, "strided": False, "seed": 0}
-    tensors, weights = make({**case, "head_dim": head_dim})
-    exact = run(attention_reference, tensors, weights, torch.float64)
-    plain = run(attention_reference, tensors, weights, torch.float32)
-    check(run(flash_attention, tensors, weights, torch.float32, return_lse=True), plain, exact)
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# On a GPU every new combination is compiled first.
+@settings(max_examples=5 if DEVICE == "cuda" else 15)
+@given(case=cases())
+def test_outputs_and_gradients_are_within_twice_the_error_of_plain_pytorch(
+    case: dict[str, Any], dtype: torch.dtype, descriptors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = case["tile"]
+    use_tile(monkeypatch, Tile(tile.queries, tile.keys, tile.warps, tile.stages, descriptors))
+    hold_to_the_rule(case, dtype)
 
 
+# With the tiles of the table, as they run in earnest.
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_every_row_of_the_table_that_runs(head_dim: int, dtype: torch.dtype) -> None:
+    shape = {"batch": 1, "queries": 150, "keys": 150, "key_heads": 1, "heads": 1, "strided": False, "seed": 0}
+    hold_to_the_rule({**shape, "head_dim": head_dim}, dtype)
+
+
+def test_warps_of_their_own_for_the_loads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, Tile(128, 64, 4, 2, descriptors=True, specialize=True))
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("warp specialisation is for sm_90")
+    tensors, _ = make({"batch": 2, "queries": 150, "keys": 190, "key_heads": 1, "heads": 2, "head_dim": 64,
+                       "strided": False, "seed": 0})  # fmt: skip
+    tensors = [tensor.half() for tensor in tensors]
+    ours, plain = flash_attention(*tensors, return_lse=True), attention_reference(*tensors)
+    exact = attention_reference(*(tensor.double() for tensor in tensors))
+    for name, mine, peer, truth in zip(("out", "lse"), ours, plain, exact, strict=True):
+        assert_within_twice(name, mine, peer, truth)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False, "softcap": 2.0}], ids=str)
-def test_packed_sequences_empty_and_single_ones_too_equal_the_sequences_one_by_one(options: dict[str, Any]) -> None:
-    lengths = [33, 0, 1, 70, 5]
-    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    bounds = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+def test_packed_sequences_empty_and_single_ones_too_equal_the_sequences_one_by_one(
+    options: dict[str, Any], descriptors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile(monkeypatch, Tile(16, 32, 4, 2, descriptors))
+    lengths_q, lengths_k = [33, 0, 1, 70, 5], [33, 4, 1, 40, 0]
+    starts_q, starts_k = ([0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (lengths_q, lengths_k))
     torch.manual_seed(0)
-    tensors = [torch.randn(starts[-1], heads, 16, device=DEVICE) for heads in (4, 2, 2)]
-    weights = [torch.randn(starts[-1], 4, 16, device=DEVICE), torch.randn(4, starts[-1], device=DEVICE)]
+    tensors = [
+        torch.randn(starts[-1], heads, 16, device=DEVICE)
+        for starts, heads in ((starts_q, 4), (starts_k, 2), (starts_k, 2))
+    ]
+    weights = [torch.randn(starts_q[-1], 4, 16, device=DEVICE), torch.randn(4, starts_q[-1], device=DEVICE)]
     options = {**options, "return_lse": True}
-    bounds_of = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    together = run(flash_attention, tensors, weights, torch.float32, **bounds_of, **options)
-    for start, end in pairwise(starts):
-        if start == end:
-            continue
-        part = [tensor[None, start:end] for tensor in tensors]
-        part_weights = [weights[0][None, start:end], weights[1][None, :, start:end]]
+    bounds = {
+        name: torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        for name, starts in (("cu_seqlens_q", starts_q), ("cu_seqlens_k", starts_k))
+    }
+    together = run(flash_attention, tensors, weights, torch.float32, **bounds, **options)
+    for queries, keys in zip(map(slice, starts_q, starts_q[1:]), map(slice, starts_k, starts_k[1:]), strict=True):
+        part = [tensors[0][None, queries], tensors[1][None, keys], tensors[2][None, keys]]
+        part_weights = [weights[0][None, queries], weights[1][None, :, queries]]
         alone = run(flash_attention, part, part_weights, torch.float32, **options)
-        for index, (mine, single) in enumerate(zip(together, alone, strict=True)):
-            own = mine[:, start:end] if index == 1 else mine[start:end]
-            torch.testing.assert_close(own, single[0], rtol=1e-5, atol=1e-5)
+        own = [
+            together[0][queries],
+            together[1][:, queries],
+            together[2][queries],
+            together[3][keys],
+            together[4][keys],
+        ]
+        for mine, single in zip(own, alone, strict=True):
+            torch.testing.assert_close(mine, single[0], rtol=1e-5, atol=1e-5)
+
+
+def test_more_sequences_and_heads_than_a_grid_has_rows() -> None:
+    sequences, heads = 16_400, 4  # 65,600 of the 65,535 that the second axis of a grid would hold
+    if DEVICE == "cpu":
+        sequences = 40  # interpreted, one program after the other
+    bounds = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE)
+    q, k, v = (torch.randn(sequences, heads, 16, device=DEVICE) for _ in range(3))
+    # A sequence of one token sees its own value alone.
+    out = flash_attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    torch.testing.assert_close(out, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "causal": False, "softcap": 2.0}], ids=str)
+def test_gradients_are_the_finite_differences_of_the_output(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile(monkeypatch, TILES[0])
+    tensors, (weight, _) = make({"batch": 1, "queries": 35, "keys": 40, "key_heads": 1, "heads": 2, "head_dim": 16,
+                                 "strided": False, "seed": 3})  # fmt: skip
+    for position, tensor in enumerate(tensors):
+        direction = torch.randn_like(tensor)
+
+        def value(step: float, position: int = position, direction: Tensor = direction) -> float:
+            moved = [each + step * direction if i == position else each for i, each in enumerate(tensors)]
+            out = flash_attention(*moved, **options)
+            assert isinstance(out, Tensor)
+            return float((out.double() * weight.double()).sum())
+
+        leaves = [each.clone().requires_grad_() for each in tensors]
+        out = flash_attention(*leaves, **options)
+        (gradient,) = torch.autograd.grad(out, leaves[position], weight)
+        # Richardson's extrapolation: the error of the central difference falls with the fourth power of the step.
+        coarse, fine = ((value(step) - value(-step)) / (2 * step) for step in (0.04, 0.02))
+        slope = float((gradient.double() * direction.double()).sum())
+        assert slope == pytest.approx((4 * fine - coarse) / 3, rel=2e-4, abs=2e-3)
 
 
 def test_it_gives_the_same_bits_every_time() -> None:
