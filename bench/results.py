@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import write_atomically
 from engine.run import versions
 from engine.runtime import Runtime
 
@@ -19,7 +20,7 @@ def write_result(name: str, runtime: Runtime, content: dict[str, Any], folder: P
     device = device_name(runtime)
     path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     header = {"device": device, "date": datetime.date.today().isoformat(), "versions": versions()}
-    path.write_text(json.dumps({**header, **content}, indent=2) + "\n")
+    write_atomically(path, (json.dumps({**header, **content}, indent=2) + "\n").encode())
     return path
 
 

@@ -1,11 +1,12 @@
 """gpt bench-train"""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.options import Device, Precision
+from cli.options import Device, Precision, Results
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 
@@ -17,6 +18,7 @@ def bench_train(
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    out: Results = Path("bench/results"),
 ) -> None:
     """Time the training step against a plain PyTorch GPT of the same shape, in the same process.
 
@@ -45,7 +47,7 @@ def bench_train(
     console = Console(highlight=False)
     console.print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
     console.print(table)
-    console.print(f"written to {write_result(f'training-{preset}', machine, result)}")
+    console.print(f"written to {write_result(f'training-{preset}', machine, result, out)}")
 
 
 def bench_quality(
@@ -77,12 +79,11 @@ def bench_quality(
 def bench_compile(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
 ) -> None:
-    """Compile the attention kernels for sm_80, sm_89 and sm_90, GPU or not: registers, spills, shared memory.
+    """Compile every kernel at every row of the tile table for sm_80, 89, 90 and 100, GPU or not: registers, spills.
 
     Example: gpt bench-compile --dtype fp16
     """
     import json
-    from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
@@ -95,7 +96,8 @@ def bench_compile(
     for line in report(dtype=dtype):
         lines.append(line)
         tile = line["tile"]
-        size = f"{tile['queries']}x{tile['keys']}, {tile['warps']}, {tile['stages']}"
+        flags = [name for name in ("descriptors", "specialize") if tile[name]] + ["one loop"] * (not tile["split"])
+        size = ", ".join([f"{tile['queries']}x{tile['keys']}", f"{tile['warps']}", f"{tile['stages']}", *flags])
         shared = f"{line['shared_bytes'] / 1024:.0f} of {line['shared_limit'] / 1024:.0f}"
         row = (line["kernel"], line["architecture"], line["head_dim"], size, line["registers"], line["spilled_bytes"])
         table.add_row(*map(str, row), shared, "yes" if line["wgmma"] else "no")

@@ -12,3 +12,4 @@ Precision = Annotated[
 ]
 CheckpointName = Annotated[str, typer.Option("--checkpoint", help="latest, best, or a step.")]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
+Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]

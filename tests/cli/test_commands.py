@@ -24,6 +24,7 @@ COMMANDS = [
     ("data", "prepare"),
     ("data", "show"),
     ("bench-train",),
+    ("bench-attention",),
     ("bench-quality",),
     ("bench-compile",),
 ]
@@ -139,6 +140,25 @@ def test_a_text_too_small_for_the_vocabulary_is_said(gpt: Gpt) -> None:
     assert result.code == 0 and "the vocabulary is" in result.out
 
 
+def test_bench_attention_leaves_figures_and_a_picture(gpt: Gpt) -> None:
+    few = ("--head-dim", "32", "--lengths", "64,128", "--tokens", "128", "--full", "--only", "ours,plain,cudnn")
+    result = gpt("bench-attention", *few, "--device", "cpu", "--out", "figures")
+    assert result.code == 0, result.err
+    for part in ("ours is the torch backend", "cudnn: no forward and backward", "D 32 full T 128: ours "):
+        assert part in result.out
+    (written,) = Path("figures").glob("attention-*.json")
+    content = json.loads(written.read_text())
+    assert content["versions"]["torch"] and content["backend"] == "torch"
+    assert [point["length"] for point in content["points"]] == [64, 128]
+    assert content["points"][1]["backward"]["ours"]["seconds"] > 0
+    assert written.with_name(f"{written.stem}-full.png").exists()
+
+
+def test_there_is_nothing_to_tune_without_a_gpu(gpt: Gpt) -> None:
+    result = gpt("bench-attention", "--tune", "--device", "cpu")
+    assert result.code == 2 and "gpt bench-compile" in result.err
+
+
 MISTAKES = {
     "no such preset": (["train", "huge"], "nano, tiny, large"),
     "no preset": (["train"], "gpt train nano"),
@@ -165,6 +185,10 @@ MISTAKES = {
     "resume nothing": (["train", "nano", "--resume"], "not a run"),
     "no tokenizer": (["tokenizer", "show", "nothing.model"], "nothing.model"),
     "hot": (["generate", "nowhere", "--temperature", "-1"], "temperature"),
+    "no such head dim": (["bench-attention", "--head-dim", "64,48"], "it takes 32"),
+    "no such provider": (["bench-attention", "--only", "ours,theirs"], "cudnn"),
+    "more than all tokens": (["bench-attention", "--lengths", "256", "--tokens", "128"], "--tokens is only 128"),
+    "lengths in words": (["bench-attention", "--lengths", "long"], "whole numbers"),
     "tiny vocabulary": (["tokenizer", "train", "--data", "short.txt", "--vocab-size", "10"], "too small"),
 }
 
