@@ -91,16 +91,16 @@ def bench_compile(
     from bench.compile_report import report
     from engine.run import versions
 
-    table = Table("kernel", "arch", "dim", "tile, warps, stages", "registers", "spilled", "shared KiB", "wgmma")
+    table = Table("kernel", "sm", "dim", "tile, warps, stages", "", "registers", "spilled", "KiB", box=None)
     lines = []
     for line in report(dtype=dtype):
         lines.append(line)
         tile = line["tile"]
-        flags = [name for name in ("descriptors", "specialize") if tile[name]] + ["one loop"] * (not tile["split"])
-        size = ", ".join([f"{tile['queries']}x{tile['keys']}", f"{tile['warps']}", f"{tile['stages']}", *flags])
-        shared = f"{line['shared_bytes'] / 1024:.0f} of {line['shared_limit'] / 1024:.0f}"
-        row = (line["kernel"], line["architecture"], line["head_dim"], size, line["registers"], line["spilled_bytes"])
-        table.add_row(*map(str, row), shared, "yes" if line["wgmma"] else "no")
+        size = f"{tile['queries']}x{tile['keys']} {tile['warps']} {tile['stages']}"
+        flags = (("descriptors", "TMA"), ("specialize", "own warps"), ("split", "split"))
+        how = ", ".join(name for flag, name in flags if tile[flag] and (flag != "split" or line["kernel"] == "keys"))
+        figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
+        table.add_row(line["kernel"], *map(str, (line["architecture"], line["head_dim"], size, how, *figures)))
     Console(highlight=False).print(table)
     path = Path("bench/results") / f"compile-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
