@@ -18,11 +18,11 @@ from kernels.tiles import Tile, rows
 
 ARCHITECTURES = (80, 89, 90, 100)
 HEAD_DIMS = (32, 64, 128, 256)
-KERNELS = ("forward", "keys", "queries")
+KERNELS = ("forward", "delta", "keys", "queries")
 # Of one program, in bytes: what the architecture has per multiprocessor, less what the system keeps.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-FP32 = ("lse_ptr", "delta_ptr")
+FP32 = ("lse_ptr", "d_lse_ptr", "delta_ptr")
 
 
 def report(
@@ -49,10 +49,11 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str, tile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.attention.backward import dk_dv_kernel, dq_kernel
+    from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
     from kernels.attention.forward import forward_kernel
 
-    kernel = {"forward": forward_kernel, "keys": dk_dv_kernel, "queries": dq_kernel}[name]
+    kernels = {"forward": forward_kernel, "delta": delta_kernel, "keys": dk_dv_kernel, "queries": dq_kernel}
+    kernel = kernels[name]
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_T": tile.queries,
         "BLOCK_S": tile.keys, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,

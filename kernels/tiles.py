@@ -124,7 +124,7 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
 
 
 def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
-    """The row that runs for a kernel ("forward", "keys" or "queries") and elements of so many bytes on a device."""
+    """The row that runs: for "forward", "delta", "keys" or "queries", a device, and elements of so many bytes."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
 
@@ -132,6 +132,8 @@ def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) ->
 def rows(kernel: str, architecture: int, head_dim: int, element_size: int) -> tuple[Tile, ...]:
     """All rows by number of the architecture (80, 89, 90); the first is the one that runs."""
     largest = next(size for size in (32, 64, 128, 256) if head_dim <= size)
+    if kernel == "delta":  # it reads two tiles once, and has no loop: 32 elements of each to a thread
+        return (Tile(queries=4096 // largest, keys=0, warps=4, stages=1),)
     return TABLE[kernel, family(architecture, element_size), largest]
 
 

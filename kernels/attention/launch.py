@@ -92,11 +92,12 @@ def backward(
     key_heads, count = k.shape[-2], sequences(call, q)
     options = (heads // key_heads, call.scale, *scales(call), call.window or 0)
     if call.longest_q * count * heads:
+        block = tile("delta", q.device, head_dim, q.element_size()).queries
         size = tile("queries", q.device, head_dim, q.element_size())
         constants = switches(call, head_dim, size, (k, v))
-        delta_kernel[(triton.cdiv(call.longest_q, 64) * count * heads,)](
+        delta_kernel[(triton.cdiv(call.longest_q, block) * count * heads,)](
             out, d_out, d_lse, delta, call.cu_seqlens_q, *strides(out), *strides(d_out), *lse_strides(lse),
-            call.longest_q, heads, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK_T=64,
+            call.longest_q, heads, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK_T=block,
             PACKED=constants["PACKED"],
         )  # fmt: skip
         dq_kernel[(triton.cdiv(call.longest_q, size.queries) * count * heads,)](

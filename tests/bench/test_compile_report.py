@@ -21,6 +21,6 @@ def test_no_attention_kernel_spills_or_overflows() -> None:
     for line in lines:
         assert line["spilled_bytes"] == 0, line
         assert line["shared_bytes"] <= line["shared_limit"], line
-        assert line["wgmma"] == (line["architecture"] == 90), line
+        assert line["wgmma"] == (line["architecture"] == 90 and line["kernel"] != "delta"), line
         assert line["tma"] == line["tile"]["descriptors"], line
         assert line["specialized"] == line["tile"]["specialize"], line
