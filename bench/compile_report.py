@@ -1,4 +1,4 @@
-"""Compile every attention kernel at every row of the tile table, without a GPU: registers, spills, shared memory.
+"""Compile the kernels at every size that they are launched with, without a GPU: registers, spills, shared memory.
 
 Runs as a program of its own (`python -m bench.compile_report`), one JSON line per kernel: an assertion inside the
 compiler ends the process, and where kernels are interpreted (TRITON_INTERPRET) there is nothing to compile.
@@ -10,30 +10,105 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import Tile, rows
+from kernels.tiles import rows
 
 ARCHITECTURES = (80, 89, 90, 100)
-HEAD_DIMS = (32, 64, 128, 256)
-KERNELS = ("forward", "delta", "keys", "queries")
 # Of one program, in bytes: what the architecture has per multiprocessor, less what the system keeps.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-FP32 = ("lse_ptr", "d_lse_ptr", "delta_ptr")
+ATTENTION = ("forward", "delta", "keys", "queries")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as the compiler wants it: types of its arguments, values of its constants; and how to call it."""
+
+    kernel: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Case]:
+    """Every row of the tile table, causal and packed, as training runs it."""
+    from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
+    from kernels.attention.forward import forward_kernel
+
+    functions = dict(zip(ATTENTION, (forward_kernel, delta_kernel, dk_dv_kernel, dq_kernel), strict=True))
+    for head_dim in head_dims:
+        for name, function in functions.items():
+            for tile in rows(name, architecture, head_dim, ELEMENT_SIZE[dtype]):
+                constants = {
+                    "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_T": tile.queries, "BLOCK_S": tile.keys,
+                    "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
+                    "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize, "SPLIT": tile.split,
+                }  # fmt: skip
+                types = argument_types(function, dtype, fp32=("lse_ptr", "d_lse_ptr", "delta_ptr"), i32=("cu_",))
+                about = {"head_dim": head_dim, "tile": vars(tile)}
+                yield Case(name, function, types, constants, tile.warps, tile.stages, about)
+
+
+def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Case]:
+    """With a residual, without and with a bias; parameters in fp32, as training keeps them."""
+    from kernels.layernorm import kernels, operators
+
+    fp32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partial_ptr", "out_ptr", "eps")
+    for width in widths:
+        for bias in (False, True):
+            launches: list[tuple[str, Any, dict[str, int]]] = [
+                ("forward", kernels.forward_kernel, operators.forward_options(width)),
+                ("backward", kernels.backward_kernel, operators.backward_options(width)),
+                ("sum", kernels.sum_kernel, operators.sum_options(2 * width if bias else width)),
+            ]
+            for name, function, options in launches:
+                constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True}
+                warps = constants.pop("num_warps")
+                types = argument_types(function, dtype, fp32=fp32)
+                yield Case(name, function, types, constants, warps, about={"width": width, "bias": bias})
+
+
+# The cases of a family for an architecture, of some sizes and a dtype; and the sizes that are looked at.
+FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Case]], tuple[int, ...]]] = {
+    "attention": (attention, (32, 64, 128, 256)),
+    "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 16384)),
+}
+
+
+def argument_types(function: Any, dtype: str, *, fp32: Sequence[str] = (), i32: Sequence[str] = ()) -> dict[str, str]:
+    """Of pointers `dtype`, unless named (by its beginning, for i32); of numbers i32, unless a scale or named."""
+    types = {}
+    for name in function.arg_names:
+        if name.endswith("_ptr"):
+            pointed = "fp32" if name in fp32 else "i32" if name.startswith(tuple(i32) or "-") else dtype
+            types[name] = f"*{pointed}"
+        else:
+            types[name] = "fp32" if name in fp32 or "scale" in name or "softcap" in name else "i32"
+    return types
 
 
 def report(
-    architectures: Sequence[int] = ARCHITECTURES, head_dims: Sequence[int] = HEAD_DIMS, dtype: str = "bf16"
+    family: str, architectures: Sequence[int] = ARCHITECTURES, sizes: Sequence[int] = (), dtype: str = "bf16"
 ) -> Iterator[dict[str, Any]]:
-    """What the compiler says of each kernel, architecture, head dim and row, in a process per architecture."""
+    """What the compiler says of each kernel of a family, compiled in a process per architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_report", dtype, ",".join(map(str, head_dims))]
+    chosen = ",".join(map(str, sizes or FAMILIES[family][1]))
     root = Path(__file__).resolve().parent.parent
     running = [
-        subprocess.Popen([*command, str(each)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "bench.compile_report", family, dtype, chosen, str(each)],
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for each in architectures
     ]
     for process in running:
@@ -43,36 +118,22 @@ def report(
             raise RuntimeError(f"the compiler ended with {process.returncode}; what it printed stands above")
 
 
-def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str, tile: Tile) -> dict[str, Any]:
-    """Causal and packed, as training uses it."""
+def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
-    from kernels.attention.forward import forward_kernel
-
-    kernels = {"forward": forward_kernel, "delta": delta_kernel, "keys": dk_dv_kernel, "queries": dq_kernel}
-    kernel = kernels[name]
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_T": tile.queries,
-        "BLOCK_S": tile.keys, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
-        "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize,
-        "SPLIT": tile.split,
-    }  # fmt: skip
     signature, values, attributes = {}, {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument], values[(index,)] = "constexpr", constants[argument]
-        elif argument.endswith("_ptr"):
-            pointed = "fp32" if argument in FP32 else "i32" if argument.startswith("cu_") else dtype
-            signature[argument] = f"*{pointed}"
-        else:
-            signature[argument] = "fp32" if "scale" in argument or "softcap" in argument else "i32"
-        if argument.endswith("_ptr") or (argument.startswith("stride") and "lse" not in argument):
+    for index, name in enumerate(case.function.arg_names):
+        if name in case.constants:
+            signature[name], values[(index,)] = "constexpr", case.constants[name]
+            continue
+        signature[name] = case.types[name]
+        # Log-sum-exps lie as closely as sequences are long, which may be odd.
+        if name.endswith("_ptr") or name == "columns" or (name.startswith("stride") and "lse" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(fn=case.function, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -82,16 +143,14 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str, tile
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     ptx = compiled.asm["ptx"]
     return {
-        "kernel": name,
+        "kernel": case.kernel,
         "architecture": architecture,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "tile": vars(tile),
+        **case.about,
+        "warps": compiled.metadata.num_warps,
         "registers": int(registers),
         "spilled_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[architecture],
-        "warps": compiled.metadata.num_warps,
         "wgmma": "wgmma" in ptx or "tcgen05.mma" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         "async_copy": "cp.async" in ptx,
@@ -100,8 +159,6 @@ def compile_kernel(name: str, architecture: int, head_dim: int, dtype: str, tile
 
 
 if __name__ == "__main__":
-    element, sizes, target = sys.argv[1:]
-    for size in map(int, sizes.split(",")):
-        for each in KERNELS:
-            for row in rows(each, int(target), size, ELEMENT_SIZE[element]):
-                print(json.dumps(compile_kernel(each, int(target), size, element, row)), flush=True)
+    which, element, listed, target = sys.argv[1:]
+    for each in FAMILIES[which][0](int(target), [int(size) for size in listed.split(",")], element):
+        print(json.dumps({"dtype": element, **compile_case(each, int(target))}), flush=True)

@@ -74,35 +74,3 @@ def bench_quality(
         f"after {trained['tokens']:,} tokens in {trained['seconds']:.0f} s"
     )
     print(f"written to {write_result('quality-plain', machine, result)}")
-
-
-def bench_compile(
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-) -> None:
-    """Compile every kernel at every row of the tile table for sm_80, 89, 90 and 100, GPU or not: registers, spills.
-
-    Example: gpt bench-compile --dtype fp16
-    """
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from bench.compile_report import report
-    from engine.run import versions
-
-    table = Table("kernel", "sm", "dim", "tile, warps, stages", "", "registers", "spilled", "KiB", box=None)
-    lines = []
-    for line in report(dtype=dtype):
-        lines.append(line)
-        tile = line["tile"]
-        size = f"{tile['queries']}x{tile['keys']} {tile['warps']} {tile['stages']}"
-        flags = (("descriptors", "TMA"), ("specialize", "own warps"), ("split", "split"))
-        how = ", ".join(name for flag, name in flags if tile[flag] and (flag != "split" or line["kernel"] == "keys"))
-        figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
-        table.add_row(line["kernel"], *map(str, (line["architecture"], line["head_dim"], size, how, *figures)))
-    Console(highlight=False).print(table)
-    path = Path("bench/results") / f"compile-{dtype}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": versions(), "kernels": lines}, indent=1) + "\n")
-    print(f"written to {path}")

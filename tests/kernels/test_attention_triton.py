@@ -1,7 +1,5 @@
 """The Triton kernels, on a GPU or interpreted on a CPU, held to float64 by the rule of the torch backend."""
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,29 +18,11 @@ from tests.kernels.rule import assert_within_twice
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.usefixtures("triton_backend"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 # The interpreter multiplies bf16 wrongly (it takes the bits for numbers).
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 # Small ones, so that short sequences have many blocks: some full, some on the diagonal, some at an edge.
 TILES = [Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 4, 2)]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GPT_KERNELS", "triton")
-    assert DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    # What the kernels do not write must not look right by chance.
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    yield
-
-
-def poisoned(make: Any) -> Any:
-    def filled(*arguments: Any, **options: Any) -> Tensor:
-        tensor: Tensor = make(*arguments, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    return filled
 
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:

@@ -100,9 +100,17 @@ def test_eps_keeps_a_constant_row_finite() -> None:
         ("weight", {"weight": torch.ones(3)}),
         ("bias", {"bias": torch.ones(3)}),
         ("residual", {"residual": torch.ones(4)}),
+        ("residual", {"residual": torch.ones(2, 4, dtype=torch.bfloat16)}),
+        ("residual", {"residual": torch.ones(2, 4, device="meta")}),
+        ("weight", {"weight": torch.ones(4, device="meta")}),
+        ("weight", {"weight": torch.ones(4, dtype=torch.int64)}),
+        ("x", {"x": torch.ones(2, 4, dtype=torch.int64)}),
+        ("x", {"x": torch.ones(()), "weight": torch.ones(())}),
+        ("eps", {"eps": -1e-5}),
+        ("eps", {"eps": float("nan")}),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(name: str, change: dict[str, Tensor]) -> None:
+def test_an_argument_that_does_not_fit_is_named(name: str, change: dict[str, Any]) -> None:
     given: dict[str, Any] = {"x": torch.ones(2, 4), "weight": torch.ones(4)} | change
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name} "):
         layer_norm(**given)

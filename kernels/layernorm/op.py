@@ -1,0 +1,70 @@
+"""layer_norm: the public function, its checks, and the torch backend."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import backend
+
+WIDEST = 16384  # of the Triton kernels, which hold whole rows in registers
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+
+    x [..., N] of any floating dtype; weight, bias [N], which may be kept in another one. With `residual` (shape and
+    dtype of x), x + residual, rounded to that dtype, is what is normalised, and it is returned as well:
+    (normalised, x + residual).
+
+    The results have the dtype of x; sums are taken in fp32 at least. Raises ValueError naming the argument that does
+    not fit.
+    """
+    _check(x, weight, bias, residual, eps)
+    if backend(x.device) == "triton" and x.dtype != torch.float64:
+        return _triton(x, weight, bias, residual, eps)
+    if residual is None:
+        return _normalise(x, weight, bias, eps)
+    summed = x + residual
+    return _normalise(summed, weight, bias, eps), summed
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    # Imported here: a machine that runs the torch backend needs no Triton.
+    from kernels.layernorm.operators import LayerNorm, layer_norm_forward
+
+    if not 1 <= x.shape[-1] <= WIDEST:
+        raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
+    # The operator takes twice as long on its way to the GPU (40 us more on a slow CPU), which torch.compile takes out.
+    run = layer_norm_forward if torch.compiler.is_compiling() else LayerNorm.apply
+    y, summed, _ = run(x, residual, weight, bias, eps)
+    return y if residual is None else (y, summed)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    # On the CPU PyTorch adds up the gradients of weight and bias in the dtype of x: in bf16, 7% off after 4,096 rows.
+    wide = torch.float32 if x.device.type == "cpu" and x.element_size() < 4 else x.dtype
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias, eps).to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected a floating dtype and [..., width]")
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(x.shape[-1:])}")
+        if not tensor.is_floating_point() or tensor.device != x.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected a floating dtype on {x.device}")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
+        if residual.dtype != x.dtype or residual.device != x.device:
+            here, there = f"{residual.dtype} on {residual.device}", f"{x.dtype} on {x.device}"
+            raise ValueError(f"residual is {here}; expected dtype and device of x, {there}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; expected 0 or more")
