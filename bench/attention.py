@@ -5,7 +5,6 @@ the difference of two times. Either is compared with float64 at a small size bef
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import copy_bandwidth, median_seconds
+from bench.timing import TOLERANCE, copy_bandwidth, median_seconds, outcome
 from engine.runtime import Runtime, measured_peak
 from kernels import flash_attention
 from kernels.attention.reference import attention_reference
@@ -28,8 +27,6 @@ LENGTHS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (128, 256, 512, 
 # Batch times length. A CPU gets through fewer in the two or three minutes that a run should take.
 TOKENS = {"cuda": 16384, "cpu": 1024}
 DIRECTIONS = ("forward", "backward")
-# Relative error, |x - exact| / |exact|, above which a result is wrong, not rounded. tf32 is allowed for fp32.
-TOLERANCE = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -177,18 +174,6 @@ def timed(name: str, shape: Shape, direction: str, runtime: Runtime) -> dict[str
     with PROVIDERS[name](shape, runtime.device) as attend:
         seconds = median_seconds(prepare(attend, tensors, direction), runtime.device)
     return {"seconds": seconds, "flops_per_second": shape.flops(direction) / seconds}
-
-
-def outcome(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, Any]:
-    """What it measures, or the reason why it cannot."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            return measure(*arguments)
-        except Exception as error:  # whatever a peer raises, the other figures are still wanted
-            # PyTorch says in warnings why it refuses a backend, and in the error only that it does.
-            parts = [f"{type(error).__name__}: {error}", *(str(each.message) for each in said)]
-            return {"reason": "; ".join(dict.fromkeys(part.splitlines()[0][:200] for part in parts if part))[:600]}
 
 
 def prepare(attend: Attend, tensors: Sequence[Tensor], direction: str) -> Callable[[], tuple[Tensor, ...]]:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attention import TOLERANCE, outcome
-from bench.timing import copy_bandwidth, median_seconds
+from bench.timing import TOLERANCE, copy_bandwidth, median_seconds, outcome
 from engine.runtime import Runtime
 from kernels import layer_norm
 from kernels.backend import backend

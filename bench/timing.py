@@ -1,9 +1,13 @@
 """How long a function takes, and the best that copying does here (for products: engine.runtime.measured_peak)."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# Relative error, |x - exact| / |exact|, above which a result is wrong, not rounded. tf32 is allowed for fp32.
+TOLERANCE = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device, *, budget_ms: float = 100) -> float:
@@ -28,3 +32,15 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def outcome(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, Any]:
+    """What it measures, or the reason why it cannot."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            return measure(*arguments)
+        except Exception as error:  # whatever a peer raises, the other figures are still wanted
+            # PyTorch says in warnings why it refuses a backend, and in the error only that it does.
+            parts = [f"{type(error).__name__}: {error}", *(str(each.message) for each in said)]
+            return {"reason": "; ".join(dict.fromkeys(part.splitlines()[0][:200] for part in parts if part))[:600]}

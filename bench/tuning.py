@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bench.attention import Shape, check, outcome, timed
+from bench.attention import Shape, check, timed
+from bench.timing import outcome
 from engine.runtime import Runtime
 from kernels import tiles
 from kernels.tiles import Tile

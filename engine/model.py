@@ -37,7 +37,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, eps=self.eps)  # type: ignore[return-value]
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(normalised, x + residual); without a residual, (normalised, x)."""
+        if residual is None:
+            return self(x), x
         return layer_norm(x, self.weight, residual=residual, eps=self.eps)  # type: ignore[return-value]
 
 
@@ -93,7 +96,7 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, branch: Tensor, residual: Tensor, places: "Places", layer: int) -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Tensor, residual: Tensor | None, places: "Places", layer: int) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm.add(branch, residual)
         x, residual = self.mlp_norm.add(self.attention(x, places, layer), residual)
         return self.mlp(x), residual
@@ -174,7 +177,7 @@ class GPT(nn.Module):
         places = Places(tokens, self.config, cu_seqlens, max_seqlen, cache)
         branch = self.embedding(tokens)
         branch = branch.to(self.compute_dtype or branch.dtype)
-        residual = torch.zeros_like(branch)
+        residual = None
         for layer, block in enumerate(self.blocks):
             branch, residual = block(branch, residual, places, layer)
         return self.final_norm.add(branch, residual)[0]
