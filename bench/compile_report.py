@@ -75,9 +75,26 @@ def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[
                 yield Case(name, function, types, constants, warps, about={"width": width, "bias": bias})
 
 
+def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Case]:
+    """Loss and gradient in one, and log-probabilities with an entropy, forward and backward."""
+    from kernels.cross_entropy.kernel import rows_kernel
+    from kernels.cross_entropy.triton_backend import tile
+
+    fp32 = tuple(f"{name}_ptr" for name in ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy"))
+    types = {**argument_types(rows_kernel, dtype, fp32=(*fp32, "z_loss", "inverse_temperature")), "targets_ptr": "*i64"}
+    passes = {"loss": (True, True, False), "log_probs": (True, False, True), "log_probs backward": (False, True, True)}
+    for vocab in vocabs:
+        size, warps = tile(vocab)
+        for name, switches in passes.items():
+            constants: dict[str, Any] = dict(zip(("STATISTICS", "GRADIENT", "ENTROPY"), switches, strict=True))
+            constants = {**constants, "SOFTCAP": False, "BLOCK_V": size}
+            yield Case(name, rows_kernel, types, constants, warps, about={"vocab": vocab})
+
+
 # The cases of a family for an architecture, of some sizes and a dtype; and the sizes that are looked at.
 FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Case]], tuple[int, ...]]] = {
     "attention": (attention, (32, 64, 128, 256)),
+    "cross_entropy": (cross_entropy, (4096, 28000, 128256)),
     "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 16384)),
 }
 

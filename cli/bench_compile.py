@@ -37,7 +37,7 @@ def bench_compile(
 
 def _how(line: dict) -> tuple[str, str, str]:
     if "tile" not in line:
-        return str(line["width"]), f"{line['warps']}", "bias" if line["bias"] else ""
+        return str(line.get("width", line.get("vocab"))), str(line["warps"]), "bias" if line.get("bias") else ""
     tile = line["tile"]
     flags = (("descriptors", "TMA"), ("specialize", "own warps"), ("split", "split"))
     how = ", ".join(name for flag, name in flags if tile[flag] and (flag != "split" or line["kernel"] == "keys"))

@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from cli import bench, bench_compile, bench_kernels, bench_layernorm, data, generate, info, tokenizer, train
+from cli import (
+    bench,
+    bench_compile,
+    bench_cross_entropy,
+    bench_kernels,
+    bench_layernorm,
+    data,
+    generate,
+    info,
+    tokenizer,
+    train,
+)
 from engine.errors import InputError
 
 app = typer.Typer(
@@ -21,6 +32,7 @@ app.command("info")(info.info)
 app.command("bench-train")(bench.bench_train)
 app.command("bench-attention")(bench_kernels.bench_attention)
 app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
+app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
 app.command("bench-compile")(bench_compile.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
 app.add_typer(tokenizer.app, name="tokenizer")

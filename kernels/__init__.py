@@ -2,7 +2,7 @@
 
 from kernels.attention.decode import decode_attention
 from kernels.attention.op import flash_attention
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy.op import linear_cross_entropy, linear_log_probs
 from kernels.layernorm import layer_norm
 
-__all__ = ["decode_attention", "flash_attention", "layer_norm", "linear_cross_entropy"]
+__all__ = ["decode_attention", "flash_attention", "layer_norm", "linear_cross_entropy", "linear_log_probs"]
