@@ -21,7 +21,7 @@ ARCHITECTURES = (80, 89, 90, 100)
 # Of one program, in bytes: what the architecture has per multiprocessor, less what the system keeps.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-ATTENTION = ("forward", "delta", "keys", "queries")
+ATTENTION = ("forward", "delta", "keys", "queries", "decode", "decode-tall")
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,25 @@ class Case:
 
 
 def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Case]:
-    """Every row of the tile table, causal and packed, as training runs it."""
+    """Every row of the tile table: causal and packed, as training runs it; decode split, with blocks of 16 keys."""
     from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
+    from kernels.attention.decode_kernel import decode_kernel
     from kernels.attention.forward import forward_kernel
 
-    functions = dict(zip(ATTENTION, (forward_kernel, delta_kernel, dk_dv_kernel, dq_kernel), strict=True))
+    kernels = (forward_kernel, delta_kernel, dk_dv_kernel, dq_kernel, decode_kernel, decode_kernel)
+    functions = dict(zip(ATTENTION, kernels, strict=True))
     for head_dim in head_dims:
         for name, function in functions.items():
             for tile in rows(name, architecture, head_dim, ELEMENT_SIZE[dtype]):
                 constants = {
                     "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_T": tile.queries, "BLOCK_S": tile.keys,
                     "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
-                    "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize, "SPLIT": tile.split,
+                    "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize, "SPLIT": tile.split, "PAGE": 16,
                 }  # fmt: skip
-                types = argument_types(function, dtype, fp32=("lse_ptr", "d_lse_ptr", "delta_ptr"), i32=("cu_",))
+                types = argument_types(
+                    function, dtype, fp32=("lse_ptr", "d_lse_ptr", "delta_ptr"), i32=("cu_", "table_")
+                )
+                types["lengths_ptr"] = "*i64"
                 about = {"head_dim": head_dim, "tile": vars(tile)}
                 yield Case(name, function, types, constants, tile.warps, tile.stages, about)
 

@@ -41,8 +41,8 @@ if has pytest && has hypothesis; then
     workers=()
     # Most of the time is Triton compiling: one process for each core, up to eight.
     has xdist && workers=(-n 8)
-    step tests-kernels 140 "$python" -m pytest tests/kernels "${workers[@]}"
-    step tests-gpu 30 "$python" -m pytest -m gpu --ignore=tests/kernels --continue-on-collection-errors tests
+    step tests-kernels 130 "$python" -m pytest tests/kernels "${workers[@]}"
+    step tests-gpu 25 "$python" -m pytest -m gpu --ignore=tests/kernels --continue-on-collection-errors tests
 else
     echo "SKIPPED: the tests, which need pytest and hypothesis"
     summary+=("tests: SKIPPED, pytest or hypothesis is missing")
@@ -51,15 +51,17 @@ fi
 
 # What matters most comes first. flex is compiled for every length, which takes longer than all else: it comes last.
 quick="ours,plain,flash,efficient,cudnn"
-step attention 90 "$python" -m cli bench-attention --head-dim 128,64 --causal --only $quick --out "$folder/attention"
-step attention-more 90 "$python" -m cli bench-attention --head-dim 32,64,128 --only $quick --out "$folder/attention-more"
-step attention-flex 70 "$python" -m cli bench-attention --head-dim 128,64 --causal --lengths 4096,1024,16384 \
+step attention 80 "$python" -m cli bench-attention --head-dim 128,64 --causal --only $quick --out "$folder/attention"
+step attention-more 65 "$python" -m cli bench-attention --head-dim 32,64,128 --only $quick --out "$folder/attention-more"
+step attention-flex 45 "$python" -m cli bench-attention --head-dim 128,64 --causal --lengths 4096,1024,16384 \
     --only ours,cudnn,flex --out "$folder/attention-flex"
 
-step train-large 55 "$python" -m cli bench-train large --batch 30 --rounds 5 --out "$folder"
-step train-tiny 45 "$python" -m cli bench-train tiny --batch 178 --rounds 5 --out "$folder"
+step layernorm 45 "$python" -m cli bench-layernorm --out "$folder"
+step cross-entropy 35 "$python" -m cli bench-cross-entropy --out "$folder"
+step decode-attention 40 "$python" -m cli bench-decode-attention --only ours,paged,flash --out "$folder"
 
-# Here come layer norm, cross-entropy and decode attention, once they have benchmarks.
+step train-large 40 "$python" -m cli bench-train large --batch 30 --rounds 5 --out "$folder"
+step train-tiny 30 "$python" -m cli bench-train tiny --batch 178 --rounds 5 --out "$folder"
 
 echo
 echo "step                 exit seconds"

@@ -8,6 +8,7 @@ from cli import (
     bench,
     bench_compile,
     bench_cross_entropy,
+    bench_decode,
     bench_kernels,
     bench_layernorm,
     data,
@@ -33,6 +34,7 @@ app.command("bench-train")(bench.bench_train)
 app.command("bench-attention")(bench_kernels.bench_attention)
 app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
 app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
+app.command("bench-decode-attention")(bench_decode.bench_decode_attention)
 app.command("bench-compile")(bench_compile.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
 app.add_typer(tokenizer.app, name="tokenizer")

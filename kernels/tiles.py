@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys per block, warps per program, stages of the load pipeline.
+    """Queries (of decode: rows) and keys per block, warps per program, stages of the load pipeline.
 
     descriptors: tiles are loaded by the copy engine (TMA). specialize: by warps of their own (forward kernel only).
     split: tiles that need no mask have a loop of their own ("keys" only; the other kernels always do so).
@@ -93,6 +93,17 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
         Tile(64, 32, 8, 2, True),  # 188 registers; with one stage it spills
         Tile(32, 32, 8, 1, True),  # 128
     ),
+    # Decode waits for memory, not for products: what counts is how many bytes are under way, here 32 to 64 KiB a
+    # program, and two to four programs on a multiprocessor. A row is a new token of one of the heads that share a key
+    # head: up to 16 rows, the fewest that tensor cores multiply, or more ("tall"). Paged and split.
+    ("decode", "sm_90", 32): (Tile(16, 128, 4, 4), Tile(16, 64, 4, 4)),  # 78, 65 registers
+    ("decode", "sm_90", 64): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 4)),  # 114, 80 registers
+    ("decode", "sm_90", 128): (Tile(16, 64, 4, 3), Tile(16, 32, 4, 4)),  # 164, 114 registers
+    ("decode", "sm_90", 256): (Tile(16, 32, 8, 3),),  # 113 registers; 4 warps spill
+    ("decode-tall", "sm_90", 32): (Tile(64, 64, 4, 4),),  # 96 registers
+    ("decode-tall", "sm_90", 64): (Tile(64, 64, 4, 3),),  # 144 registers
+    ("decode-tall", "sm_90", 128): (Tile(64, 32, 4, 4), Tile(64, 64, 8, 3)),  # 178, 148 registers
+    ("decode-tall", "sm_90", 256): (Tile(64, 32, 8, 3),),  # 191 registers, 128 KiB
     # For sm_80 and sm_89 (99 KiB of shared memory), the larger count of the two. Descriptors are turned back into
     # pointers there, at the price of spills.
     ("forward", "sm_80", 32): (Tile(128, 64, 4, 2),),  # 214 registers
@@ -107,6 +118,14 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     ("queries", "sm_80", 64): (Tile(64, 32, 4, 2),),  # 176 registers
     ("queries", "sm_80", 128): (Tile(64, 32, 4, 2),),  # 216 registers
     ("queries", "sm_80", 256): (Tile(32, 16, 4, 1),),  # 212 registers
+    ("decode", "sm_80", 32): (Tile(16, 128, 4, 3),),  # 80 registers
+    ("decode", "sm_80", 64): (Tile(16, 64, 4, 3),),  # 72 registers
+    ("decode", "sm_80", 128): (Tile(16, 32, 4, 3),),  # 112 registers
+    ("decode", "sm_80", 256): (Tile(16, 16, 4, 3),),  # 150 registers
+    ("decode-tall", "sm_80", 32): (Tile(64, 64, 4, 3),),  # 110 registers
+    ("decode-tall", "sm_80", 64): (Tile(64, 64, 4, 3),),  # 195 registers
+    ("decode-tall", "sm_80", 128): (Tile(64, 32, 4, 3),),  # 246 registers
+    ("decode-tall", "sm_80", 256): (Tile(64, 16, 8, 3),),  # 220 registers
     # Exact fp32 has no tensor cores, and tiles twice the size: for checks, not for speed.
     ("forward", "fp32", 32): (Tile(64, 32, 4, 1),),
     ("forward", "fp32", 64): (Tile(32, 32, 4, 1),),
@@ -120,11 +139,19 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     ("queries", "fp32", 64): (Tile(32, 32, 4, 1),),
     ("queries", "fp32", 128): (Tile(16, 16, 4, 1),),
     ("queries", "fp32", 256): (Tile(16, 16, 8, 1),),
+    ("decode", "fp32", 32): (Tile(16, 64, 4, 2),),
+    ("decode", "fp32", 64): (Tile(16, 32, 4, 2),),
+    ("decode", "fp32", 128): (Tile(16, 16, 4, 2),),
+    ("decode", "fp32", 256): (Tile(16, 16, 4, 2),),
+    ("decode-tall", "fp32", 32): (Tile(16, 64, 4, 2),),
+    ("decode-tall", "fp32", 64): (Tile(16, 32, 4, 2),),
+    ("decode-tall", "fp32", 128): (Tile(16, 16, 4, 2),),
+    ("decode-tall", "fp32", 256): (Tile(16, 16, 4, 2),),
 }
 
 
 def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
-    """The row that runs: for "forward", "delta", "keys" or "queries", a device, and elements of so many bytes."""
+    """The row that runs for a kernel, by its name in the table, and elements of so many bytes on a device."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
 

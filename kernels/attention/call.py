@@ -38,13 +38,7 @@ def checked(
     """The record. Raises ValueError naming the argument that does not fit, what came and what was expected."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, packed=packed)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}; expected None or a finite number above 0")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; expected None or at least 1")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap is {softcap}; expected None or a finite number above 0")
+    scale = check_options(q.shape[-1], scale, window, softcap)
     if not packed:
         return Call(causal, scale, window, softcap, None, None, q.shape[1], k.shape[1])
     for name, boundaries in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -60,6 +54,18 @@ def checked(
     longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     longest_k = _longest("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     return Call(causal, scale, window, softcap, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
+
+
+def check_options(head_dim: int, scale: float | None, window: int | None, softcap: float | None) -> float:
+    """The scale. Raises ValueError naming what does not fit."""
+    scale = head_dim**-0.5 if scale is None else scale
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}; expected None or a finite number above 0")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; expected None or at least 1")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap is {softcap}; expected None or a finite number above 0")
+    return scale
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:

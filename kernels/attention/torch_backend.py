@@ -13,7 +13,7 @@ from kernels.attention.reference import attention_reference, visible
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, log-sum-exp where it is asked for), as flash_attention gives them."""
     if call.cu_seqlens_q is None:
-        return _dense(q, k, v, call, return_lse)
+        return dense(q, k, v, call, return_lse)
     return _packed(q, k, v, call, return_lse)
 
 
@@ -26,7 +26,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tu
     # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size
     # gradient per sequence.
     parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-    results = [_dense(q_part[None], k_part[None], v_part[None], call, return_lse) for q_part, k_part, v_part in parts]
+    results = [dense(q_part[None], k_part[None], v_part[None], call, return_lse) for q_part, k_part, v_part in parts]
     out = torch.cat([out[0] for out, _ in results]) if results else torch.empty_like(q)
     if not return_lse:
         return out, None
@@ -34,9 +34,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tu
     return out, torch.cat([none, *(lse[0] for _, lse in results if lse is not None)], dim=-1)
 
 
-def _dense(
-    q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, call: Call, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def dense(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     causal, scale, window, softcap = call.causal, call.scale, call.window, call.softcap
     queries, keys = q_BTHD.shape[1], k_BSHD.shape[1]
     # SDPA gives NaN for a row without keys, and knows neither softcap nor log-sum-exp.

@@ -21,7 +21,8 @@ def test_no_attention_kernel_spills_or_overflows() -> None:
     for line in lines:
         assert line["spilled_bytes"] == 0, line
         assert line["shared_bytes"] <= line["shared_limit"], line
-        assert line["wgmma"] == (line["architecture"] == 90 and line["kernel"] != "delta"), line
+        # wgmma multiplies 64 rows at a time: the 16 of decode are left to the older units.
+        assert line["wgmma"] == (line["architecture"] == 90 and line["kernel"] not in ("delta", "decode")), line
         assert line["tma"] == line["tile"]["descriptors"], line
         assert line["specialized"] == line["tile"]["specialize"], line
 

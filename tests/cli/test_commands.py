@@ -25,6 +25,9 @@ COMMANDS = [
     ("data", "show"),
     ("bench-train",),
     ("bench-attention",),
+    ("bench-layernorm",),
+    ("bench-cross-entropy",),
+    ("bench-decode-attention",),
     ("bench-quality",),
     ("bench-compile",),
 ]
