@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attention import TOLERANCE, outcome
-from bench.timing import median_seconds
+from bench.timing import TOLERANCE, median_seconds, outcome
 from engine.runtime import Runtime, synchronize
 from kernels import linear_cross_entropy
 from kernels.backend import backend
@@ -40,15 +39,13 @@ def plain_half(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)), targets)
 
 
-def losses(runtime: Runtime) -> dict[str, Loss]:
-    """What is compared, by name."""
-    found: dict[str, Loss] = {"ours": linear_cross_entropy, "plain": plain}
+def losses(runtime: Runtime) -> list[dict[str, Loss]]:
+    """What is compared, by name: those of a group take turns. The one that takes time to compile comes last."""
+    eager: dict[str, Loss] = {"ours": linear_cross_entropy, "plain": plain}
     if runtime.precision != "fp32":
-        found["plain, half"] = plain_half
-    if runtime.device.type == "cuda":
-        # Compiled for each shape alone: dynamic shapes are slower.
-        found["plain, compiled"] = torch.compile(plain, dynamic=False)
-    return found
+        eager["half"] = plain_half
+    # Compiled for each shape alone: dynamic shapes are slower.
+    return [eager, {"compiled": torch.compile(plain, dynamic=False)}] if runtime.device.type == "cuda" else [eager]
 
 
 def bench_cross_entropy(
@@ -58,25 +55,43 @@ def bench_cross_entropy(
 
     `seconds` is forward and backward, `forward_seconds` forward alone where no gradient is wanted.
     """
-    result: dict[str, Any] = {"precision": runtime.precision, "backend": backend(runtime.device), "shapes": []}
-    for vocab, width in shapes:
-        arguments = inputs(tokens, vocab, width, runtime)
-        figures = {name: outcome(check, loss, runtime) for name, loss in losses(runtime).items()}
-        times: dict[str, dict[str, list[float]]] = {}
-        for _ in range(rounds):
-            for name, loss in losses(runtime).items():
-                if "reason" not in figures[name]:
-                    taken = outcome(timed, loss, arguments, runtime)
-                    figures[name] |= {"reason": taken["reason"]} if "reason" in taken else {}
-                    for kind, seconds in taken.items():
-                        times.setdefault(name, {}).setdefault(kind, []).append(seconds)
-        del arguments
-        for name, each in figures.items():
-            if "reason" not in each:
-                each |= {kind: statistics.median(taken) for kind, taken in times[name].items()}
-                each["peak_bytes"] = peak_memory(name, tokens, vocab, width, runtime)
-        result["shapes"].append({"vocab": vocab, "width": width, "tokens": tokens, "figures": figures})
-        yield result
+    result: dict[str, Any] = {
+        "precision": runtime.precision,
+        "backend": backend(runtime.device),
+        "tokens": tokens,
+        "shapes": [{"vocab": vocab, "width": width, "figures": {}} for vocab, width in shapes],
+    }
+    for group in losses(runtime):
+        verdicts = {name: outcome(check, loss, runtime) for name, loss in group.items()}
+        for shape in result["shapes"]:
+            torch.compiler.reset()  # it compiles one function only so many times
+            shape["figures"] |= _figures(group, verdicts, (tokens, shape["vocab"], shape["width"]), rounds, runtime)
+            yield result
+
+
+def _figures(
+    group: dict[str, Loss],
+    verdicts: dict[str, dict[str, Any]],
+    size: tuple[int, int, int],
+    rounds: int,
+    runtime: Runtime,
+) -> dict[str, dict[str, Any]]:
+    figures = {name: dict(verdict) for name, verdict in verdicts.items()}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in group}
+    arguments = inputs(*size, runtime)
+    for _ in range(rounds):
+        for name, loss in group.items():
+            if "reason" not in figures[name]:
+                found = outcome(timed, loss, arguments, runtime)
+                if "reason" in found:
+                    figures[name] = found
+                taken[name].append(found)
+    del arguments
+    for name, each in figures.items():
+        if "reason" not in each:
+            each |= {kind: statistics.median(times[kind] for times in taken[name]) for kind in taken[name][0]}
+            each["peak_bytes"] = peak_memory(name, size, runtime)
+    return figures
 
 
 def inputs(tokens: int, vocab: int, width: int, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,23 +142,23 @@ def _seconds(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def peak_memory(name: str, tokens: int, vocab: int, width: int, runtime: Runtime) -> int:
+def peak_memory(name: str, size: tuple[int, int, int], runtime: Runtime) -> int:
     """The most bytes that a forward and backward pass holds beyond its arguments; on a CPU, in a process of its own."""
     if runtime.device.type == "cuda":
-        return _peak_memory(name, tokens, vocab, width, runtime, torch.get_num_threads())
+        return _peak_memory(name, size, runtime, torch.get_num_threads())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (name, tokens, vocab, width, runtime, torch.get_num_threads()))
+        return pool.apply(_peak_memory, (name, size, runtime, torch.get_num_threads()))
 
 
-def _peak_memory(name: str, tokens: int, vocab: int, width: int, runtime: Runtime, threads: int) -> int:
+def _peak_memory(name: str, size: tuple[int, int, int], runtime: Runtime, threads: int) -> int:
     torch.set_num_threads(threads)
-    loss = losses(runtime)[name]
-    step(loss, inputs(256, vocab if runtime.device.type == "cuda" else 256, width, runtime))  # the libraries' own
-    arguments = inputs(tokens, vocab, width, runtime)
-    if runtime.device.type == "cuda":
-        if name == "plain, compiled":
-            step(loss, arguments)
-        synchronize(runtime.device)
+    loss = next(group[name] for group in losses(runtime) if name in group)
+    on_gpu = runtime.device.type == "cuda"
+    # What libraries keep is not counted. A GPU's peak can be reset; a process has one peak, so that little must do.
+    step(loss, inputs(*(size if on_gpu else (256, 256, 64)), runtime))
+    arguments = inputs(*size, runtime)
+    synchronize(runtime.device)
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(runtime.device)
     before = runtime.peak_memory()
     step(loss, arguments)

@@ -12,7 +12,7 @@ from engine.errors import InputError
 def bench_cross_entropy(
     vocab: Annotated[str | None, typer.Option(help="Of 4096, 28000, 128256; all, unless given.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="16,384 on a GPU, 2,048 on a CPU.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to take the median of.")] = 5,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     out: Results = Path("bench/results"),
@@ -40,10 +40,12 @@ def bench_cross_entropy(
     count = tokens or cross_entropy.TOKENS[kind]
     console = Console(highlight=False)
     console.print(f"{machine.describe()}, {count:,} tokens")
-    table = Table("vocab", "width", "loss", "forward, ms", "+ backward", "of plain", "peak, MiB", "of plain")
-    for result in cross_entropy.bench_cross_entropy(machine, shapes=shapes, tokens=count, rounds=rounds):
+    for result in cross_entropy.bench_cross_entropy(
+        machine, shapes=shapes, tokens=count, rounds=rounds or (1 if kind == "cuda" else 7)
+    ):
         path = write_result("cross-entropy", machine, result, out)
-        shape = result["shapes"][-1]
+    table = Table("vocab", "width", "loss", "forward, ms", "+ backward", "of plain", "peak, MiB", "of plain", box=None)
+    for shape in result["shapes"]:
         peer = shape["figures"]["plain"]
         for name, figures in shape["figures"].items():
             row = [f"{shape['vocab']:,}", f"{shape['width']:,}", name]
@@ -59,4 +61,4 @@ def bench_cross_entropy(
                 f"1/{peer['peak_bytes'] / figures['peak_bytes']:.1f}" if "peak_bytes" in peer else "-",
             )
     console.print(table)
-    console.print(f"written to {path}")
+    print(f"written to {path}")

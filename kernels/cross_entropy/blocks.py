@@ -19,10 +19,10 @@ from kernels.cross_entropy.call import Options, Rows, Wide, accumulator
 BLOCK_BYTES = 8 * 2**20
 SMALLEST_BLOCK = 256
 # A GPU has no such cache, but more units to fill, and adds each block's share to the whole [V, C] gradient in memory:
-# 1,024 rows of 128k pieces in bf16 are as few as hide that behind a product with C = 4,096. An eighth of the rows where
-# that is less: larger blocks would be a larger part of the peak that the blocks are to avoid.
-GPU_BLOCK_BYTES = 256 * 2**20
-GPU_BLOCKS = 8
+# 1,024 rows of 128k pieces in bf16 are as few as hide that behind a product with C = 4,096. No more than an eighth of
+# the logits, though: the blocks are to be a small part of the plain peak; but of a few logits not so small a part that
+# the launches take longer than the work.
+GPU_BLOCK_BYTES = (32 * 2**20, 256 * 2**20)
 
 
 def summed_loss(
@@ -93,9 +93,10 @@ def _per_row(hidden_NC: Tensor) -> Tensor:
 def block_rows(hidden_NC: Tensor, vocab: int) -> int:
     if not hidden_NC.is_cuda:
         return max(SMALLEST_BLOCK, BLOCK_BYTES // (4 * vocab))
-    fitting = GPU_BLOCK_BYTES // (hidden_NC.element_size() * vocab)
-    # Whole tiles of the products.
-    return max(SMALLEST_BLOCK, min(fitting, -(-hidden_NC.shape[0] // GPU_BLOCKS)) // 128 * 128)
+    fewest, most = GPU_BLOCK_BYTES
+    row_bytes = hidden_NC.element_size() * vocab
+    fitting = min(most, max(fewest, hidden_NC.shape[0] * row_bytes // 8)) // row_bytes
+    return max(SMALLEST_BLOCK, fitting // 128 * 128)  # whole tiles of the products
 
 
 def _walk(
@@ -108,7 +109,9 @@ def _walk(
         if len(wrong):
             raise ValueError(f"targets holds {int(wrong[0])}; expected 0 to {vocab - 1}, or {options.ignore_index}")
     rows = block_rows(hidden_NC, vocab)
-    buffer = torch.empty(min(rows, len(targets_N)), vocab, dtype=hidden_NC.dtype, device=hidden_NC.device)
+    # Rows begin at multiples of 16 logits, whatever the vocabulary: a GPU's products need that to be fast.
+    padded = -(-vocab // 16) * 16
+    buffer = torch.empty(min(rows, len(targets_N)), padded, dtype=hidden_NC.dtype, device=hidden_NC.device)[:, :vocab]
     for start in range(0, len(targets_N), rows):
         block = slice(start, min(start + rows, len(targets_N)))
         targets = targets_N[block]

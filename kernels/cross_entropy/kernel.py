@@ -17,13 +17,14 @@ def _logits(
     row_ptr,  # of the products, any floating dtype
     o_v,
     vocab,
+    stride,
     softcap,
     inverse_temperature,
     SOFTCAP: tl.constexpr,
 ):
     """Capped and divided by the temperature, fp32. Beyond the vocabulary what exp turns into 0: not -inf, for 0 times
     that is NaN."""
-    b_z = tl.load(row_ptr + o_v, mask=o_v < vocab, other=0.0).to(tl.float32)
+    b_z = tl.load(row_ptr + o_v, mask=o_v < stride, other=0.0).to(tl.float32)
     if SOFTCAP:
         b_z = softcap * tanh(b_z / softcap)
     return tl.where(o_v < vocab, b_z * inverse_temperature, -1e38)
@@ -31,7 +32,7 @@ def _logits(
 
 @triton.jit
 def rows_kernel(
-    logits_ptr,  # [R, V], dense rows; where GRADIENT overwritten with the gradient by the products
+    logits_ptr,  # [R, V]; where GRADIENT overwritten with the gradient by the products
     targets_ptr,  # int64 [R]
     log_probs_ptr,  # fp32 [R] like the other five; with STATISTICS written, else not used
     lse_ptr,  # with STATISTICS written, else read
@@ -40,7 +41,7 @@ def rows_kernel(
     d_lse_ptr,
     d_entropy_ptr,  # where ENTROPY
     vocab,
-    stride,  # of a row of logits
+    stride,  # of a row of logits: as far as it may be read and written. A multiple of 16 makes for whole vectors
     ignore_index,
     z_loss,  # with STATISTICS and GRADIENT: of the sum of z_loss * lse^2 - log p(target)
     softcap,
@@ -63,7 +64,7 @@ def rows_kernel(
         if GRADIENT:
             for start in range(0, vocab, BLOCK_V):
                 o_v = start + tl.arange(0, BLOCK_V)
-                tl.store(row_ptr + o_v, tl.zeros([BLOCK_V], row_ptr.dtype.element_ty), mask=o_v < vocab)
+                tl.store(row_ptr + o_v, tl.zeros([BLOCK_V], row_ptr.dtype.element_ty), mask=o_v < stride)
         return
 
     known = (target >= 0) & (target < vocab)
@@ -77,7 +78,7 @@ def rows_kernel(
         b_sum = tl.zeros([BLOCK_V], tl.float32)  # of exp(z - highest)
         for start in range(0, vocab, BLOCK_V):
             o_v = start + tl.arange(0, BLOCK_V)
-            b_z = _logits(row_ptr, o_v, vocab, softcap, inverse_temperature, SOFTCAP)
+            b_z = _logits(row_ptr, o_v, vocab, stride, softcap, inverse_temperature, SOFTCAP)
             new = tl.maximum(highest, tl.max(b_z, 0))
             # Kept by lane: one sum over lanes at the end in place of one in every step.
             b_sum = b_sum * tl.exp(highest - new) + tl.exp(b_z - new)
@@ -90,7 +91,7 @@ def rows_kernel(
             b_entropy = tl.zeros([BLOCK_V], tl.float32)
             for start in range(0, vocab, BLOCK_V):
                 o_v = start + tl.arange(0, BLOCK_V)
-                b_log_p = _logits(row_ptr, o_v, vocab, softcap, inverse_temperature, SOFTCAP) - lse
+                b_log_p = _logits(row_ptr, o_v, vocab, stride, softcap, inverse_temperature, SOFTCAP) - lse
                 b_entropy -= tl.exp(b_log_p) * b_log_p
             tl.store(entropy_ptr + row, tl.sum(b_entropy, 0))
     else:
@@ -109,7 +110,7 @@ def rows_kernel(
         d_log_prob = tl.where(known, d_log_prob, float("nan"))
         for start in range(0, vocab, BLOCK_V):
             o_v = start + tl.arange(0, BLOCK_V)
-            b_z = _logits(row_ptr, o_v, vocab, softcap, inverse_temperature, SOFTCAP)
+            b_z = _logits(row_ptr, o_v, vocab, stride, softcap, inverse_temperature, SOFTCAP)
             b_log_p = b_z - lse
             b_slope = d_lse - d_log_prob
             if ENTROPY and not STATISTICS:
@@ -118,4 +119,4 @@ def rows_kernel(
             if SOFTCAP:
                 b_tanh = b_z / (softcap * inverse_temperature)
                 b_d *= 1.0 - b_tanh * b_tanh
-            tl.store(row_ptr + o_v, (b_d * inverse_temperature).to(row_ptr.dtype.element_ty), mask=o_v < vocab)
+            tl.store(row_ptr + o_v, (b_d * inverse_temperature).to(row_ptr.dtype.element_ty), mask=o_v < stride)
