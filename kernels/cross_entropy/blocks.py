@@ -67,7 +67,7 @@ def gradients(
         None if each is None else torch.where(counts, each, zero)
         for each in (upstream.log_probs, upstream.lse, upstream.entropy)
     )
-    # Nobody asks for the entropy of a sum of log-probabilities: to leave it out saves a pass over the logits.
+    # The entropy's part is left out where nobody asked for it: it is a pass over the logits.
     upstream = Rows(zero if log_probs is None else log_probs, zero if lse is None else lse, entropy)
     weight = weight_VC.to(hidden_NC.dtype)
     gradients = _Gradients(hidden_NC, weight_VC, weight)

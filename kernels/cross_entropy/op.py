@@ -22,8 +22,8 @@ def linear_cross_entropy(
     ignore_index where nothing counts. `softcap` c turns a logit z into c * tanh(z / c); `z_loss` adds z_loss *
     logsumexp(logits)^2 (PaLM, arXiv:2204.02311). reduction: "mean" over the targets that count, "sum", or "none"
     (shape of targets). Returns fp32 (float64 for float64). Raises ValueError naming the argument that does not fit.
-    A target beyond the vocabulary is such a ValueError on a CPU; on a GPU, where to look would mean to wait, it makes
-    loss and gradients NaN.
+    A target beyond the vocabulary is such a ValueError on a CPU; on a GPU, where to look would mean to wait, the kernel
+    makes loss and gradients NaN.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")

@@ -10,10 +10,10 @@ from kernels.cross_entropy.kernel import rows_kernel
 def tile(vocab: int) -> tuple[int, int]:
     """Logits per step, and warps.
 
-    A thread takes 16 logits in a step: two loads of 16 bytes in flight, where they are bf16. More warps for longer
-    rows, so that fewer rows are on their way at a time: 2,048 threads a multiprocessor, on 132 of them, hold 17 MB of
-    rows of 8k pieces, 34 MB of 32k and 68 MB of 128k (34 MB where registers leave room for one row of the two), and
-    what the 50 MB of an H200's L2 hold between the two sweeps is not read again.
+    A thread takes 16 logits in a step: two loads of 16 bytes in flight, where they are bf16. That takes up to 64
+    registers, so that a multiprocessor has room for about 1,024 threads. More warps for longer rows, then, make for
+    fewer rows at a time: 4, 2 or 1 on each of an H200's 132, at most 9, 17 and 34 MB of up to 8k, 32k and 128k bf16
+    logits. That fits its L2 of 50 MB, from which the second sweep reads them.
     """
     warps = 8 if vocab <= 8192 else 16 if vocab <= 32768 else 32
     return min(512 * warps, triton.next_power_of_2(vocab)), warps
