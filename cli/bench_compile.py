@@ -31,7 +31,11 @@ def bench_compile(
     Console(highlight=False).print(table)
     path = Path("bench/results") / f"compile-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": versions(), **lines}, indent=1) + "\n")
+    # A line for each kernel.
+    parts = [f'"versions": {json.dumps(versions())}']
+    for family, found in lines.items():
+        parts.append(f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     print(f"written to {path}")
 
 
