@@ -1,5 +1,7 @@
 """The KV cache: keys and values of the tokens seen so far, so that a new token costs one step and not a whole pass."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,17 @@ class KVCache:
         self.keys[layer].index_put_((rows, places), k_BTHD)
         self.values[layer].index_put_((rows, places), v_BTHD)
         return self.keys[layer], self.values[layer]
+
+    def view(self, first: int, rows: int, reach: int) -> "KVCache":
+        """The slots [first, first + rows) and their first `reach` tokens: the same memory, lengths too."""
+        part = copy.copy(self)
+        slots = slice(first, first + rows)
+        part.keys, part.values = self.keys[:, slots, :reach], self.values[:, slots, :reach]
+        part.lengths = self.lengths[slots]
+        return part
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two slots, of which the longer holds `length` tokens."""
+        for tensor in (self.keys[:, :, :length], self.values[:, :, :length]):
+            tensor[:, [one, other]] = tensor[:, [other, one]]
+        self.lengths[[one, other]] = self.lengths[[other, one]]

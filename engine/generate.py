@@ -4,15 +4,14 @@ import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from engine.cache import KVCache
+from engine.batcher import Batcher, Request
 from engine.errors import InputError
 from engine.model import GPT
-from engine.runtime import inference
-from engine.sampling import Sampling, choose, make_generators
+from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
+
+# Of a batch of prompts, at once; the others wait.
+SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -77,72 +76,27 @@ def stream(
     A sequence ends at the end-of-document piece or a stop string ("stop"), or after max_tokens or at the model's
     context ("length"). Raises InputError for a prompt that is empty or leaves no room in the context.
     """
-    context = model.config.context
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(f"prompt {index} is empty; begin it with the end-of-document piece")
-        if len(prompt) >= context:
-            raise InputError(
-                f"prompt {index} has {len(prompt)} tokens; this model's context holds {context}, answer included"
-            )
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
     if not prompts:
         return
-    limits = [min(context - len(prompt), max_tokens or context) for prompt in prompts]
+    context = model.config.context
+    batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
     texts = [TextStream(tokenizer, stop) for _ in prompts]
-    open_sequences = set(range(len(prompts)))
-    for produced, tokens in enumerate(_token_steps(model, prompts, sampling), start=1):
-        for index, token in enumerate(tokens):
-            if index not in open_sequences:
-                continue
-            ended = token == tokenizer.eod
-            last = ended or produced == limits[index]
-            text = texts[index].push(token, last=last)
-            stopped = ended or texts[index].stopped
-            finish = "stop" if stopped else "length" if last else None
-            if finish:
-                open_sequences.discard(index)
-            yield Piece(index, text, () if ended else (token,), finish)
-        if not open_sequences:
-            return
-
-
-def _token_steps(model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
-    """Endlessly the next token of every sequence, one list per step. The caller stops where the context ends."""
-    weight = model.embedding.weight
-    padded = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    stop_ids = frozenset([tokenizer.eod])
+    numbers = {}
     for index, prompt in enumerate(prompts):
-        padded[index, : len(prompt)] = torch.tensor(prompt)
-    tokens = padded.to(weight.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    generators = make_generators(sampling.seed, len(prompts))
-    seen = _seen(tokens, lengths, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    # One more than the context: where a sequence that has ended goes on being written.
-    capacity = model.config.context + 1
-    cache = KVCache(
-        model.config, len(prompts), capacity, device=weight.device, dtype=model.compute_dtype or weight.dtype
-    )
-    rows = torch.arange(len(prompts), device=weight.device)
-    new = lengths  # of each sequence: how many of its tokens this pass reads
-    while True:
-        with inference(model):
-            hidden = model(tokens, cache=cache)
-            # Shorter prompts are padded on the right. Nothing attends to padding, and it is soon written over.
-            last = hidden[rows, new - 1]
-            cache.lengths = (cache.lengths + new).clamp(max=model.config.context)
-            chosen = choose(model.logits(last), sampling, generators, seen)
-            if seen is not None:
-                seen.scatter_(1, chosen[:, None], True)
-        yield chosen.tolist()
-        tokens, new = chosen[:, None], torch.ones_like(lengths)
-
-
-def _seen(tokens_BT: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
-    real = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths[:, None]
-    seen = torch.zeros(len(tokens_BT), vocab_size + 1, dtype=torch.bool, device=tokens_BT.device)
-    # Padding goes to a column of its own, which is then dropped.
-    return seen.scatter_(1, tokens_BT.masked_fill(~real, vocab_size), True)[:, :vocab_size].contiguous()
+        request = Request(prompt, sampling.of_row(index), context if max_tokens is None else max_tokens, stop_ids)
+        try:
+            numbers[batcher.submit(request)] = index
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error}") from None
+    while not batcher.idle:
+        for step in batcher.step():
+            index, ended = numbers[step.request], step.token == tokenizer.eod
+            text = texts[index].push(step.token, last=step.finish is not None)
+            finish = "stop" if texts[index].stopped else step.finish
+            if finish and not step.finish:
+                batcher.cancel(step.request)
+            yield Piece(index, text, () if ended else (step.token,), finish)
 
 
 def generate(

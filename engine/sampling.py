@@ -1,7 +1,7 @@
 """From logits to the next token: penalties, temperature, the usual cuts, and one draw per sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    def of_row(self, index: int) -> "Sampling":
+        """The same for one text of several, whose seeds lie far apart: not those of the next seed, shifted by one."""
+        if self.seed is None or index == 0:
+            return self
+        return replace(self, seed=(self.seed + index * 0x9E3779B97F4A7C15) % 2**62)
 
     def __post_init__(self) -> None:
         bounds = (
@@ -91,13 +97,11 @@ def choose(
     return (cumulative_BV <= threshold).sum(dim=-1).clamp(max=logits_BV.shape[-1] - 1)
 
 
-def make_generators(seed: int | None, count: int) -> list[torch.Generator]:
-    """One generator per sequence, on the CPU so that a seed means the same on every device."""
-    generators = [torch.Generator() for _ in range(count)]
-    for index, generator in enumerate(generators):
-        if seed is None:
-            generator.seed()
-        else:
-            # Far apart, so that the texts of one seed are not those of the next, shifted by one.
-            generator.manual_seed((seed + index * 0x9E3779B97F4A7C15) % 2**63)
-    return generators
+def make_generator(seed: int | None) -> torch.Generator:
+    """On the CPU, so that a seed means the same on every device."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator

@@ -1,15 +1,16 @@
 """Generation: the cache changes nothing, every sequence minds its own business, and text comes in whole characters."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-import engine.generate
+from engine.batcher import Batcher, Running, Step
 from engine.errors import InputError
 from engine.generate import Completion, TextStream, document_prompt, generate, stream
 from engine.model import GPT
@@ -86,7 +87,8 @@ def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(gpt: GP
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(0, "prompt 1 is empty"), (48, "prompt 1 has 48 tokens.*holds 48"), (60, "60 tokens")]
+    ("length", "expected"),
+    [(0, "prompt 1: the prompt is empty"), (48, "prompt 1: the prompt has 48 tokens.*holds 48"), (60, "60 tokens")],
 )
 def test_a_prompt_that_is_empty_or_leaves_no_room_is_refused(
     gpt: GPT, tokenizer: Tokenizer, length: int, expected: str
@@ -110,12 +112,15 @@ class Script:
     def play(self, *sequences: Sequence[int], **options: Any) -> tuple[list[Completion], list[list[str]]]:
         """The completions, and the text of each piece that was streamed."""
 
-        def steps(*_: Any) -> Iterator[list[int]]:
-            for place in range(max(len(sequence) for sequence in sequences)):
-                # What a sequence would write after its end must not be heard of.
-                yield [sequence[min(place, len(sequence) - 1)] for sequence in sequences]
+        def choose(batcher: Batcher, hidden: Tensor, running: Sequence[Running]) -> list[Step]:
+            # What a sequence would write after its end must not be heard of.
+            scripts = [sequences[each.number] for each in running]
+            tokens = [
+                script[min(each.produced, len(script) - 1)] for script, each in zip(scripts, running, strict=True)
+            ]
+            return [batcher._advance(each, token, hidden) for each, token in zip(running, tokens, strict=True)]
 
-        self.monkeypatch.setattr(engine.generate, "_token_steps", steps)
+        self.monkeypatch.setattr(Batcher, "_choose", choose)
         arguments = (self.gpt, self.tokenizer, [[self.tokenizer.eod]] * len(sequences), GREEDY)
         pieces: list[list[str]] = [[] for _ in sequences]
         for piece in stream(*arguments, **options):

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.sampling import Sampling, choose, distribution, make_generators
+from engine.sampling import Sampling, choose, distribution, make_generator
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0], [0.0, -4.0, 3.0, 2.9, -0.5, 1.0]])
+
+
+def make_generators(seed: int | None, count: int) -> list[torch.Generator]:
+    return [make_generator(Sampling(seed=seed).of_row(row).seed) for row in range(count)]
 
 
 def probabilities(row: Tensor, temperature: float = 1.0) -> list[float]:

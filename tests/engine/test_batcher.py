@@ -1,0 +1,132 @@
+"""Requests that come, go and are cancelled at any step; none notices the others."""
+
+import random
+
+import pytest
+import torch
+
+from engine.batcher import Batcher, QueueFullError, Request, Step
+from engine.errors import InputError
+from engine.model import GPT
+from engine.sampling import Sampling
+
+GREEDY = Sampling(0.0)
+SAMPLINGS = (GREEDY, Sampling(0.8, seed=1), Sampling(1.2, top_k=20, seed=2), Sampling(repetition_penalty=1.5, seed=3))
+
+
+def request(seed: int, **options: object) -> Request:
+    generator = random.Random(seed)
+    prompt = [generator.randrange(300) for _ in range(generator.randint(1, 40))]
+    return Request(prompt, SAMPLINGS[seed % len(SAMPLINGS)], generator.randint(1, 12), **options)  # type: ignore[arg-type]
+
+
+def drain(batcher: Batcher) -> dict[int, list[Step]]:
+    found: dict[int, list[Step]] = {}
+    while not batcher.idle:
+        for step in batcher.step():
+            found.setdefault(step.request, []).append(step)
+    return found
+
+
+def alone(gpt: GPT, request: Request) -> list[int]:
+    batcher = Batcher(gpt, slots=1)
+    number = batcher.submit(request)
+    return [step.token for step in drain(batcher)[number]]
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (3, 7), (8, 16)])
+def test_what_a_request_gets_does_not_depend_on_who_else_is_there(gpt: GPT, slots: int, chunk: int) -> None:
+    gpt.double()
+    requests = [request(seed) for seed in range(14)]
+    batcher = Batcher(gpt, slots=slots, chunk=chunk)
+    found: dict[int, list[int]] = {}
+    coming, numbers = list(requests), {}
+    # They come one or two at a time, while others are under way.
+    while coming or not batcher.idle:
+        for each in coming[: 1 + len(coming) % 2]:
+            numbers[batcher.submit(each)] = coming.pop(0)
+        for step in [*batcher.step(), *batcher.step()]:
+            found.setdefault(step.request, []).append(step.token)
+    for number, each in numbers.items():
+        assert found[number] == alone(gpt, each), each
+
+
+def test_a_cancelled_request_frees_its_slot_for_the_next_step(gpt: GPT) -> None:
+    batcher = Batcher(gpt, slots=2)
+    long = [batcher.submit(Request([1, 2], GREEDY, 40)) for _ in range(2)]
+    last = batcher.submit(Request([3], GREEDY, 5))
+    batcher.step()
+    batcher.step()
+    assert all(step.request in long for step in batcher.step())
+    batcher.cancel(long[0])
+    assert {step.request for step in batcher.step()} == {long[1], last}
+    batcher.cancel(last)
+    batcher.cancel(12345)
+    assert set(drain(batcher)) == {long[1]}
+
+
+def test_cancelling_changes_nothing_for_the_others(gpt: GPT) -> None:
+    gpt.double()
+    requests = [request(seed) for seed in range(6)]
+    batcher = Batcher(gpt, slots=6, chunk=8)
+    numbers = [batcher.submit(each) for each in requests]
+    found: dict[int, list[int]] = {}
+    while not batcher.idle:
+        for step in batcher.step():
+            found.setdefault(step.request, []).append(step.token)
+        for victim in (numbers[0], numbers[3]):
+            batcher.cancel(victim)
+    for number, each in zip(numbers, requests, strict=True):
+        if number not in (numbers[0], numbers[3]):
+            assert found[number] == alone(gpt, each)
+
+
+def test_a_long_prompt_does_not_stall_the_others(gpt: GPT) -> None:
+    batcher = Batcher(gpt, slots=2, chunk=4)
+    short = batcher.submit(Request([1], GREEDY, 40))
+    batcher.step()
+    batcher.submit(Request([2] * 40, GREEDY, 5))
+    # Ten chunks of four: at every one of these steps the other sequence moves on.
+    for _ in range(9):
+        assert [step.request for step in batcher.step()] == [short]
+    assert len(batcher.step()) == 2
+
+
+def test_it_ends_at_a_stop_id_at_the_limit_and_at_the_context(gpt: GPT) -> None:
+    tokens = alone(gpt, Request([5, 6], GREEDY, 10))
+    batcher = Batcher(gpt)
+    stopped = batcher.submit(Request([5, 6], GREEDY, 10, stop_ids=frozenset([tokens[3]])))
+    limited = batcher.submit(Request([5, 6], GREEDY, 4))
+    full = batcher.submit(Request([5] * 45, GREEDY, 10))
+    found = drain(batcher)
+    first = tokens.index(tokens[3])
+    assert [step.token for step in found[stopped]] == tokens[: first + 1]
+    assert [step.finish for step in found[stopped]] == [None] * first + ["stop"]
+    assert [step.token for step in found[limited]] == tokens[:4] and found[limited][-1].finish == "length"
+    assert len(found[full]) == 3 and found[full][-1].finish == "length"
+
+
+def test_log_probabilities_are_those_of_the_model(gpt: GPT) -> None:
+    batcher = Batcher(gpt)
+    prompt = [1, 2, 3]
+    number = batcher.submit(Request(prompt, Sampling(0.7, seed=5), 6, top_logprobs=3))
+    steps = drain(batcher)[number]
+    with torch.no_grad():
+        for step in steps:
+            expected = gpt.logits(gpt(torch.tensor([prompt])))[0, -1].log_softmax(-1)
+            assert step.logprob == pytest.approx(expected[step.token].item(), abs=1e-4)
+            assert [token for token, _ in step.top] == expected.topk(3).indices.tolist()
+            prompt = [*prompt, step.token]
+
+
+def test_the_queue_is_bounded_and_prompts_are_checked(gpt: GPT) -> None:
+    batcher = Batcher(gpt, slots=1, queue=2)
+    for _ in range(2):
+        batcher.submit(Request([1], GREEDY, 3))
+    with pytest.raises(QueueFullError):
+        batcher.submit(Request([1], GREEDY, 3))
+    batcher.step()
+    batcher.submit(Request([1], GREEDY, 3))
+    for prompt, limit, message in (([], 3, "empty"), ([1] * 48, 3, "holds 48"), ([1], 0, "max_tokens")):
+        with pytest.raises(InputError, match=message):
+            batcher.submit(Request(prompt, GREEDY, limit))
