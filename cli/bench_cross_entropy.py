@@ -26,7 +26,7 @@ def bench_cross_entropy(
 
     from bench import cross_entropy
     from bench.results import write_result
-    from cli.bench_kernels import integers
+    from cli.options import integers
     from engine import runtime
 
     machine = runtime.choose(device, precision)

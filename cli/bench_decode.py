@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.bench_kernels import integers
-from cli.options import Device, Precision, Results
+from cli.options import Device, Precision, Results, integers
 from engine.errors import InputError
 
 

@@ -26,7 +26,7 @@ def bench_layernorm(
 
     from bench import layernorm
     from bench.results import device_name, write_result
-    from cli.bench_kernels import integers
+    from cli.options import integers
     from engine import runtime
 
     machine = runtime.choose(device, precision)

@@ -6,10 +6,10 @@ import typer
 
 from cli import (
     bench,
+    bench_attention,
     bench_compile,
     bench_cross_entropy,
     bench_decode,
-    bench_kernels,
     bench_layernorm,
     data,
     generate,
@@ -31,7 +31,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("bench-train")(bench.bench_train)
-app.command("bench-attention")(bench_kernels.bench_attention)
+app.command("bench-attention")(bench_attention.bench_attention)
 app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
 app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
 app.command("bench-decode-attention")(bench_decode.bench_decode_attention)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from engine.errors import InputError
+
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one.")]
 Precision = Annotated[
@@ -13,3 +15,14 @@ Precision = Annotated[
 CheckpointName = Annotated[str, typer.Option("--checkpoint", help="latest, best, or a step.")]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
 Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The numbers of an option that takes several, with commas between. Raises InputError."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(f"{option} is {text!r}; it takes whole numbers above 0 with commas between")
+    return found

@@ -1,5 +1,7 @@
 """decode_attention, the public function: checks its arguments and hands them to a backend."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +38,9 @@ def decode_attention(
     """
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     scale = check_options(q.shape[-1], scale, window, softcap)
-    if backend(q.device) == "triton" and q.dtype != torch.float64:
-        return _triton(q, k_cache, v_cache, cache_lengths, block_table, scale, window, softcap)
-    return _torch(q, k_cache, v_cache, cache_lengths, block_table, scale, window, softcap)
+    call = Call(True, scale, window, softcap, None, None, q.shape[1], k_cache.shape[1])
+    run = _triton if backend(q.device) == "triton" and q.dtype != torch.float64 else _torch
+    return run(q, k_cache, v_cache, cache_lengths, block_table, call)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None) -> None:
@@ -82,9 +84,7 @@ def _triton(
     v_cache: Tensor,
     cache_lengths: Tensor,
     block_table: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    call: Call,
 ) -> Tensor:
     # Imported here: a machine that runs the torch backend needs no Triton.
     from kernels.attention.decode_launch import decode
@@ -97,7 +97,7 @@ def _triton(
             raise ValueError(f"{name} has stride {cache.stride(-1)} in its last dimension; expected 1")
     q = q if q.stride(-1) == 1 else q.contiguous()
     table = block_table if block_table is None or block_table.stride(-1) == 1 else block_table.contiguous()
-    return decode(q, k_cache, v_cache, cache_lengths, table, scale, window, softcap)
+    return decode(q, k_cache, v_cache, cache_lengths, table, call.scale, call.window, call.softcap)
 
 
 # The lengths decide here, which torch.compile cannot follow.
@@ -108,18 +108,16 @@ def _torch(
     v_cache: Tensor,
     cache_lengths: Tensor,
     block_table: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    call: Call,
 ) -> Tensor:
-    queries, lengths = q.shape[1], cache_lengths.tolist()
+    queries, window, lengths = q.shape[1], call.window, cache_lengths.tolist()
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
-    if block_table is None and shortest != longest and shortest >= queries and softcap is None:
+    if block_table is None and shortest != longest and shortest >= queries and call.softcap is None:
         seen = slice(_seen(shortest, queries, window).start, longest)
-        return _ragged(q, k_cache, v_cache, cache_lengths, seen, scale, window)
+        return _ragged(q, k_cache, v_cache, cache_lengths, seen, call.scale, window)
     # A single query, the last, sees all of the keys that it is given.
-    causal = queries > 1
-    call = Call(causal, scale, window if causal else None, softcap, None, None, queries, k_cache.shape[1])
+    if queries == 1:
+        call = replace(call, causal=False, window=None)
     if block_table is None and shortest == longest:
         seen = _seen(longest, queries, window)
         return dense(q, k_cache[:, seen], v_cache[:, seen], call, return_lse=False)[0]

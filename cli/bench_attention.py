@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Device, Precision, Results
+from cli.options import Device, Precision, Results, integers
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,16 +49,6 @@ def bench_attention(
         raise InputError(f"--only knows no {unknown[0]!r}; it knows {', '.join(PROVIDERS)}")
     masks = [True, False] if causal is None else [causal]
     _compare(machine, head_dims, chosen, masks, total, names, out)
-
-
-def integers(option: str, text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise InputError(f"{option} is {text!r}; it takes whole numbers above 0 with commas between")
-    return found
 
 
 def _compare(
