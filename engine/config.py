@@ -182,6 +182,8 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
+    chat: bool = False
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,0 +1,69 @@
+"""Conversations as token ids: one template for finetuning, chat, server and rollouts, so that they cannot differ.
+
+    <|endoftext|><|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|><|user|>...
+
+A message is encoded as text between pieces that text cannot spell: nothing in it can end a turn or begin another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import InputError
+from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT, Tokenizer
+
+ROLES = ("system", "user", "assistant")
+END = "<|end|>"
+assert (*(f"<|{role}|>" for role in ROLES), END) == CHAT_PIECES
+
+# The same for transformers, which an exported model carries along.
+JINJA = (
+    "{{ '" + END_OF_DOCUMENT + "' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InputError(f"a message's role is {self.role!r}; it must be one of {', '.join(ROLES)}")
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and which of them to learn: what the assistant says, and that it ends there."""
+    ids, learn = [tokenizer.eod], [False]
+    encoded = tokenizer.encode_batch([message.content for message in messages])
+    for message, text in zip(messages, encoded, strict=True):
+        ids += [tokenizer.special[f"<|{message.role}|>"], *text, tokenizer.special[END]]
+        learn += [False] + [message.role == "assistant"] * (len(text) + 1)
+    return ids, learn
+
+
+def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids after which the assistant's next answer comes."""
+    return [*render(tokenizer, messages)[0], tokenizer.special["<|assistant|>"]]
+
+
+def answer_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer."""
+    return frozenset((tokenizer.special[END], tokenizer.eod))
+
+
+def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[Message], int]:
+    """(the messages whose prompt takes at most `room` tokens, how many were dropped).
+
+    The oldest go first, an answer with its question; a system message stays. Raises InputError where not even the last
+    message fits.
+    """
+    system = [message for message in messages[:1] if message.role == "system"]
+    turns = list(messages[len(system) :])
+    for first in range(len(turns)):
+        kept = [*system, *turns[first:]]
+        # A conversation that began with an answer would be like none that the model has learnt from.
+        if turns[first].role != "assistant" and len(answer_prompt(tokenizer, kept)) <= room:
+            return kept, first
+    raise InputError(f"the message does not fit: with the system message it takes more than {room} tokens")
