@@ -5,23 +5,33 @@ from typing import Annotated
 
 import typer
 
-from cli.options import CheckpointName, Device, Precision, RunArgument
+from cli.options import (
+    CheckpointName,
+    Device,
+    MaxTokens,
+    MinP,
+    Precision,
+    RepetitionPenalty,
+    RunArgument,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 def generate(
     path: RunArgument,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; nothing begins a document.")] = "",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many texts.")] = 1,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="At most so many tokens; else up to the context.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this share.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    seed: SamplingSeed = None,
     device: Device = "auto",
     precision: Precision = "auto",
     which: CheckpointName = "latest",

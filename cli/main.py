@@ -11,6 +11,7 @@ from cli import (
     bench_cross_entropy,
     bench_decode,
     bench_layernorm,
+    chat,
     data,
     generate,
     info,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("bench-train")(bench.bench_train)
 app.command("bench-attention")(bench_attention.bench_attention)

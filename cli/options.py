@@ -13,6 +13,13 @@ Precision = Annotated[
     str, typer.Option(help="auto, fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it.")
 ]
 CheckpointName = Annotated[str, typer.Option("--checkpoint", help="latest, best, or a step.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="At most so many tokens; else up to the context.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
+TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this share.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
+SamplingSeed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
 Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]
 

@@ -140,3 +140,4 @@ def start(recipe: "Recipe", run: "Run", device: str, *, resume: bool, overwrite:
     if run.loss_plot.exists():
         console.say(f"loss plot  {run.loss_plot}")
     console.say(f'try it     gpt generate {run.path} "Once upon a time"')
+    console.say(f"           gpt chat {run.path}")

@@ -70,18 +70,21 @@ def stream(
     *,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
+    stop_ids: frozenset[int] | None = None,
 ) -> Iterator[Piece]:
     """Continue a batch of prompts (token ids, lengths may differ), yielding each sequence's new text step by step.
 
-    A sequence ends at the end-of-document piece or a stop string ("stop"), or after max_tokens or at the model's
-    context ("length"). Raises InputError for a prompt that is empty or leaves no room in the context.
+    A sequence ends at one of stop_ids (unless given, the end-of-document piece) or a stop string ("stop"), or after
+    max_tokens or at the model's context ("length"). Raises InputError for a prompt that is empty or leaves no room in
+    the context.
     """
     if not prompts:
         return
+    if stop_ids is None:
+        stop_ids = frozenset([tokenizer.eod])
     context = model.config.context
     batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
     texts = [TextStream(tokenizer, stop) for _ in prompts]
-    stop_ids = frozenset([tokenizer.eod])
     numbers = {}
     for index, prompt in enumerate(prompts):
         request = Request(prompt, sampling.of_row(index), context if max_tokens is None else max_tokens, stop_ids)
@@ -91,7 +94,7 @@ def stream(
             raise InputError(f"prompt {index}: {error}") from None
     while not batcher.idle:
         for step in batcher.step():
-            index, ended = numbers[step.request], step.token == tokenizer.eod
+            index, ended = numbers[step.request], step.token in stop_ids
             text = texts[index].push(step.token, last=step.finish is not None)
             finish = "stop" if texts[index].stopped else step.finish
             if finish and not step.finish:

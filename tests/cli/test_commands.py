@@ -18,6 +18,7 @@ HEAVY = ("torch", "numpy", "datasets", "wandb", "matplotlib", "sentencepiece", "
 COMMANDS = [
     ("train",),
     ("generate",),
+    ("chat",),
     ("info",),
     ("tokenizer", "train"),
     ("tokenizer", "show"),
@@ -184,6 +185,7 @@ MISTAKES = {
     "too few tokens": (["train", "nano", "--data", "few.txt", "--set", "model.vocab_size=300"], "too few"),
     "stories never end": (["train", "nano", "--epochs", "2", "--set", "data.documents=none"], "never end"),
     "not a run": (["generate", "nowhere"], "not a run"),
+    "nobody to chat with": (["chat", "nowhere"], "not a run"),
     "info on nothing": (["info", "nowhere"], "not a run"),
     "resume nothing": (["train", "nano", "--resume"], "not a run"),
     "no tokenizer": (["tokenizer", "show", "nothing.model"], "nothing.model"),

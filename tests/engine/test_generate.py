@@ -232,3 +232,13 @@ def test_bytes_that_are_no_text_become_replacement_characters(script: Script) ->
     broken = script.tokenizer.encode(SMILE)[:2] + script.tokenizer.encode("fox")
     completions, _ = script.play([*broken, script.tokenizer.eod])
     assert completions[0].text == "\ufffdfox"
+
+
+def test_a_sequence_ends_at_the_ids_that_are_given(gpt: GPT, tokenizer: Tokenizer) -> None:
+    (prompt,) = prompts(tokenizer, "Once upon a time")
+    (whole,) = generate(gpt, tokenizer, [prompt], GREEDY, max_tokens=6)
+    ends = frozenset(whole.ids[3:4])
+    pieces = list(stream(gpt, tokenizer, [prompt], GREEDY, max_tokens=6, stop_ids=ends))
+    before = [token for token in whole.ids[:4] if token not in ends]
+    assert [token for piece in pieces for token in piece.ids] == before[: len(pieces) - 1]
+    assert pieces[-1].finish == "stop" and pieces[-1].ids == ()

@@ -1,0 +1,156 @@
+"""A conversation with a model: what was said, how the next answer is drawn, what still fits. Knows no terminal."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.chat_template import Message, answer_ends, answer_prompt, trim
+from engine.config import override
+from engine.errors import InputError
+from engine.generate import document_prompt, stream
+from engine.model import GPT
+from engine.sampling import Sampling
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    """How to draw an answer, and how long it may get."""
+
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+
+    def changed(self, setting: str) -> "Settings":
+        """A copy with one `name=value` changed. Raises InputError for what is no setting, or out of its bounds."""
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"it takes name=value, such as temperature=0.7, not {setting!r}")
+        return override(self, name.strip(), value.strip())
+
+    def __str__(self) -> str:
+        values = dataclasses.asdict(self)
+        return "  ".join(f"{name}={'none' if value is None else value}" for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Answer(Message):
+    """`finish` is "stop" where the model ended it, "length" where it was cut, "stopped" where nobody listened on."""
+
+    finish: str = "stop"
+
+
+class Conversation:
+    """With a chat model: messages in turn. With a base model: one document, which both sides lengthen in turn."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, settings: Settings, *, chat: bool, notice: Callable[[str], None]
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.chat, self.notice = chat, notice
+        self.context = model.config.context
+        self.system = ""
+        self.written: set[Path] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said; the system message and the settings stay."""
+        self.messages: list[Message] = []
+        self.forgotten = 0  # how many messages, from the oldest, the model does not see any more
+        self.used = 0  # tokens of the context, the last answer included
+        self.draws = 0  # answers so far: each has a seed of its own
+
+    def instruct(self, system: str) -> None:
+        """Tell the model how to answer from now on; "" takes it back."""
+        if system and not self.chat:
+            raise InputError("a base model takes no system message; begin the text in the way you want it to go on")
+        self.system = system
+
+    def set(self, setting: str) -> None:
+        self.settings = self.settings.changed(setting)
+        if setting.partition("=")[0].strip() == "seed":
+            self.draws = 0
+
+    def ask(self, text: str) -> Iterator[str]:
+        """The answer's text, token by token. Message and answer are remembered, as far as the answer was listened to.
+
+        Raises InputError for a message that does not fit, and forgets it.
+        """
+        # A base model that ended its document begins another.
+        over = not self.chat and self.messages and self.answer.finish == "stop"
+        return self._begin([*([] if over else self.messages), Message("user", text)])
+
+    def retry(self) -> Iterator[str]:
+        """Another answer to the last message, in place of the first."""
+        if not self.messages:
+            raise InputError("there is no message to answer again")
+        if self.settings.temperature == 0:
+            self.notice("at temperature 0 every draw is the same")
+        return self._begin(self.messages[:-1])
+
+    @property
+    def answer(self) -> Answer:
+        """The last one, as far as it has come."""
+        last = self.messages[-1]
+        assert isinstance(last, Answer)
+        return last
+
+    def _begin(self, messages: Sequence[Message]) -> Iterator[str]:
+        prompt = self._fit(messages)
+        self.messages, self.used = [*messages, Answer("assistant", "", "stopped")], len(prompt)
+        sampling, self.draws = self.settings.of_row(self.draws), self.draws + 1
+        return self._continue(prompt, sampling)
+
+    def _continue(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+        ends = answer_ends(self.tokenizer) if self.chat else None
+        limit = self.settings.max_tokens
+        for piece in stream(self.model, self.tokenizer, [prompt], sampling, max_tokens=limit, stop_ids=ends):
+            # At every token: the listener may turn away at any.
+            self.messages[-1] = Answer("assistant", self.answer.content + piece.text, piece.finish or "stopped")
+            self.used += 1
+            yield piece.text
+
+    def _fit(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt. What leaves no room for the answer is left out, oldest first, and `notice` is told."""
+        # Room for max_tokens, or else a quarter of the context; but half of it is for what was said.
+        room = self.context - min(self.settings.max_tokens or self.context // 4, self.context // 2)
+        if not self.chat:
+            ids = document_prompt(self.tokenizer, "".join(message.content for message in messages))
+            if len(ids) > room:
+                self.notice(f"the context is full: the first {len(ids) - room} tokens of the text are forgotten")
+            return ids[-room:]
+        system = [Message("system", self.system)] if self.system else []
+        kept, dropped = trim(self.tokenizer, [*system, *messages[self.forgotten :]], room)
+        if dropped:
+            self.forgotten += dropped
+            self.notice(f"the context is full: the oldest {dropped} messages are forgotten")
+        return answer_prompt(self.tokenizer, kept)
+
+    def save(self, path: Path) -> None:
+        """Write what was said: `.jsonl` for training (a line with "messages", of a base model "text"), `.md` to read.
+
+        Raises InputError for another name, and for a file that this conversation has not written itself.
+        """
+        if path.suffix not in (".jsonl", ".md"):
+            raise InputError(f"cannot save to {str(path)!r}: it takes a name that ends in .jsonl or .md")
+        if path.exists() and path not in self.written:
+            raise InputError(f"{path} exists already; choose another name")
+        said = [*([Message("system", self.system)] if self.system else []), *self.messages]
+        text = "".join(message.content for message in said)
+        if path.suffix == ".jsonl":
+            turns = [{"role": message.role, "content": message.content} for message in said]
+            written = json.dumps({"messages": turns} if self.chat else {"text": text}, ensure_ascii=False)
+        else:
+            written = "\n\n".join(map(_markdown, said)) if self.chat else text
+        path.write_text(written + "\n", encoding="utf-8")
+        self.written.add(path)
+
+
+def _markdown(message: Message) -> str:
+    stopped = " (stopped)" if isinstance(message, Answer) and message.finish == "stopped" else ""
+    return f"**{message.role}**{stopped}\n\n{message.content}"
