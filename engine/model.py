@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.cache import KVCache
 from engine.config import ModelConfig
+from engine.rotary import rotary_angles, rotate
 from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy
 
 
@@ -23,7 +24,8 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
+        weight = self.weight
+        return F.linear(input, weight if weight.dtype == input.dtype else weight.to(input.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -42,24 +44,6 @@ class LayerNorm(nn.Module):
         if residual is None:
             return self(x), x
         return layer_norm(x, self.weight, residual=residual, eps=self.eps)  # type: ignore[return-value]
-
-
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
-
-    The sign of the first half is that of a rotation's matrix, so that `rotate` is x * cos + swapped x * sin.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() * base**-exponents
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., arXiv:2104.09864), halves paired as in GPT-NeoX. x [..., H, D]."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    # The angles stay in fp32: rounded to bf16, a rotation would no longer keep lengths.
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -120,12 +104,15 @@ class Places:
             positions = positions - torch.repeat_interleave(starts, cu_seqlens.diff(), output_size=tokens.shape[-1])
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
+            self.cache_places, self.lengths = cache.places(positions), cache.lengths + tokens.shape[-1]
+            self.cos, self.sin = cache.cos[positions], cache.sin[positions]
+            return
         self.cos, self.sin = rotary_angles(positions, config.head_dim, config.rotary_base)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
-            keys, values = self.cache.write(layer, k, v)
-            return decode_attention(q, keys, values, self.cache.lengths + q.shape[1])
+            keys, values = self.cache.write(layer, self.cache_places, k, v)
+            return decode_attention(q, keys, values, self.lengths)
         if self.cu_seqlens is None:
             return flash_attention(q, k, v)  # type: ignore[return-value]
         return flash_attention(  # type: ignore[return-value]

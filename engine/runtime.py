@@ -129,13 +129,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class ToHost:
+    """A copy of a tensor on its way to the host. The device goes on meanwhile; `read` waits for it to arrive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.tensor = tensor.clone()
+
+    def read(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor
+
+
 @contextlib.contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; the model's mode is put back afterwards."""
     was_training = model.training
-    model.eval()
+    # Not where nothing changes: the walk over all modules takes longer than a small model's next token.
+    if was_training:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()

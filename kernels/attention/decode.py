@@ -39,7 +39,10 @@ def decode_attention(
     _check(q, k_cache, v_cache, cache_lengths, block_table)
     scale = check_options(q.shape[-1], scale, window, softcap)
     call = Call(True, scale, window, softcap, None, None, q.shape[1], k_cache.shape[1])
-    run = _triton if backend(q.device) == "triton" and q.dtype != torch.float64 else _torch
+    if backend(q.device) == "triton" and q.dtype != torch.float64:
+        return _triton(q, k_cache, v_cache, cache_lengths, block_table, call)
+    # The lengths decide here, which torch.compile cannot follow. Its wrapper would take longer than a short cache does.
+    run = _uncompiled if torch.compiler.is_compiling() else _torch
     return run(q, k_cache, v_cache, cache_lengths, block_table, call)
 
 
@@ -100,8 +103,6 @@ def _triton(
     return decode(q, k_cache, v_cache, cache_lengths, table, call.scale, call.window, call.softcap)
 
 
-# The lengths decide here, which torch.compile cannot follow.
-@torch.compiler.disable
 def _torch(
     q: Tensor,
     k_cache: Tensor,
@@ -112,10 +113,12 @@ def _torch(
 ) -> Tensor:
     queries, window, lengths = q.shape[1], call.window, cache_lengths.tolist()
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
-    if block_table is None and shortest != longest and shortest >= queries and call.softcap is None:
+    if block_table is None and shortest >= queries and call.softcap is None and (queries == 1 or shortest != longest):
         seen = slice(_seen(shortest, queries, window).start, longest)
-        return _ragged(q, k_cache, v_cache, cache_lengths, seen, call.scale, window)
-    # A single query, the last, sees all of the keys that it is given.
+        # A single query, the last, sees all of the keys that it is given.
+        alike = shortest == longest
+        visible_BTS = None if alike else _visible(cache_lengths, queries, seen, window)
+        return _attend(q, k_cache[:, seen], v_cache[:, seen], visible_BTS, call.scale)
     if queries == 1:
         call = replace(call, causal=False, window=None)
     if block_table is None and shortest == longest:
@@ -129,22 +132,25 @@ def _torch(
     return out
 
 
-def _ragged(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, seen: slice, scale: float, window: int | None
-) -> Tensor:
-    """All sequences at once: of small ones, twice as fast as one by one."""
-    position_BT = cache_lengths[:, None] + torch.arange(-q.shape[1], 0, device=q.device)
-    distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=q.device)
+_uncompiled = torch.compiler.disable(_torch)
+
+
+def _visible(cache_lengths: Tensor, queries: int, seen: slice, window: int | None) -> Tensor:
+    position_BT = cache_lengths[:, None] + torch.arange(-queries, 0, device=cache_lengths.device)
+    distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=cache_lengths.device)
     visible_BTS = distance_BTS >= 0
-    if window is not None:
-        visible_BTS &= distance_BTS < window
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
+
+
+def _attend(q: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, visible_BTS: Tensor | None, scale: float) -> Tensor:
+    """All sequences at once: of small ones, twice as fast as one by one."""
     out_BHTD = F.scaled_dot_product_attention(
         q.transpose(1, 2),
-        k_cache[:, seen].transpose(1, 2),
-        v_cache[:, seen].transpose(1, 2),
-        attn_mask=visible_BTS[:, None],
+        k_BSHD.transpose(1, 2),
+        v_BSHD.transpose(1, 2),
+        attn_mask=None if visible_BTS is None else visible_BTS[:, None],
         scale=scale,
-        enable_gqa=q.shape[2] != k_cache.shape[2],
+        enable_gqa=q.shape[2] != k_BSHD.shape[2],
     )
     return out_BHTD.transpose(1, 2)
 

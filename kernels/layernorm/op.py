@@ -45,6 +45,8 @@ def _triton(
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if weight.dtype == x.dtype and x.element_size() >= 4:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     # On the CPU PyTorch adds up the gradients of weight and bias in the dtype of x: in bf16, 7% off after 4,096 rows.
     wide = torch.float32 if x.device.type == "cpu" and x.element_size() < 4 else x.dtype
     bias = None if bias is None else bias.to(wide)

@@ -7,6 +7,7 @@ import torch
 
 from engine.batcher import Batcher, QueueFullError, Request, Step
 from engine.errors import InputError
+from engine.graphs import DecodeGraphs
 from engine.model import GPT
 from engine.sampling import Sampling
 
@@ -34,11 +35,20 @@ def alone(gpt: GPT, request: Request) -> list[int]:
     return [step.token for step in drain(batcher)[number]]
 
 
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph would replay is run: the padding, which changes nothing, is the same."""
+    monkeypatch.setattr(DecodeGraphs, "_run", DecodeGraphs._pass)
+
+
+@pytest.mark.parametrize(("ahead", "graphs"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (3, 7), (8, 16)])
-def test_what_a_request_gets_does_not_depend_on_who_else_is_there(gpt: GPT, slots: int, chunk: int) -> None:
+def test_what_a_request_gets_does_not_depend_on_who_else_is_there(
+    gpt: GPT, eager_graphs: None, slots: int, chunk: int, ahead: bool, graphs: bool
+) -> None:
     gpt.double()
     requests = [request(seed) for seed in range(14)]
-    batcher = Batcher(gpt, slots=slots, chunk=chunk)
+    batcher = Batcher(gpt, slots=slots, chunk=chunk, ahead=ahead, graphs=graphs)
     found: dict[int, list[int]] = {}
     coming, numbers = list(requests), {}
     # They come one or two at a time, while others are under way.
@@ -81,6 +91,31 @@ def test_cancelling_changes_nothing_for_the_others(gpt: GPT) -> None:
             assert found[number] == alone(gpt, each)
 
 
+def test_ahead_of_the_host_what_comes_after_an_end_is_for_nobody(gpt: GPT) -> None:
+    tokens = alone(gpt, Request([5, 6], GREEDY, 10))
+    batcher = Batcher(gpt, slots=2, ahead=True)
+    stopped = batcher.submit(Request([5, 6], GREEDY, 10, stop_ids=frozenset([tokens[0]])))
+    cancelled = batcher.submit(Request([5, 6], GREEDY, 10))
+    assert batcher.step() == []  # under way
+    assert [(step.request, step.finish) for step in batcher.step()] == [(stopped, "stop"), (cancelled, None)]
+    batcher.cancel(cancelled)
+    assert drain(batcher) == {} and not batcher.running
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_graphs_and_running_ahead_change_nothing(gpt: GPT) -> None:
+    gpt.cuda()
+    requests = [request(seed) for seed in range(14)]
+    found = []
+    for graphs, ahead in ((False, False), (True, True)):
+        batcher = Batcher(gpt, slots=6, chunk=16, graphs=graphs, ahead=ahead)
+        for each in requests:
+            batcher.submit(each)
+        found.append({number: [step.token for step in steps] for number, steps in drain(batcher).items()})
+    assert found[0] == found[1]
+
+
 def test_a_long_prompt_does_not_stall_the_others(gpt: GPT) -> None:
     batcher = Batcher(gpt, slots=2, chunk=4)
     short = batcher.submit(Request([1], GREEDY, 40))
@@ -106,8 +141,9 @@ def test_it_ends_at_a_stop_id_at_the_limit_and_at_the_context(gpt: GPT) -> None:
     assert len(found[full]) == 3 and found[full][-1].finish == "length"
 
 
-def test_log_probabilities_are_those_of_the_model(gpt: GPT) -> None:
-    batcher = Batcher(gpt)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_log_probabilities_are_those_of_the_model(gpt: GPT, ahead: bool) -> None:
+    batcher = Batcher(gpt, ahead=ahead)
     prompt = [1, 2, 3]
     number = batcher.submit(Request(prompt, Sampling(0.7, seed=5), 6, top_logprobs=3))
     steps = drain(batcher)[number]

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batcher import Batcher, Running, Step
+from engine.batcher import Batcher, Chosen, Running
 from engine.errors import InputError
 from engine.generate import Completion, TextStream, document_prompt, generate, stream
 from engine.model import GPT
+from engine.runtime import ToHost
 from engine.sampling import Sampling, penalise
 from engine.tokenizer import Tokenizer
 
@@ -112,13 +113,15 @@ class Script:
     def play(self, *sequences: Sequence[int], **options: Any) -> tuple[list[Completion], list[list[str]]]:
         """The completions, and the text of each piece that was streamed."""
 
-        def choose(batcher: Batcher, hidden: Tensor, running: Sequence[Running]) -> list[Step]:
+        def choose(batcher: Batcher, logits: Tensor, first: int, running: list[Running]) -> Chosen:
             # What a sequence would write after its end must not be heard of.
             scripts = [sequences[each.number] for each in running]
             tokens = [
                 script[min(each.produced, len(script) - 1)] for script, each in zip(scripts, running, strict=True)
             ]
-            return [batcher._advance(each, token, hidden) for each, token in zip(running, tokens, strict=True)]
+            for each in running:
+                each.produced += 1
+            return Chosen(running, ToHost(torch.tensor(tokens)), None, None)
 
         self.monkeypatch.setattr(Batcher, "_choose", choose)
         arguments = (self.gpt, self.tokenizer, [[self.tokenizer.eod]] * len(sequences), GREEDY)

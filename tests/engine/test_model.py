@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.cache import KVCache
 from engine.config import ModelConfig
-from engine.model import GPT, rotary_angles, rotate
+from engine.model import GPT
+from engine.rotary import rotary_angles, rotate
 
 LENGTHS = [7, 1, 12, 4]
 
