@@ -161,7 +161,7 @@ def profile(step: Step) -> list[dict[str, Any]]:
 
 def train_plain(recipe: Recipe, data: str, runtime: Runtime, *, seconds: float, rate: float = 1e-3) -> dict[str, Any]:
     """Train the peer on prepared data for so long, with warm-up and cosine as ours, and evaluate it as ours."""
-    tokenizer = Tokenizer.load(f"{data}/tokenizer.model")
+    tokenizer = Tokenizer.load(data)
     shards = {split: TokenShards.open(data, split, tokenizer.fingerprint) for split in ("train", "validation")}
     model_config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(0)

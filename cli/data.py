@@ -15,7 +15,9 @@ app = typer.Typer(help="Prepare text for training, or look at it.", no_args_is_h
 def prepare(
     data: Annotated[str, typer.Argument(help="What to prepare; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; then usable as --data.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.model; else one is trained.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Use this tokenizer, or that of this run; else one is trained.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer, where one is trained.")] = 28_000,
     column: Column = None,
     documents: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
@@ -29,7 +31,7 @@ def prepare(
     Example: gpt data prepare tinystories --out data/tinystories
     """
     from cli.console import Console
-    from engine.tokenizer import Tokenizer, train_tokenizer
+    from engine.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
     from train.data.shards import prepare
     from train.data.sources import open_source
     from train.pretrain import SAMPLE_BYTES_PER_PIECE
@@ -37,7 +39,7 @@ def prepare(
     console = Console()
     source = open_source(data, column=column, limit=documents)
     console.say(source.describe())
-    ready = out / "tokenizer.model"
+    ready = tokenizer_file(out)
     if tokenizer is not None:
         pieces = Tokenizer.load(tokenizer)
     elif ready.exists():
@@ -81,7 +83,7 @@ def show(
     from train.data.sources import open_source
 
     if is_prepared(data):
-        tokenizer = Tokenizer.load(Path(data) / "tokenizer.model")
+        tokenizer = Tokenizer.load(data)
         shards = TokenShards.open(data, split, tokenizer.fingerprint)
         if verify:
             shards.verify()

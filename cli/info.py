@@ -12,6 +12,7 @@ def info(path: RunArgument) -> None:
     from rich.table import Table
 
     from engine import checkpoint
+    from engine.config import IMPORTED
     from engine.run import Run
     from train.tracking import read_metrics
 
@@ -25,8 +26,9 @@ def info(path: RunArgument) -> None:
     )
     table.add_row("context", f"{model.context} tokens, vocabulary {model.vocab_size:,}")
     table.add_row("data", recipe.data.source)
-    budget = recipe.budget
-    table.add_row("budget", next(f"{value:,} {name}" for name, value in vars(budget).items() if value is not None))
+    if recipe.data.source != IMPORTED:
+        budget = next(f"{value:,} {name}" for name, value in vars(recipe.budget).items() if value is not None)
+        table.add_row("budget", budget)
     trained = [line for line in read_metrics(run.metrics) if "loss" in line]
     if trained:
         last = trained[-1]

@@ -14,6 +14,7 @@ from cli import (
     chat,
     data,
     generate,
+    huggingface,
     info,
     tokenizer,
     train,
@@ -32,6 +33,8 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
+app.command("export")(huggingface.export_run)
+app.command("import")(huggingface.import_folder)
 app.command("bench-train")(bench.bench_train)
 app.command("bench-attention")(bench_attention.bench_attention)
 app.command("bench-layernorm")(bench_layernorm.bench_layernorm)

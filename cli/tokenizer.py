@@ -34,7 +34,7 @@ def train(
 
 @app.command("show")
 def show(
-    path: Annotated[Path, typer.Argument(help="A tokenizer.model, or the folder of a run.")],
+    path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run.")],
     text: Annotated[str, typer.Argument(help="Show how this text is cut.")] = "",
 ) -> None:
     """Show a tokenizer's size and special pieces, or how it cuts a text.
@@ -43,7 +43,7 @@ def show(
     """
     from engine.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
+    tokenizer = Tokenizer.load(path)
     if not text:
         print(f"{tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:16]}")
         for piece, index in tokenizer.special.items():

@@ -24,7 +24,7 @@ class KVCache:
         self.starts = torch.arange(batch * config.heads, device=device).view(batch, 1, -1) * capacity
         # Once for all steps, of which each takes as long to ask for an angle as to multiply a small model's weights.
         positions = torch.arange(capacity, device=device)
-        self.cos, self.sin = rotary_angles(positions, config.head_dim, config.rotary_base)
+        self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
         self.reach = capacity
         self.seen_keys, self.seen_values = self.keys.transpose(2, 3), self.values.transpose(2, 3)
 

@@ -10,6 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from engine.errors import InputError
 
+# The source of data that others have trained a model on: nothing can be read from it.
+IMPORTED = "imported"
+
 
 def _require(config: Any, group: str, names: tuple[str, ...], good: Callable[[Any], bool], expected: str) -> None:
     for name in names:
@@ -29,19 +32,34 @@ class ModelConfig:
     context: int
     rotary_base: float = 10_000.0
     norm_eps: float = 1e-5
+    # What GPT-NeoX and Pythia do otherwise. The share is that of each head's dimensions which tell positions apart.
+    rotary_share: float = 1.0
+    parallel_residual: bool = False
+    biases: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "model", ("vocab_size", "width", "blocks", "heads", "context"), lambda n: n >= 1, "at least 1")
         _require(self, "model", ("rotary_base", "norm_eps"), lambda x: x > 0, "above 0")
+        _require(self, "model", ("rotary_share",), lambda share: 0 < share <= 1, "above 0 and at most 1")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise InputError(
                 f"model.width {self.width} does not divide into {self.heads} heads of an even size; "
                 f"choose a width that is a multiple of {2 * self.heads}"
             )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise InputError(
+                f"model.rotary_share {self.rotary_share} rotates {self.rotary_dim} of a head's {self.head_dim} "
+                "dimensions; it must be an even number, and not 0"
+            )
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head rotate: the first ones."""
+        return int(self.head_dim * self.rotary_share)
 
     @property
     def matmul_parameters(self) -> int:
@@ -50,8 +68,11 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        norms = (2 * self.blocks + 1) * self.width
-        return self.matmul_parameters + self.vocab_size * self.width + norms
+        vectors = 2 * self.blocks + 1
+        if self.biases:
+            # Of the norms, and of four linear layers with outputs 3 + 1 + 4 + 1 times the width.
+            vectors += vectors + 9 * self.blocks
+        return self.matmul_parameters + (self.vocab_size + vectors) * self.width
 
     @property
     def flops_per_token(self) -> int:

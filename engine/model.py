@@ -18,70 +18,81 @@ from kernels import decode_attention, flash_attention, layer_norm, linear_cross_
 
 
 class Linear(nn.Linear):
-    """x @ weight.T in the dtype of x, whatever dtype the weight is kept in. No bias."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        return F.linear(input, weight if weight.dtype == input.dtype else weight.to(input.dtype))
+        if self.weight.dtype == input.dtype:
+            return F.linear(input, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class LayerNorm(nn.Module):
     """The fused kernel with its parameters: normalises x, or x + residual (then returns the sum as well)."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.bias = nn.Parameter(torch.zeros(config.width)) if config.biases else None
+        self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, eps=self.eps)  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)  # type: ignore[return-value]
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normalised, x + residual); without a residual, (normalised, x)."""
         if residual is None:
             return self(x), x
-        return layer_norm(x, self.weight, residual=residual, eps=self.eps)  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)  # type: ignore[return-value]
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.rotary_dim = config.heads, config.rotary_dim
         # Query, key and value in one product. The optimizer still treats them as three maps (see train/optimizer.py).
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.output = Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.biases)
+        self.output = Linear(config.width, config.width, bias=config.biases)
 
     def forward(self, x: Tensor, places: "Places", layer: int) -> Tensor:
         qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=-2)
-        q, k = rotate(qk, places.cos, places.sin).chunk(2, dim=-2)
+        if self.rotary_dim == qk.shape[-1]:
+            qk = rotate(qk, places.cos, places.sin)
+        else:
+            turning, still = qk.tensor_split([self.rotary_dim], dim=-1)
+            qk = torch.cat((rotate(turning, places.cos, places.sin), still), dim=-1)
+        q, k = qk.chunk(2, dim=-2)
         return self.output(places.attend(layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.expand = Linear(config.width, 4 * config.width)
-        self.contract = Linear(4 * config.width, config.width)
+        self.expand = Linear(config.width, 4 * config.width, bias=config.biases)
+        self.contract = Linear(4 * config.width, config.width, bias=config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(F.gelu(self.expand(x)))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it.
+
+    With a parallel residual, x + attention(norm(x)) + mlp(other norm(x)) in one go.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.parallel = config.parallel_residual
+        self.attention_norm = LayerNorm(config)
         self.attention = Attention(config)
-        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
+        self.mlp_norm = LayerNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, branch: Tensor, residual: Tensor | None, places: "Places", layer: int) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm.add(branch, residual)
+        if self.parallel:
+            return self.attention(x, places, layer) + self.mlp(self.mlp_norm(residual)), residual
         x, residual = self.mlp_norm.add(self.attention(x, places, layer), residual)
         return self.mlp(x), residual
 
@@ -107,7 +118,7 @@ class Places:
             self.cache_places, self.lengths = cache.places(positions), cache.lengths + tokens.shape[-1]
             self.cos, self.sin = cache.cos[positions], cache.sin[positions]
             return
-        self.cos, self.sin = rotary_angles(positions, config.head_dim, config.rotary_base)
+        self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
@@ -133,14 +144,16 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.final_norm = LayerNorm(config.width, config.norm_eps)
-        self.head = Linear(config.width, config.vocab_size)
+        self.final_norm = LayerNorm(config)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Normal with standard deviation 0.02 (GPT-2); what writes to the residual stream is scaled by depth."""
         for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
             if parameter.ndim < 2:
                 continue
             writes_to_residual = name.endswith(("attention.output.weight", "mlp.contract.weight"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine import checkpoint
 from engine.config import Recipe, from_dict, to_dict
 from engine.errors import InputError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, tokenizer_file
 
 if TYPE_CHECKING:
     from engine.model import GPT
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def tokenizer(self) -> Path:
-        return self.path / "tokenizer.model"
+        return tokenizer_file(self.path)
 
     @property
     def metrics(self) -> Path:

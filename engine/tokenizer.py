@@ -32,8 +32,19 @@ SAMPLE_BYTES = 24_000_000
 SENTENCE_BYTES = 4192
 
 
+def tokenizer_file(folder: str | os.PathLike[str]) -> Path:
+    """Where a run, or prepared data, keeps its tokenizer: tokenizer.json if it is an imported one, tokenizer.model."""
+    imported = Path(folder) / "tokenizer.json"
+    return imported if imported.exists() else Path(folder) / "tokenizer.model"
+
+
 class Tokenizer:
-    """A trained SentencePiece model. Build one with `load`, `from_bytes` or `train_tokenizer`."""
+    """A trained SentencePiece model. Build one with `load` or `train_tokenizer`.
+
+    engine/tokenizer_json.py has the other kind, which an imported model brings along.
+    """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -52,7 +63,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read a `tokenizer.model`. Raises InputError where there is none, or where it is not one."""
+        """Read a tokenizer file of either kind, or the one in a folder. Raises InputError where it is not one."""
+        path = tokenizer_file(path) if Path(path).is_dir() else path
         try:
             model = Path(path).read_bytes()
         except OSError as error:
@@ -61,6 +73,10 @@ class Tokenizer:
             # SentencePiece takes no bytes for no model yet, and fails later.
             raise InputError(f"{path} is empty; expected a SentencePiece model")
         try:
+            if model.startswith(b"{"):
+                from engine.tokenizer_json import JsonTokenizer
+
+                return JsonTokenizer(model)
             return cls(model)
         except RuntimeError:
             raise InputError(f"{path} is not a SentencePiece model") from None
@@ -71,7 +87,7 @@ class Tokenizer:
         Path(path).write_bytes(self.model)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        return Tokenizer, (self.model,)
+        return type(self), (self.model,)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -129,11 +129,11 @@ def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) ->
         if not all(is_prepared(folder, split) for split in SPLITS_USED):
             recipe, source = find_source(recipe, console)
             prepare_source(recipe, source, run, console)
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder)
     if resume and run.tokenizer.exists() and Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} now has another tokenizer than {run.path} began with; start a new run")
     shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED]
-    tokenizer.save(run.tokenizer)
+    tokenizer.save(run.path / tokenizer.file_name)
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
 

@@ -20,6 +20,8 @@ COMMANDS = [
     ("generate",),
     ("chat",),
     ("info",),
+    ("export",),
+    ("import",),
     ("tokenizer", "train"),
     ("tokenizer", "show"),
     ("data", "prepare"),

@@ -1,5 +1,7 @@
 """torch.compile changes nothing but the speed, and does not compile anew for every batch."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,10 +18,11 @@ def packed(seed: int, tokens: int = 128) -> dict[str, torch.Tensor]:
     return {"tokens": ids, "targets": ids.roll(-1), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
 
 
-def test_a_compiled_model_learns_the_same_from_batches_packed_in_many_ways() -> None:
+@pytest.mark.parametrize("switches", [{}, {"parallel_residual": True, "rotary_share": 0.5, "biases": True}], ids=str)
+def test_a_compiled_model_learns_the_same_from_batches_packed_in_many_ways(switches: dict[str, Any]) -> None:
     torch.manual_seed(0)
     # More blocks than torch.compile will compile one function for: they have to share.
-    model = GPT(ModelConfig(vocab_size=50, width=16, blocks=10, heads=2, context=64))
+    model = GPT(ModelConfig(vocab_size=50, width=16, blocks=10, heads=2, context=64, **switches))
 
     def loss(model: GPT, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model.loss(batch["tokens"], batch["targets"], cu_seqlens=batch["cu_seqlens"])

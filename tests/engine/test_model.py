@@ -112,6 +112,14 @@ def test_initialisation_is_scaled_by_depth(blocks: int) -> None:
         assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
+def test_biases_begin_at_zero_and_are_counted() -> None:
+    config = ModelConfig(vocab_size=50, width=32, blocks=3, heads=2, context=16, biases=True)
+    named = dict(GPT(config).named_parameters())
+    assert sum(parameter.numel() for parameter in named.values()) == config.parameters
+    biases = [parameter for name, parameter in named.items() if name.endswith("bias")]
+    assert len(biases) == 6 * 3 + 1 and not any(bias.any() for bias in biases)
+
+
 def test_a_new_model_is_as_uncertain_as_can_be(small_config: ModelConfig) -> None:
     model = GPT(small_config)
     tokens, targets, boundaries = packed(small_config)

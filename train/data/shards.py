@@ -1,6 +1,6 @@
 """Documents as token files: written once, in parallel, resumable; read by memory map.
 
-    FOLDER/tokenizer.model
+    FOLDER/tokenizer.model      or tokenizer.json, of an imported model
     FOLDER/SPLIT/index.json     what the split was made from, and each shard's counts and checksums; written last
     FOLDER/SPLIT/00000.tokens   eod t t t eod t t eod t t t t eod: an eod before each document, one more at the end
     FOLDER/SPLIT/00000.starts   int64 [documents + 1]: where each document's eod stands, and where the last eod does
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import InputError
+from engine.tokenizer import tokenizer_file
 from train.data.encoding import Chunk, encode_documents
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHARD_TOKENS = 64_000_000
-INDEX, UNFINISHED, TOKENIZER = "index.json", "unfinished.json", "tokenizer.model"
+INDEX, UNFINISHED = "index.json", "unfinished.json"
 Progress = Callable[[int, int, int], None]
 
 
@@ -72,7 +73,7 @@ def prepare(
                 return TokenShards.open(root, split)
     place.mkdir(parents=True, exist_ok=True)
     try:
-        _save_tokenizer(tokenizer, root / TOKENIZER)
+        _save_tokenizer(tokenizer, root)
         _write_shards(place, index, source, tokenizer, workers or _cores(), progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -118,11 +119,12 @@ def _write_shards(
     os.replace(place / UNFINISHED, place / INDEX)
 
 
-def _save_tokenizer(tokenizer: "Tokenizer", path: Path) -> None:
+def _save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
+    path = tokenizer_file(folder)
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != tokenizer.fingerprint:
         raise InputError(f"{path} is another tokenizer than this data is to be made with; choose another folder")
     tokenizer.save(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(path.with_suffix(".tmp"), folder / tokenizer.file_name)
 
 
 def _first_tokens(chunks: Iterable[Chunk], limit: int) -> Iterator[Chunk]:
@@ -213,7 +215,7 @@ def _cores() -> int:
 
 def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:
     """Whether a folder holds a split (any, unless named) that `prepare` has finished, with its tokenizer."""
-    return (Path(folder) / TOKENIZER).is_file() and any(Path(folder).glob(f"{split}/{INDEX}"))
+    return tokenizer_file(folder).is_file() and any(Path(folder).glob(f"{split}/{INDEX}"))
 
 
 class TokenShards:

@@ -166,7 +166,7 @@ def test_what_is_prepared_is_opened_and_not_made_again(tmp_path: Path, source: S
     assert (tmp_path / "out/train/00000.tokens").stat().st_mtime_ns == before
     assert first.fingerprint == again.fingerprint
     assert is_prepared(tmp_path / "out")
-    assert Tokenizer.load(tmp_path / "out" / shards.TOKENIZER).fingerprint == tokenizer.fingerprint
+    assert Tokenizer.load(tmp_path / "out").fingerprint == tokenizer.fingerprint
     assert not is_prepared(tmp_path)
 
 

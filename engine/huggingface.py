@@ -1,0 +1,247 @@
+"""Out to Hugging Face and in from there, as GPTNeoXForCausalLM with a tokenizer.json. Needs no transformers.
+
+Theirs and ours compute the same in the same order; only names differ, and how query, key and value are stacked: we keep
+all query heads together, then all keys, then all values; GPT-NeoX keeps the three of one head together.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint
+from engine.chat_template import END, JINJA
+from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
+from engine.errors import InputError
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import Runtime
+from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT
+from engine.tokenizer_json import to_json, with_special_pieces
+
+NAMES = {
+    "embedding": "gpt_neox.embed_in",
+    "blocks": "gpt_neox.layers",
+    "attention_norm": "input_layernorm",
+    "attention.qkv": "attention.query_key_value",
+    "attention.output": "attention.dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.expand": "mlp.dense_h_to_4h",
+    "mlp.contract": "mlp.dense_4h_to_h",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "head": "embed_out",
+}
+
+
+def export(
+    run: Run, out: Path, which: str = "latest", notice: Callable[[str], None] = lambda message: None
+) -> list[Path]:
+    """Write a checkpoint of a run into the folder `out`, for transformers and what else reads its files."""
+    from safetensors.torch import save_file
+
+    model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
+    chat = run.read_recipe().chat
+    ends = [tokenizer.eod, tokenizer.special[END]] if chat else tokenizer.eod
+    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": ends}
+    pieces = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT, "pad_token": END_OF_DOCUMENT}
+    contents: dict[str, dict[str, Any]] = {
+        "config.json": their_config(model.config) | ids,
+        "generation_config.json": ids,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **pieces,
+            "additional_special_tokens": list(CHAT_PIECES),
+            "model_max_length": model.config.context,
+            "clean_up_tokenization_spaces": False,
+        }
+        | ({"chat_template": JINJA} if chat else {}),
+    }
+    tokenizer_json = to_json(tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    (out / "tokenizer.json").write_bytes(tokenizer_json)
+    save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
+    return sorted(out.iterdir())
+
+
+def import_(folder: Path, out: Path) -> Recipe:
+    """Make a run, with one checkpoint of step 0, of a GPT-NeoX or Pythia folder: config, safetensors, tokenizer.
+
+    A piece of ours that the tokenizer lacks takes a spare row of the embedding, or else a new one. Raises InputError
+    for what the model cannot be, or the folder lacks.
+    """
+    values = _read_json(folder / "config.json")
+    # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
+    recipe = from_dict(
+        {
+            "name": folder.resolve().name,
+            "model": _our_config(values),
+            "data": {"source": IMPORTED},
+            "budget": {"steps": 1},
+            "chat": _chat_template(folder) == JINJA,
+        }
+    )
+    tensors = _our_tensors(_read_tensors(folder, tied=bool(values.get("tie_word_embeddings"))), recipe.model)
+    biases = [name for name in tensors if name.endswith("bias")]
+    if not any(tensors[name].any() for name in biases):
+        # Ours had none before they were exported: GPT-NeoX cannot do without those of norms and MLPs.
+        recipe = override(recipe, "model.biases", False)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    try:
+        tokenizer = with_special_pieces((folder / "tokenizer.json").read_bytes(), recipe.model.vocab_size)
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {folder / 'tokenizer.json'}: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"{folder / 'tokenizer.json'}: {error}") from None
+    for name in ("embedding.weight", "head.weight"):
+        tensors[name] = _grow(tensors[name], tokenizer.vocab_size)
+    recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
+    run = Run(out)
+    run.write_recipe(recipe)
+    tokenizer.save(run.path / tokenizer.file_name)
+    checkpoint.save(run.checkpoints, 0, {"model": tensors}, {})
+    return recipe
+
+
+def their_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.blocks,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context,
+        "hidden_act": "gelu",
+        "rotary_pct": config.rotary_share,
+        "rotary_emb_base": config.rotary_base,
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel_residual,
+        "attention_bias": config.biases,
+        "tie_word_embeddings": False,
+    }
+
+
+def _our_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of our ModelConfig, types unchecked. Where config.json is silent it means GPT-NeoX's default."""
+    width = values.get("hidden_size", 0)
+    # Since version 5 transformers gathers what concerns rotary positions.
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    demands = {
+        "model_type": (values.get("model_type"), "gpt_neox"),
+        "hidden_act": (values.get("hidden_act", "gelu"), "gelu"),
+        "intermediate_size": (values.get("intermediate_size", 4 * width), 4 * width),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for name, (found, expected) in demands.items():
+        if found != expected:
+            raise InputError(f"config.json has {name} {found!r}; a model can only be imported with {expected!r}")
+    return {
+        "vocab_size": values.get("vocab_size"),
+        "width": width,
+        "blocks": values.get("num_hidden_layers"),
+        "heads": values.get("num_attention_heads"),
+        "context": values.get("max_position_embeddings", 2048),
+        "rotary_base": rope.get("rope_theta", values.get("rotary_emb_base", 10_000.0)),
+        "norm_eps": values.get("layer_norm_eps", 1e-5),
+        "rotary_share": rope.get("partial_rotary_factor", values.get("rotary_pct", 0.25)),
+        "parallel_residual": values.get("use_parallel_residual", True),
+        "biases": True,
+    }
+
+
+def _their_name(name: str) -> str:
+    """What GPT-NeoX calls our parameter `name`."""
+    for ours, theirs in NAMES.items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
+    return name
+
+
+def their_tensors(model: GPT) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "qkv" in name:
+            tensor = _restack(tensor, 3, model.config.heads)
+        tensors[_their_name(name)] = tensor.contiguous()
+        if not model.config.biases and ("norm" in name or "mlp" in name):
+            tensors[_their_name(name).replace("weight", "bias")] = torch.zeros(len(tensor))
+    return tensors
+
+
+def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The parameters of our model of this configuration, in fp32. Attention without biases gets zeros."""
+    tensors = {}
+    with torch.device("meta"):
+        wanted = GPT(config).state_dict()
+    for name, like in wanted.items():
+        their_name, shape = _their_name(name), like.shape
+        if "attention." in name and name.endswith("bias"):
+            theirs.setdefault(their_name, torch.zeros(shape))
+        if their_name not in theirs or theirs[their_name].shape != shape:
+            found = tuple(theirs[their_name].shape) if their_name in theirs else "missing"
+            raise InputError(f"the tensor {their_name} is {found}; by config.json it is {tuple(shape)}")
+        tensors[name] = theirs[their_name].float()
+        if "qkv" in name:
+            tensors[name] = _restack(tensors[name], config.heads, 3)
+    return tensors
+
+
+def _restack(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """The outputs of the qkv layer, stacked [outer, inner, D], as [inner, outer, D]."""
+    return tensor.view(outer, inner, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
+def _grow(tensor: Tensor, rows: int) -> Tensor:
+    """Rows for new pieces: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models").
+    """
+    return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - len(tensor), -1)])
+
+
+def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    # One file, or the numbered parts of one.
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        if pickled is None:
+            raise InputError(f"{folder} has no model.safetensors")
+        raise InputError(
+            f"{pickled} is a pickle, which may run any code when it is read; where you trust it, convert it with "
+            f"transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} is damaged: {error}") from None
+    # Tied, both maps are the embedding. transformers 5 calls the head by another name.
+    head = "gpt_neox.embed_in.weight" if tied else "lm_head.weight"
+    return tensors | ({"embed_out.weight": tensors[head]} if head in tensors else {})
+
+
+def _chat_template(folder: Path) -> str | None:
+    # transformers 5 keeps it in a file of its own.
+    if (alone := folder / "chat_template.jinja").exists():
+        return alone.read_text()
+    beside = folder / "tokenizer_config.json"
+    return _read_json(beside).get("chat_template") if beside.exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no settings")
+    return content

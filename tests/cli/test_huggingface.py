@@ -1,0 +1,53 @@
+"""gpt export and gpt import, as a person types them."""
+
+from pathlib import Path
+
+from engine.run import Run
+from tests.cli.conftest import SMALL, Gpt
+
+
+def test_a_run_goes_out_and_comes_back_and_says_the_same(gpt: Gpt, trained: Path) -> None:
+    out = gpt("export", str(trained), "--out", "hf")
+    assert out.code == 0 and "from_pretrained('hf')" in out.out
+    names = {path.name for path in Path("hf").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    back = gpt("import", "hf", "--out", "runs/back")
+    assert back.code == 0 and "gpt generate runs/back" in back.out
+    info = gpt("info", "runs/back").out
+    assert (
+        "runs/back (hf)" in info
+        and "imported" in info
+        and "budget" not in info
+        and "step-00000000: not evaluated, whole" in info
+    )
+    words = ("Once upon", "--temperature", "0", "--max-tokens", "8", "--precision", "fp32")
+    assert gpt("generate", "runs/back", *words).out == gpt("generate", str(trained), *words).out
+    assert "<|assistant|>" in gpt("tokenizer", "show", "runs/back").out
+
+
+def test_nothing_is_written_into_a_folder_that_holds_something(gpt: Gpt, trained: Path) -> None:
+    before = sorted(trained.rglob("*"))
+    for command in ("export", "import"):
+        result = gpt(command, str(trained), "--out", str(trained))
+        assert result.code == 2 and "not an empty folder" in result.err and "--out" in result.err
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_what_is_no_model_is_refused(gpt: Gpt) -> None:
+    Path("empty").mkdir()
+    missing = gpt("import", "empty", "--out", "run")
+    assert missing.code == 2 and "config.json" in missing.err
+    Path("empty/config.json").write_text('{"model_type": "gpt2"}')
+    other = gpt("import", "empty", "--out", "run")
+    assert other.code == 2 and "'gpt_neox'" in other.err and not Path("run").exists()
+
+
+def test_data_is_prepared_with_an_imported_tokenizer_and_trained_on(gpt: Gpt, trained: Path) -> None:
+    assert gpt("export", str(trained), "--out", "hf").code == 0 and gpt("import", "hf", "--out", "back").code == 0
+    Path("words.txt").write_text("<|endoftext|>\n".join(f"A little story, number {n}.\n" for n in range(300)))
+    prepared = gpt("data", "prepare", "words.txt", "--out", "ready", "--tokenizer", "back", "--workers", "1")
+    assert prepared.code == 0 and "little story" in gpt("data", "show", "ready").out
+    assert gpt("train", "nano", "--data", "ready", "--steps", "1", "--out", "run", *SMALL).code == 0
+    assert Run(Path("run")).tokenizer.name == "tokenizer.json" and gpt("generate", "run", "--max-tokens", "3").code == 0
+    resumed = gpt("train", "nano", "--out", "run", "--resume", "--steps", "2")
+    assert resumed.code == 0, resumed.err

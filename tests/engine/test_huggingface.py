@@ -1,0 +1,275 @@
+"""Out to transformers and in from there: the same numbers, the same text, the same conversations."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import checkpoint
+from engine.chat_template import Message, answer_prompt, render
+from engine.config import BudgetConfig, ModelConfig, OptimizerConfig, Recipe
+from engine.errors import InputError
+from engine.generate import document_prompt, generate
+from engine.huggingface import export, import_
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import choose
+from engine.sampling import Sampling
+from engine.tokenizer import Tokenizer
+from tests.engine.test_tokenizer_json import neox_like
+from train.optimizer import Optimizer
+
+transformers: Any = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+CPU = choose("cpu", "fp32")
+GREEDY = Sampling(temperature=0)
+CONVERSATION = [Message("system", "Be  brief."), Message("user", "A fox?\n"), Message("assistant", " Yes. ")]
+VARIANTS = [
+    {"use_parallel_residual": parallel, "rotary_pct": share, "attention_bias": bias}
+    for parallel, share, bias in ((True, 0.25, True), (False, 1.0, True), (True, 1.0, False), (False, 0.25, False))
+]
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Biases and norms that hide nothing, and weights so large that the choices are far apart."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm.weight" in name else 0.0, std=0.3)
+
+
+def neox(folder: Path, documents: tuple[str, ...], *, rows: int = 384, **changes: Any) -> Any:
+    """A randomly initialised GPT-NeoX model with its tokenizer, as transformers saves them."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=rows, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=48, bos_token_id=0, eos_token_id=0, **changes,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.GPTNeoXForCausalLM(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    neox_like(documents).save(str(folder / "tokenizer.json"))
+    return model
+
+
+def settings(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@torch.no_grad()
+def logits(model: GPT, tokens: Tensor) -> Tensor:
+    return model.logits(model(tokens))
+
+
+@pytest.fixture(params=[{}, {"parallel_residual": True, "rotary_share": 0.5, "biases": True}], ids=["ours", "neox"])
+def run(request: pytest.FixtureRequest, tokenizer: Tokenizer, small_config: ModelConfig, tmp_path: Path) -> Run:
+    """A chat model of random weights."""
+    config = dataclasses.replace(small_config, **request.param)
+    model = GPT(config)
+    randomise(model)
+    run = Run(tmp_path / "run")
+    run.write_recipe(Recipe(name="small", model=config, budget=BudgetConfig(steps=1), chat=True))
+    tokenizer.save(run.tokenizer)
+    checkpoint.save(run.checkpoints, 1, {"model": model.state_dict()}, {})
+    return run
+
+
+def test_an_exported_model_computes_the_same_in_transformers(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, _ = run.load_model(CPU)
+    tokens = torch.randint(model.config.vocab_size, (3, model.config.context))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_model_says_the_same_in_transformers(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    model, tokenizer = run.load_model(CPU)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = " The fox said  "
+    prompt_ids = their_tokenizer(prompt, return_tensors="pt")
+    assert prompt_ids.input_ids[0].tolist() == document_prompt(tokenizer, prompt)
+    produced = theirs.generate(**prompt_ids, do_sample=False, max_new_tokens=16)[0]
+    (ours,) = generate(model, tokenizer, [document_prompt(tokenizer, prompt)], GREEDY, max_tokens=16)
+    assert ours.ids == tuple(produced[prompt_ids.input_ids.shape[1] :].tolist())[: len(ours.ids)]
+    assert len(set(ours.ids)) > 3
+
+
+def test_an_exported_tokenizer_is_ours(run: Run, documents: tuple[str, ...], tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    ours, theirs = Tokenizer.load(run.path), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (*documents, "  a \u2581 b\n\n\U0001f642 \0 1234"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text
+    spelled = theirs("<|end|>", add_special_tokens=False, split_special_tokens=True).input_ids
+    assert spelled == ours.encode("<|end|>")
+    assert len(theirs) == ours.vocab_size
+
+
+def test_the_chat_template_gives_the_ids_that_ours_gives(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    ours, theirs = Tokenizer.load(run.path), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [dataclasses.asdict(message) for message in CONVERSATION]
+    ids = theirs.apply_chat_template(messages, return_dict=False)
+    assert ids == render(ours, CONVERSATION)[0]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == answer_prompt(ours, CONVERSATION)
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert ends == [ours.eod, ours.special["<|end|>"]]
+
+
+def test_a_base_model_has_no_chat_template_and_ends_with_its_document(run: Run, tmp_path: Path) -> None:
+    run.write_recipe(dataclasses.replace(run.read_recipe(), chat=False))
+    export(run, tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert ends == Tokenizer.load(run.path).eod
+
+
+def test_an_export_comes_back_as_it_was(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    recipe = import_(tmp_path / "out", tmp_path / "back")
+    assert recipe.model == run.read_recipe().model and recipe.chat
+    ours, tokenizer = run.load_model(CPU)
+    back, their_tokenizer = Run(tmp_path / "back").load_model(CPU)
+    tokens = torch.randint(ours.config.vocab_size, (2, 20))
+    assert torch.equal(logits(ours, tokens), logits(back, tokens))
+    assert their_tokenizer.special == tokenizer.special
+    assert render(their_tokenizer, CONVERSATION) == render(tokenizer, CONVERSATION)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_an_imported_model_computes_the_same(
+    variant: dict[str, Any], documents: tuple[str, ...], tmp_path: Path
+) -> None:
+    theirs = neox(tmp_path / "neox", documents, **variant)
+    import_(tmp_path / "neox", tmp_path / "run")
+    model, _ = Run(tmp_path / "run").load_model(CPU)
+    assert model.config.parallel_residual == variant["use_parallel_residual"]
+    assert model.config.rotary_dim == 16 * variant["rotary_pct"]
+    assert model.config.parameters == sum(parameter.numel() for parameter in model.parameters())
+    tokens = torch.randint(384, (3, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    # And goes out again.
+    export(Run(tmp_path / "run"), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
+def test_an_imported_model_says_the_same(variant: dict[str, Any], documents: tuple[str, ...], tmp_path: Path) -> None:
+    theirs = neox(tmp_path / "neox", documents, **variant)
+    import_(tmp_path / "neox", tmp_path / "run")
+    model, tokenizer = Run(tmp_path / "run").load_model(CPU)
+    prompts = [document_prompt(tokenizer, text) for text in ("The fox", "", '"Where is    my hat?" asked')]
+    # Together, so that each is at another place in the cache.
+    for prompt, ours in zip(prompts, generate(model, tokenizer, prompts, GREEDY, max_tokens=20), strict=True):
+        ids = torch.tensor([prompt])
+        produced = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+        expected = produced[0, len(prompt) :].tolist()
+        assert list(ours.ids) == [token for token in expected if token != tokenizer.eod] and len(ours.ids) > 5
+
+
+def test_an_imported_model_learns(documents: tuple[str, ...], tmp_path: Path) -> None:
+    neox(tmp_path / "neox", documents, attention_bias=True)
+    import_(tmp_path / "neox", tmp_path / "run")
+    model, tokenizer = Run(tmp_path / "run").load_model(CPU)
+    optimizer = Optimizer(model, OptimizerConfig(), matmul_dtype=torch.float32)
+    sequences = [document_prompt(tokenizer, text)[:40] for text in documents[:4]]
+    tokens = torch.tensor([token for ids in sequences for token in ids[:-1]])
+    targets = torch.tensor([token for ids in sequences for token in ids[1:]])
+    lengths = torch.tensor([0, *(len(ids) - 1 for ids in sequences)])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for _ in range(3):
+        loss = model.loss(tokens, targets, cu_seqlens=lengths.cumsum(0).int())
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_pieces_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tmp_path: Path) -> None:
+    own = neox_like(documents).get_vocab_size()
+    theirs = neox(tmp_path / "neox", documents, rows=own + 1)
+    assert import_(tmp_path / "neox", tmp_path / "run").model.vocab_size == own + 4
+    model, tokenizer = Run(tmp_path / "run").load_model(CPU)
+    assert tokenizer.vocab_size == own + 4
+    tokens = torch.randint(own, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens)[..., : own + 1], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.head.weight[own + 1], theirs.lm_head.weight.mean(0))
+
+
+def test_weights_in_several_files_and_of_old_and_tied_models_are_read(
+    documents: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "neox"
+    theirs = neox(folder, documents, tie_word_embeddings=True).half()
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    # What Pythia's config.json says, and where.
+    settings(folder, rope_parameters=None, rotary_pct=0.25, rotary_emb_base=10000, rope_scaling=None)
+    assert import_(folder, tmp_path / "run").model.rotary_share == 0.25
+    model, _ = Run(tmp_path / "run").load_model(CPU)
+    tokens = torch.randint(384, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), theirs.float()(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama'.*'gpt_neox'"),
+        ({"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast'.*'gelu'"),
+        ({"intermediate_size": 100}, "intermediate_size 100.*256"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"num_attention_heads": "four"}, "heads is 'four'"),
+        ({"rotary_pct": 0.2, "rope_parameters": None}, r"rotary_share 0\.2 rotates 3 of a head's 16"),
+        ({"num_hidden_layers": 3}, r"gpt_neox\.layers\.2\.\S+ is missing; by config.json it is \(64,\)"),
+        ({"vocab_size": 400}, r"gpt_neox\.embed_in\.weight is \(384, 64\); by config.json it is \(400, 64\)"),
+    ],
+    ids=str,
+)
+def test_what_the_model_cannot_be_is_refused_by_name(
+    documents: tuple[str, ...], changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    neox(tmp_path / "neox", documents)
+    settings(tmp_path / "neox", **changes)
+    with pytest.raises(InputError, match=expected):
+        import_(tmp_path / "neox", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_is_not_read(documents: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "neox"
+    neox(folder, documents)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
+        import_(folder, tmp_path / "run")
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+        import_(folder, tmp_path / "run")
+
+
+def test_the_product_never_imports_transformers() -> None:
+    sources = [path for folder in ("kernels", "engine", "train", "cli") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 50
+    for path in sources:
+        assert not re.search(r"^\s*(import|from) transformers", path.read_text(), re.MULTILINE), path
