@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import KVCache
+from engine.cpu_decode import CpuDecoder
 from engine.errors import InputError
 from engine.graphs import DecodeGraphs
 from engine.model import GPT
@@ -111,9 +112,11 @@ class Batcher:
         self.slots, self.device = slots, weight.device
         self.ahead = self.device.type == "cuda" if ahead is None else ahead
         self.last = torch.zeros(slots, dtype=torch.int64, device=self.device)  # each slot's newest token
-        if graphs is None:
-            graphs = self.device.type == "cuda" and backend(self.device) == "triton"
-        self.graphs = DecodeGraphs(model, self.cache, self.last) if graphs else None
+        self.decoder: DecodeGraphs | CpuDecoder | None = None
+        if self.device.type == "cuda" and backend(self.device) == "triton" if graphs is None else graphs:
+            self.decoder = DecodeGraphs(model, self.cache, self.last)
+        elif CpuDecoder.knows(model):
+            self.decoder = CpuDecoder(model, self.cache, self.last)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by slot
         self.producing = 0  # how many of them, from the front, have read their prompts
@@ -169,8 +172,8 @@ class Batcher:
 
     def _produce(self) -> Chosen:
         rows = self.producing
-        if self.graphs:
-            logits = self.graphs.logits(rows)
+        if self.decoder:
+            logits = self.decoder.logits(rows)
             self.cache.lengths[:rows] += 1
         else:
             logits = self.model.logits(self._pass(self.last[:rows, None], 0, 1)[:, -1])

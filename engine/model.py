@@ -122,7 +122,7 @@ class Places:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
-            keys, values = self.cache.write(layer, self.cache_places, k, v)
+            keys, values = self.cache.write(layer, self.cache_places, torch.cat((k, v), dim=-2))
             return decode_attention(q, keys, values, self.lengths)
         if self.cu_seqlens is None:
             return flash_attention(q, k, v)  # type: ignore[return-value]

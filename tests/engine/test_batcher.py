@@ -41,12 +41,13 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DecodeGraphs, "_run", DecodeGraphs._pass)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("ahead", "graphs"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (3, 7), (8, 16)])
 def test_what_a_request_gets_does_not_depend_on_who_else_is_there(
-    gpt: GPT, eager_graphs: None, slots: int, chunk: int, ahead: bool, graphs: bool
+    gpt: GPT, eager_graphs: None, slots: int, chunk: int, ahead: bool, graphs: bool, dtype: torch.dtype
 ) -> None:
-    gpt.double()
+    gpt.to(dtype)
     requests = [request(seed) for seed in range(14)]
     batcher = Batcher(gpt, slots=slots, chunk=chunk, ahead=ahead, graphs=graphs)
     found: dict[int, list[int]] = {}

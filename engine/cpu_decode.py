@@ -1,0 +1,65 @@
+"""A decoding step on a CPU, where at small sizes the host's own work takes longer than the model's.
+
+The operations of engine/model.py for one new token per sequence, flat: no modules, additions fused into the products
+that follow them, masks and places computed once for all blocks. It offers what engine/graphs.py offers on a GPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.cache import KVCache
+from engine.model import GPT
+from engine.rotary import rotate
+
+
+class CpuDecoder:
+    """Of a model over the first slots of a cache. `last` holds the tokens to read. Weights are shared, not copied."""
+
+    def __init__(self, model: GPT, cache: KVCache, last: Tensor) -> None:
+        self.model, self.cache, self.last = model, cache, last
+        self.blocks = [
+            (
+                block.attention_norm.weight,
+                block.attention.qkv.weight.t(),
+                block.attention.output.weight.t(),
+                block.mlp_norm.weight,
+                block.mlp.expand.weight.t(),
+                block.mlp.contract.weight.t(),
+            )
+            for block in model.blocks
+        ]
+
+    @staticmethod
+    def knows(model: GPT) -> bool:
+        """Whether this is a model of ours, on a CPU, in the dtype that it is stored in."""
+        config, weight = model.config, model.embedding.weight
+        ours = not config.biases and not config.parallel_residual and config.rotary_share == 1
+        return ours and weight.device.type == "cpu" and model.compute_dtype in (None, weight.dtype)
+
+    def logits(self, rows: int) -> Tensor:
+        """[rows, V] of the next tokens, fp32. Lengths do not move: the caller advances them."""
+        config, lengths = self.model.config, self.cache.lengths[:rows]
+        heads, shape, eps = config.heads, (config.width,), config.norm_eps
+        known = lengths.tolist()
+        view = self.cache.view(0, rows, max(known) + 1)
+        places = view.places(lengths[:, None])
+        cos, sin = view.cos[lengths], view.sin[lengths]
+        x = F.embedding(self.last[:rows], self.model.embedding.weight)
+        mask = None
+        if min(known) != max(known):
+            hidden = torch.arange(view.reach) > lengths[:, None, None, None]
+            mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(hidden, float("-inf"))
+        for layer, (attention_norm, qkv, output, mlp_norm, expand, contract) in enumerate(self.blocks):
+            normed = torch.layer_norm(x, shape, attention_norm, None, eps)
+            qkv_BHD = torch.mm(normed, qkv).view(rows, 3 * heads, -1)
+            qk = qkv_BHD[:, : 2 * heads]
+            qk.copy_(rotate(qk, cos, sin))
+            keys, values = view.write(layer, places, qkv_BHD[:, heads:])
+            attended = F.scaled_dot_product_attention(
+                qkv_BHD[:, :heads, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
+            )
+            x = torch.addmm(x, attended.view(rows, -1), output)
+            normed = torch.layer_norm(x, shape, mlp_norm, None, eps)
+            x = torch.addmm(x, F.gelu(torch.mm(normed, expand)), contract)
+        return self.model.logits(self.model.final_norm(x))
