@@ -10,6 +10,7 @@ from cli import (
     bench_compile,
     bench_cross_entropy,
     bench_decode,
+    bench_decode_attention,
     bench_layernorm,
     chat,
     data,
@@ -39,7 +40,8 @@ app.command("bench-train")(bench.bench_train)
 app.command("bench-attention")(bench_attention.bench_attention)
 app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
 app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
-app.command("bench-decode-attention")(bench_decode.bench_decode_attention)
+app.command("bench-decode")(bench_decode.bench_decode)
+app.command("bench-decode-attention")(bench_decode_attention.bench_decode_attention)
 app.command("bench-compile")(bench_compile.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
 app.add_typer(tokenizer.app, name="tokenizer")

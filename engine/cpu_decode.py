@@ -6,10 +6,10 @@ that follow them, masks and places computed once for all blocks. It offers what 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.cache import KVCache
-from engine.model import GPT
+from engine.model import GPT, Block
 from engine.rotary import rotate
 
 
@@ -18,17 +18,7 @@ class CpuDecoder:
 
     def __init__(self, model: GPT, cache: KVCache, last: Tensor) -> None:
         self.model, self.cache, self.last = model, cache, last
-        self.blocks = [
-            (
-                block.attention_norm.weight,
-                block.attention.qkv.weight.t(),
-                block.attention.output.weight.t(),
-                block.mlp_norm.weight,
-                block.mlp.expand.weight.t(),
-                block.mlp.contract.weight.t(),
-            )
-            for block in model.blocks
-        ]
+        self.blocks = [_weights(block) for block in model.blocks]
 
     @staticmethod
     def knows(model: GPT) -> bool:
@@ -63,3 +53,16 @@ class CpuDecoder:
             normed = torch.layer_norm(x, shape, mlp_norm, None, eps)
             x = torch.addmm(x, F.gelu(torch.mm(normed, expand)), contract)
         return self.model.logits(self.model.final_norm(x))
+
+
+def _weights(block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert isinstance(block, Block)
+    attention, mlp = block.attention, block.mlp
+    return (
+        block.attention_norm.weight,
+        attention.qkv.weight.t(),
+        attention.output.weight.t(),
+        block.mlp_norm.weight,
+        mlp.expand.weight.t(),
+        mlp.contract.weight.t(),
+    )

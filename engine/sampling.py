@@ -8,6 +8,9 @@ from torch import Tensor
 
 from engine.errors import InputError
 
+# Tokens that nearly always hold top_p of the probability. To sort them all takes a CPU as long as a small model's pass.
+FEW = 512
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -64,12 +67,22 @@ def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
         highest = probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * highest, 0.0)
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
+        enough = sampling.top_p * probabilities.sum(dim=-1, keepdim=True)
+        ordered, order = _likeliest_first(probabilities, enough)
         # A token stays while those before it hold less than top_p: at least one always does.
         before = ordered.cumsum(dim=-1) - ordered
-        kept = ordered.masked_fill(before >= sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+        kept = ordered.masked_fill(before >= enough, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+
+def _likeliest_first(probabilities_BV: Tensor, enough_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities in falling order and their tokens: all, or on a CPU as many as hold `enough` in every row."""
+    if probabilities_BV.device.type == "cpu" and probabilities_BV.shape[-1] > FEW:
+        ordered, order = probabilities_BV.topk(FEW, dim=-1)
+        if (ordered.sum(dim=-1, keepdim=True) > enough_B1).all():
+            return ordered, order
+    return probabilities_BV.sort(dim=-1, descending=True)
 
 
 def penalise(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> Tensor:

@@ -1,38 +1,29 @@
-"""gpt bench-decode-attention: figures in a file, or one sentence on what was asked for wrongly."""
+"""gpt bench-decode: figures in a file, and the same tokens as the peer's."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from engine.config import PRESETS, ModelConfig
 from tests.cli.conftest import Gpt
 
 
-def test_it_leaves_figures(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.decode_attention.BYTES_BETWEEN", 2**20)
-    few = ("--head-dim", "128", "--group", "4", "--batch", "1", "--keys", "32,64", "--only", "ours,plain,cudnn")
-    result = gpt("bench-decode-attention", *few, "--device", "cpu", "--out", "figures")
+def test_it_leaves_figures_and_both_choose_the_same_tokens(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    small = dataclasses.replace(PRESETS["nano"], model=ModelConfig(200, 32, 2, 2, 64))
+    monkeypatch.setitem(PRESETS, "nano", small)
+    result = gpt("bench-decode", "nano", "--batch", "1,3", "--rounds", "1", "--device", "cpu", "--out", "figures")
     assert result.code == 0, result.err
-    for part in ("ours is the torch backend", "cudnn: ", "D 128 group 4 batch 1 keys 64: ours "):
-        assert part in result.out
-    (written,) = Path("figures").glob("decode-attention-*.json")
-    content = json.loads(written.read_text())
-    assert content["versions"]["torch"] and content["copy_bytes_per_second"] > 0
-    assert [point["keys"] for point in content["points"]] == [32, 64]
-    assert content["points"][1]["ours"]["bytes_per_second"] > 0
+    (written,) = Path("figures").glob("decode-nano-*.json")
+    points = json.loads(written.read_text())["points"]
+    assert [point["batch"] for point in points] == [1, 3]
+    for point in points:
+        assert point["ours"]["same_tokens"] == 1.0
+        assert point["ours"]["tokens_per_second"] > 0 and point["transformers"]["first_token_seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--head-dim", "96"], "--head-dim 96"),
-        (["--group", "3"], "--group 3"),
-        (["--keys", "100"], "multiples of 16"),
-        (["--batch", "many"], "whole numbers"),
-        (["--only", "ours,theirs"], "cudnn"),
-    ],
-)
-def test_a_mistake_gets_one_clear_message(gpt: Gpt, options: list[str], expected: str) -> None:
-    result = gpt("bench-decode-attention", *options, "--device", "cpu")
-    assert result.code == 2
-    assert result.err.startswith("error: ") and expected in result.err
+def test_an_unknown_peer_gets_one_clear_message(gpt: Gpt) -> None:
+    result = gpt("bench-decode", "--only", "theirs", "--device", "cpu")
+    assert result.code == 2 and "--only knows no 'theirs'" in result.err

@@ -164,3 +164,11 @@ def test_a_seed_fixes_the_draws_and_no_seed_does_not() -> None:
     assert draws(4) == draws(4) and len(set(draws(4))) == 3
     assert draws(4) != draws(5)
     assert draws(None) != draws(None)
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0], ids=["many tokens hold the share", "few do"])
+def test_top_p_does_not_depend_on_how_the_likeliest_are_found(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    logits = torch.randn(3, 2000) * spread
+    found = distribution(logits, Sampling(top_p=0.9))
+    monkeypatch.setattr("engine.sampling.FEW", 2000)
+    assert torch.equal(found, distribution(logits, Sampling(top_p=0.9)))
