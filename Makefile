@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test install chromium clean
 
 install: .venv/installed
 
@@ -21,7 +21,17 @@ demo: install
 	@echo
 	@echo "loss plot: runs/demo/loss.png"
 
-test: install
+# The page is tested in a real browser; where there is none and none can be had, those tests say that they are skipped.
+chromium:
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+	  && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "installing Chromium, in which the page is tested"; \
+	  { timeout 60 apt-get update -qq; \
+	    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qq --no-install-recommends chromium; \
+	  } > /dev/null 2>&1 || echo "Chromium could not be installed: the tests of the page will be skipped"; \
+	fi
+
+test: install chromium
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -12,11 +12,13 @@ from cli import (
     bench_decode,
     bench_decode_attention,
     bench_layernorm,
+    bench_serving,
     chat,
     data,
     generate,
     huggingface,
     info,
+    serve,
     tokenizer,
     train,
 )
@@ -33,6 +35,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("export")(huggingface.export_run)
 app.command("import")(huggingface.import_folder)
@@ -42,6 +45,7 @@ app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
 app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
 app.command("bench-decode")(bench_decode.bench_decode)
 app.command("bench-decode-attention")(bench_decode_attention.bench_decode_attention)
+app.command("bench-serving")(bench_serving.bench_serving)
 app.command("bench-compile")(bench_compile.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
 app.add_typer(tokenizer.app, name="tokenizer")

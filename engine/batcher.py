@@ -57,6 +57,21 @@ class Step(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+def read_prompt(model: GPT, prompt: Sequence[int], top_logprobs: int) -> list[Step]:
+    """The tokens of a prompt as if they had been chosen: log-probability and the likeliest. The first has neither."""
+    ids = torch.tensor(prompt, device=model.embedding.weight.device)
+    steps = [Step(-1, prompt[0], None)]
+    if len(ids) == 1:
+        return steps
+    with inference(model):
+        logprobs = model.logits(model(ids[None, :-1]))[0].log_softmax(-1)
+        own = logprobs.gather(-1, ids[1:, None])[:, 0].tolist()
+        values, likeliest = (each.tolist() for each in logprobs.topk(top_logprobs))
+    for token, logprob, *top in zip(prompt[1:], own, likeliest, values, strict=True):
+        steps.append(Step(-1, token, None, logprob, tuple(zip(*top, strict=True))))
+    return steps
+
+
 @dataclass(eq=False)
 class Running:
     number: int

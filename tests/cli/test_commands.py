@@ -14,11 +14,15 @@ import pytest
 from tests.cli.conftest import SMALL, Gpt
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "numpy", "datasets", "wandb", "matplotlib", "sentencepiece", "sacrebleu", "rouge_score", "pyarrow")
+HEAVY = (
+    *("torch", "numpy", "datasets", "wandb", "matplotlib", "sentencepiece", "sacrebleu", "rouge_score", "pyarrow"),
+    *("fastapi", "uvicorn", "pydantic"),
+)
 COMMANDS = [
     ("train",),
     ("generate",),
     ("chat",),
+    ("serve",),
     ("info",),
     ("export",),
     ("import",),
@@ -33,6 +37,7 @@ COMMANDS = [
     ("bench-decode-attention",),
     ("bench-quality",),
     ("bench-compile",),
+    ("bench-serving",),
 ]
 
 

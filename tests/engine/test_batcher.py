@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.batcher import Batcher, QueueFullError, Request, Step
+from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 from engine.errors import InputError
 from engine.graphs import DecodeGraphs
 from engine.model import GPT
@@ -154,6 +154,18 @@ def test_log_probabilities_are_those_of_the_model(gpt: GPT, ahead: bool) -> None
             assert step.logprob == pytest.approx(expected[step.token].item(), abs=1e-4)
             assert [token for token, _ in step.top] == expected.topk(3).indices.tolist()
             prompt = [*prompt, step.token]
+
+
+def test_a_prompt_is_read_as_if_its_tokens_had_been_chosen(gpt: GPT) -> None:
+    prompt = alone(gpt, Request([1], GREEDY, 6))
+    batcher = Batcher(gpt)
+    batcher.submit(Request(prompt[:1], GREEDY, 1, top_logprobs=2))
+    (expected,) = batcher.step()
+    first, second, *_, last = read_prompt(gpt, prompt, 2)
+    assert (first.token, first.logprob, first.top) == (prompt[0], None, ()) and last.token == prompt[-1]
+    assert second.token == prompt[1] and [token for token, _ in second.top] == [token for token, _ in expected.top]
+    assert second.top[0][1] == pytest.approx(expected.top[0][1], abs=1e-4)
+    assert len(read_prompt(gpt, [1], 2)) == 1
 
 
 def test_the_queue_is_bounded_and_prompts_are_checked(gpt: GPT) -> None:

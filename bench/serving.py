@@ -1,0 +1,218 @@
+"""The server under load: many clients at once, each reading its stream, and every stream checked.
+
+The server runs in a process of its own; clients speak HTTP/1.0 over plain sockets, so that they take little from it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from engine.errors import InputError
+
+MODEL = "model"
+PROMPTS = (
+    "Once upon a time",
+    "One day, a little girl named Lily",
+    "Tim and his dog went to the park.",
+    "The sun was warm, and",
+    "There was a brave rabbit who",
+)
+MAX_TOKENS = (32, 128)
+# Every so many streams one is asked for again, alone, when the load is over.
+SAMPLE_EVERY = 16
+SAMPLES = 32
+
+
+@dataclass
+class Stream:
+    """One request and what came of it. `times`: when each token came, in seconds; `fault`: what was wrong with it."""
+
+    body: dict[str, Any]
+    begin: float
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    finish: str | None = None
+    usage: dict[str, int] | None = None
+    fault: str | None = None
+
+
+def request(number: int) -> dict[str, Any]:
+    generator = random.Random(number)
+    return {
+        "model": MODEL,
+        "prompt": generator.choice(PROMPTS),
+        "max_tokens": generator.randint(*MAX_TOKENS),
+        "temperature": 0.8,
+        # Sums round differently in a batch: among thousands of tokens that are next to impossible a draw would now and
+        # then hit another one; among a few likely ones it does not.
+        "min_p": 0.05,
+        "seed": number,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def events(port: int, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The data of each event of a stream. Raises ValueError for any other answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        content = json.dumps(body).encode()
+        fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        writer.write(f"POST /v1/completions HTTP/1.0\r\n{fields}\r\n\r\n".encode() + content)
+        status = (await reader.readline()).split()
+        if status[1:2] != [b"200"]:
+            raise ValueError(f"status {status[1:2]}: {(await reader.read())[-300:]!r}")
+        while (await reader.readline()).strip():
+            pass  # headers
+        while line := await reader.readline():
+            if line.startswith(b"data: "):
+                yield line[6:].decode().strip()
+    finally:
+        writer.close()
+
+
+async def follow(port: int, body: dict[str, Any]) -> Stream:
+    """Read one stream to its end and check it."""
+    stream, done = Stream(body, time.perf_counter()), False
+    try:
+        async for data in events(port, body):
+            if done:
+                raise ValueError("something came after [DONE]")
+            if data == "[DONE]":
+                done = True
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise ValueError(event["error"]["message"])
+            stream.usage = event["usage"] or stream.usage
+            for choice in event["choices"]:
+                if stream.finish:
+                    raise ValueError("something came after the end")
+                stream.finish = choice["finish_reason"]
+                stream.text += choice["text"]
+                if not stream.finish:
+                    stream.times.append(time.perf_counter())
+        counted = (stream.usage or {}).get("completion_tokens")
+        if not (done and stream.finish and counted == len(stream.times)):
+            raise ValueError(f"{len(stream.times)} tokens of {counted}, finish {stream.finish}, [DONE] {done}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stream.fault = f"{type(error).__name__}: {error}"
+    return stream
+
+
+async def load(port: int, clients: int, seconds: float, numbers: Iterator[int]) -> list[Stream]:
+    """So many clients, each asking again as soon as it has its answer, until the time is over."""
+    end, streams = time.perf_counter() + seconds, []
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            streams.append(await follow(port, request(next(numbers))))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return streams
+
+
+def rate(streams: list[Stream], begin: float, end: float) -> float:
+    """Tokens per second that came between the two times."""
+    return sum(begin <= each < end for stream in streams for each in stream.times) / (end - begin)
+
+
+@dataclass
+class Process:
+    port: int
+    number: int
+
+    def memory(self) -> int:
+        """Resident bytes now."""
+        status = Path(f"/proc/{self.number}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def serving(run: Path, options: Sequence[str]) -> Iterator[Process]:
+    """`gpt serve` in a process of its own. Raises InputError where it does not begin, or does not end well."""
+    command = [sys.executable, "-m", "cli", "serve", str(run), "--port", "0", "--name", MODEL, *options]
+    environment = {name: value for name, value in os.environ.items() if name != "GPT_API_KEY"}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        url = next((line.strip() for line in lines if line.startswith("http://")), None)
+        try:
+            if url is not None:
+                yield Process(urlsplit(url).port or 0, process.pid)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            log.seek(0)
+        if url is None or code != 0:
+            raise InputError(f"gpt serve ended with {code}: {log.read()[-500:].strip()}")
+
+
+async def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
+    numbers = itertools.count()
+    await load(server.port, 1, 1.0, numbers)
+    begin = time.perf_counter()
+    single = await load(server.port, 1, seconds / 6, numbers)
+    alone = rate(single, begin, begin + seconds / 6)
+
+    begin = time.perf_counter()
+    running = asyncio.create_task(load(server.port, clients, seconds, numbers))
+    memory = []
+    while not running.done():
+        await asyncio.sleep(seconds / 30)
+        memory.append(server.memory())
+    streams = await running
+    settled = begin + seconds / 6
+    together = rate(streams, settled, begin + seconds)
+
+    samples = [stream for stream in streams[::SAMPLE_EVERY] if not stream.fault][:SAMPLES]
+    again = [await follow(server.port, stream.body) for stream in samples]
+    gaps = [later - earlier for stream in streams for earlier, later in pairwise(stream.times)]
+    first = [stream.times[0] - stream.begin for stream in streams if stream.times]
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "streams": len(streams),
+        "tokens": sum(len(stream.times) for stream in streams),
+        "faults": [stream.fault for stream in streams if stream.fault],
+        "asked_again_alone": len(samples),
+        "different_alone": sum(one.text != other.text for one, other in zip(samples, again, strict=True)),
+        "tokens_per_second": together,
+        "tokens_per_second_of_one_client": alone,
+        "against_one_client": together / alone,
+        "first_token_seconds": quantiles(first),
+        "token_gap_seconds": quantiles(gaps),
+        "memory_bytes": {"settled": memory[len(memory) // 6], "end": memory[-1], "peak": max(memory)},
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+
+
+def bench_serving(run: Path, *, clients: int, seconds: float, options: Sequence[str] = ()) -> dict[str, Any]:
+    """One client, then many for so long, then a sample of their requests again, alone: each must get the same text.
+
+    Rates are tokens per second; the first sixth of the time does not count. Raises InputError where the server fails.
+    """
+    with serving(run, ["--slots", str(clients), *options]) as server:
+        return asyncio.run(measure(server, clients, seconds))

@@ -1,0 +1,221 @@
+"""From the model's steps to OpenAI's answers: text, logprobs, usage; whole, or event by event."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from json import JSONEncoder
+from typing import Any, NamedTuple
+
+from cli.server.openai import model_failed
+from cli.server.worker import Job, ModelError
+from engine.batcher import Step
+from engine.generate import TextStream
+from engine.tokenizer import Tokenizer
+
+to_json = JSONEncoder(separators=(",", ":")).encode
+# A token and where its text begins in the answer, in characters.
+Token = tuple[int, Step]
+
+
+class Piece(NamedTuple):
+    """What a step adds to a text. `produced`: is its token part of it? The id that ends a text is not."""
+
+    text: str
+    tokens: list[Token]
+    produced: bool
+    finish: str | None
+
+
+class Choice:
+    """One text on its way. `unread`: how many of its prompt's tokens `echo` leaves out, where they have logprobs."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], echo: str = "", unread: int | None = None) -> None:
+        self.stream = TextStream(tokenizer, stop)
+        self.echo, self.unread, self.length, self.tokens = echo, unread, len(echo), 0
+        self.finish: str | None = None
+        self.held: list[Token] = []  # behind text that a stop string may yet take back
+
+    def push(self, step: Step | None) -> Piece:
+        """The text that is now certain, and its tokens. None: time is up."""
+        start = self.length + len(self.stream.held)
+        produced = step is not None and step.finish != "stop"
+        if step is None:
+            text, self.stream.held, self.finish = self.stream.held, "", "length"
+        else:
+            text = self.stream.push(step.token, last=step.finish is not None)
+            self.finish = "stop" if self.stream.stopped else step.finish
+        if step is not None and produced:
+            self.tokens += 1
+            self.held.append((start, step))
+        self.length += len(text)
+        certain = len(self.held)
+        if self.stream.stopped or not self.finish:
+            certain = sum(start < self.length for start, _ in self.held)
+        tokens, self.held = self.held[:certain], self.held[certain:]
+        return Piece(text, tokens, produced, self.finish)
+
+    def read(self, prompt: Sequence[Step]) -> Piece:
+        """The prompt, with its logprobs."""
+        spelled, start, tokens = TextStream(self.stream.tokenizer), 0, []
+        for step in prompt[self.unread :]:
+            tokens.append((start, step))
+            start += len(spelled.push(step.token))
+        return Piece(self.echo, tokens, True, None)
+
+
+class Answer:
+    """What chat and completions share. `logprobs`: are they asked for?"""
+
+    prefix, kind, chunk_kind, escape = "", "", "", ""
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, choices: Sequence[Choice], *, prompt_tokens: int, logprobs: bool
+    ) -> None:
+        self.tokenizer, self.choices, self.prompt_tokens, self.logprobs = tokenizer, choices, prompt_tokens, logprobs
+        self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+
+    def first(self, choice: Choice) -> dict[str, Any] | None:
+        """The fields of an event that comes before any token, where there is one."""
+        raise NotImplementedError
+
+    def text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, text: str, finish: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        texts: list[list[str]] = [[choice.echo if choice.unread is None else ""] for choice in self.choices]
+        tokens: list[list[Token]] = [[] for _ in self.choices]
+        async for arrived in self._arrivals(job):
+            for index, piece in arrived:
+                texts[index].append(piece.text)
+                tokens[index] += piece.tokens
+        choices = [
+            {
+                "index": index,
+                **self.text("".join(texts[index])),
+                "logprobs": self.describe(tokens[index]) if self.logprobs else None,
+                "finish_reason": choice.finish,
+            }
+            for index, choice in enumerate(self.choices)
+        ]
+        return {**self.head, "object": self.kind, "system_fingerprint": None, "choices": choices, "usage": self.usage()}
+
+    async def events(self, job: Job, *, include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events: one for every token, one for every end, which may add what was held back."""
+        head = {**self.head, "object": self.chunk_kind, "system_fingerprint": None}
+        usage = {"usage": None} if include_usage else {}
+
+        def event(index: int, fields: dict[str, Any], tokens: Sequence[Token], finish: str | None) -> str:
+            logprobs = self.describe(tokens) if self.logprobs and (tokens or not finish) else None
+            choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": finish}
+            return f"data: {to_json({**head, 'choices': [choice], **usage})}\n\n"
+
+        first = [(index, self.first(choice)) for index, choice in enumerate(self.choices)]
+        yield "".join(event(index, fields, (), None) for index, fields in first if fields)
+        try:
+            async for arrived in self._arrivals(job):
+                events = []
+                for index, (text, tokens, produced, finish) in arrived:
+                    if produced:
+                        events.append(event(index, self.delta(text, None), tokens, None))
+                        text, tokens = "", []
+                    if finish:
+                        events.append(event(index, self.delta(text, finish), tokens, finish))
+                yield "".join(events)
+        except ModelError:
+            yield f"data: {to_json(model_failed(500).content)}\n\n"  # too late for a status
+            return
+        if include_usage:
+            yield f"data: {to_json({**head, 'choices': [], 'usage': self.usage()})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def _arrivals(self, job: Job) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """As it comes, all that has come."""
+        while job.running:
+            arrived = []
+            for index, step in await job.arrivals():
+                if index not in job.running:
+                    continue  # the model was a step ahead of the end
+                choice = self.choices[index]
+                piece = choice.read(step) if isinstance(step, list) else choice.push(step)
+                arrived.append((index, piece))
+                if piece.finish:
+                    job.finish(index)
+            yield arrived
+
+    def usage(self) -> dict[str, int]:
+        completion = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+        }
+
+    def spell(self, token: int) -> tuple[str, list[int] | None]:
+        """A token for a person, and its bytes: half a character is spelled in escapes, a special piece by its name."""
+        spelled = self.tokenizer.bytes_of([token])
+        if not spelled:
+            return self.tokenizer.processor.id_to_piece(token), None
+        try:
+            return spelled.decode(), list(spelled)
+        except UnicodeDecodeError:
+            return self.escape + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
+
+
+class ChatAnswer(Answer):
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def first(self, choice: Choice) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": "", "refusal": None}}
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text: str, finish: str | None) -> dict[str, Any]:
+        return {"delta": {"content": text} if text or not finish else {}}
+
+    def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = [
+            {
+                **self._entry(step.token, step.logprob),
+                "top_logprobs": [self._entry(token, logprob) for token, logprob in step.top],
+            }
+            for _, step in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text, spelled = self.spell(token)
+        return {"token": text, "logprob": logprob, "bytes": spelled}
+
+
+class CompletionAnswer(Answer):
+    prefix, kind, chunk_kind, escape = "cmpl-", "text_completion", "text_completion", "bytes:"
+
+    def first(self, choice: Choice) -> dict[str, Any] | None:
+        return {"text": choice.echo} if choice.echo and choice.unread is None else None
+
+    def text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def delta(self, text: str, finish: str | None) -> dict[str, Any]:
+        return {"text": text}
+
+    def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        # The token itself is always among the likeliest, and of two that are spelled alike the likelier stays.
+        likeliest = [((step.token, step.logprob), *reversed(step.top)) for _, step in tokens]
+        return {
+            "tokens": [self.spell(step.token)[0] for _, step in tokens],
+            "token_logprobs": [step.logprob for _, step in tokens],
+            # Of the first token of a prompt there are none.
+            "top_logprobs": [
+                None if each[0][1] is None else {self.spell(token)[0]: logprob for token, logprob in each}
+                for each in likeliest
+            ],
+            "text_offset": [start for start, _ in tokens],
+        }

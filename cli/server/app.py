@@ -1,0 +1,310 @@
+"""The FastAPI application: routes, limits, keys. Each request becomes a Job of the one Worker."""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cli.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer, to_json
+from cli.server.guard import Guard
+from cli.server.openai import (
+    APIError,
+    ChatRequest,
+    CompletionRequest,
+    Kind,
+    Options,
+    context_exceeded,
+    model_failed,
+    parse,
+)
+from cli.server.worker import ClientGoneError, Job, ModelError, Worker
+from engine import batcher, chat_template
+from engine.errors import InputError
+from engine.generate import document_prompt
+from engine.sampling import Sampling
+from engine.tokenizer import Tokenizer
+
+PAGE = Path(__file__).parent / "page"
+BODY_BYTES = 2**20
+BODY_SECONDS = 30.0
+# Beyond the time that the model may take: for a reader who reads slowly. Then the connection is cut.
+READER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model by its name. `chat`: has it learnt conversations? `created`: seconds since 1970."""
+
+    name: str
+    chat: bool
+    tokenizer: Tokenizer
+    context: int
+    created: int
+
+
+class JSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        # In ASCII: a text that was asked for may hold half a surrogate pair, which UTF-8 cannot spell.
+        return to_json(content).encode()
+
+
+class Events(StreamingResponse):
+    """Server-sent events of a job, which ends with them, or with the connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, content: AsyncIterator[str], job: Job) -> None:
+        super().__init__(content, headers={"x-accel-buffering": "no"})
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self.job.worker.seconds + READER_SECONDS):
+                await super().__call__(scope, receive, send)
+        finally:
+            self.job.close()
+
+
+class Server:
+    def __init__(self, served: Served, worker: Worker) -> None:
+        self.served, self.worker = served, worker
+        self.longest = int(served.tokenizer.byte_lengths.max())
+
+    async def models(self) -> Response:
+        return JSON({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        self._check_model(name)
+        return JSON(self._model())
+
+    async def health(self) -> Response:
+        return JSON(
+            {"status": "the model has failed" if self.worker.failed else "ok"}, 503 if self.worker.failed else 200
+        )
+
+    async def metrics(self) -> Response:
+        text = self.worker.metrics.text(running=self.worker.running, waiting=self.worker.waiting)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def chat(self, http: Request) -> Response:
+        asked, served = await self._read(http, ChatRequest), self.served
+        if not served.chat:
+            message = f"{served.name} is a base model, which has not learnt to chat; use /v1/completions"
+            raise APIError(400, message, param="model", code="unsupported_model")
+        if asked.max_tokens and asked.max_completion_tokens:
+            raise APIError(400, "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens")
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise APIError(400, "'top_logprobs' is only allowed where 'logprobs' is true.", param="top_logprobs")
+        self._check_length("messages", sum(len(each.content) for each in asked.messages))
+        messages = [
+            chat_template.Message("system" if each.role == "developer" else each.role, each.content)
+            for each in asked.messages
+        ]
+        prompt = self._encode("messages", partial(chat_template.answer_prompt, served.tokenizer, messages))
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        choices = [Choice(served.tokenizer, asked.stop) for _ in range(asked.n)]
+        limit = asked.max_tokens or asked.max_completion_tokens
+        return await self._answer(http, ChatAnswer, asked, [prompt], choices, limit, top)
+
+    async def completions(self, http: Request) -> Response:
+        asked, tokenizer = await self._read(http, CompletionRequest), self.served.tokenizer
+        prompts, choices = [], []
+        for prompt in asked.prompt:
+            prompts.append(self._ids(prompt))
+            echo = "" if not asked.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            # The piece that begins every document is no part of a text.
+            unread = int(isinstance(prompt, str)) if asked.echo and asked.logprobs is not None else None
+            choices += [Choice(tokenizer, asked.stop, echo, unread) for _ in range(asked.n)]
+        return await self._answer(http, CompletionAnswer, asked, prompts, choices, asked.max_tokens, asked.logprobs)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        tokenizer = self.served.tokenizer
+        if isinstance(prompt, str):
+            self._check_length("prompt", len(prompt))
+            return self._encode("prompt", partial(document_prompt, tokenizer, prompt))
+        if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
+            message = f"The prompt holds an id that is no token's: they go from 0 to {tokenizer.vocab_size - 1}."
+            raise APIError(400, message, param="prompt", code="invalid_value")
+        return prompt
+
+    async def _read(self, http: Request, kind: type[Kind]) -> Kind:
+        # What a page of another site may send without asking first (CORS) is never this type.
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise APIError(400, "The Content-Type of the request must be application/json.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in http.stream():
+                    body += part
+                    if len(body) > BODY_BYTES:
+                        raise APIError(413, f"The body of the request is larger than {BODY_BYTES} bytes.")
+        except TimeoutError:
+            raise APIError(408, "The body of the request took too long to come.") from None
+        asked = parse(kind, bytes(body))
+        self._check_model(asked.model)
+        return asked
+
+    async def _answer(
+        self,
+        http: Request,
+        kind: type[Answer],
+        asked: Options,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Choice],
+        max_tokens: int | None,
+        top_logprobs: int | None,
+    ) -> Response:
+        served, context = self.served, self.served.context
+        for prompt in prompts:
+            if len(prompt) >= context:
+                raise context_exceeded(context, str(len(prompt)), "prompt" if kind is CompletionAnswer else "messages")
+        sampling = Sampling(
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=max(asked.top_p, 1e-9),  # 0 is the likeliest token alone
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
+            seed=None if asked.seed is None else asked.seed % 2**62,
+        )
+        eod = frozenset([served.tokenizer.eod])
+        ends = chat_template.answer_ends(served.tokenizer) if served.chat else eod
+        requests = [
+            batcher.Request(
+                prompts[index // asked.n], sampling.of_row(index), max_tokens or context, ends, top_logprobs
+            )
+            for index in range(len(choices))
+        ]
+        answer = kind(
+            served.name,
+            served.tokenizer,
+            choices,
+            prompt_tokens=sum(map(len, prompts)),
+            logprobs=top_logprobs is not None,
+        )
+        job = self._submit(requests, read_prompts=any(choice.unread is not None for choice in choices))
+        if asked.stream:
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return Events(answer.events(job, include_usage=usage), job)
+        watch = asyncio.create_task(_close_when_gone(job, http.receive))
+        try:
+            return JSON(await answer.whole(job))
+        except ModelError:
+            raise model_failed(500) from None
+        except ClientGoneError:
+            return Response(status_code=499)  # for the log
+        finally:
+            watch.cancel()
+            job.close()
+
+    def _submit(self, requests: Sequence[batcher.Request], *, read_prompts: bool) -> Job:
+        if len(requests) > self.worker.limit:
+            raise APIError(400, f"{len(requests)} texts were asked for; this server makes {self.worker.limit} at once.")
+        try:
+            return self.worker.submit(requests, read_prompts=read_prompts)
+        except batcher.QueueFullError as full:
+            raise APIError(
+                429,
+                f"The server is busy: {full}. Try again later.",
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            ) from None
+        except ModelError:
+            raise model_failed(503) from None
+
+    def _check_model(self, name: str) -> None:
+        if name != self.served.name:
+            message = f"The model '{name[:64]}' does not exist; this server has '{self.served.name}'."
+            raise APIError(404, message, param="model", code="model_not_found")
+
+    def _check_length(self, param: str, characters: int) -> None:
+        """Refuse without reading it what is too long however it is read."""
+        if characters > self.longest * self.served.context:
+            raise context_exceeded(self.served.context, f"more than {self.served.context}", param)
+
+    def _encode(self, param: str, encode: Callable[[], list[int]]) -> list[int]:
+        try:
+            return encode()
+        except InputError as error:
+            raise APIError(400, f"Invalid value for '{param}': {error}.", param=param, code="invalid_value") from None
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "gpt"}
+
+
+async def _close_when_gone(job: Job, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    job.close()
+
+
+def create_app(
+    served: Served, worker: Worker, *, key: str | None, cors: Sequence[str], hosts: Collection[str] | None
+) -> ASGIApp:
+    """`key`: what every call of the API must carry; `cors`: origins whose pages may call it; `hosts`: see Guard."""
+    server = Server(served, worker)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await worker.stop()
+
+    async def authorise(http: Request) -> None:
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())):
+            raise APIError(
+                401, "Incorrect or no API key provided.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    async def about() -> Response:
+        about = {"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)}
+        return JSON(about)
+
+    # FastAPI's own pages would load scripts of others.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    locked = APIRouter(dependencies=[Depends(authorise)])
+    routes: list[tuple[APIRouter, str, str, Callable[..., Awaitable[Response]]]] = [
+        (locked, "POST", "/v1/chat/completions", server.chat),
+        (locked, "POST", "/v1/completions", server.completions),
+        (locked, "GET", "/v1/models", server.models),
+        (locked, "GET", "/v1/models/{name:path}", server.model),
+        (locked, "GET", "/metrics", server.metrics),
+        (app.router, "GET", "/health", server.health),
+        (app.router, "GET", "/page.json", about),
+    ]
+    for router, method, path, endpoint in routes:
+        router.add_api_route(path, endpoint, methods=[method], response_model=None)
+    app.include_router(locked)
+    if PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+
+    @app.exception_handler(APIError)
+    async def refused(http: Request, error: APIError) -> Response:
+        return JSON(error.content, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(http: Request, error: HTTPException) -> Response:
+        message = f"{error.detail}: {http.method} {http.url.path[:256]}"
+        return await refused(http, APIError(error.status_code, message, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def failed(http: Request, error: Exception) -> Response:
+        return await refused(http, APIError(500, "The server has failed.", kind="server_error"))
+
+    if cors:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
+    return Guard(app, worker.metrics, hosts)

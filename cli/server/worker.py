@@ -1,0 +1,172 @@
+"""One thread owns the model; the event loop hands it requests and gets tokens back, a whole step at a time.
+
+Neither waits for the other. What a request may produce is bounded, so what waits for a slow reader is bounded too.
+"""
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+
+from cli.server.guard import log_failure
+from cli.server.metrics import Metrics
+from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
+
+# Of a text: a step, its prompt's tokens, or None where time is up.
+Arrival = Step | list[Step] | None
+
+
+class ModelError(Exception):
+    """The thread that owns the model has ended of an exception: nothing more will come."""
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Job:
+    """What one HTTP request asks of the model: a text per Request. Used on the event loop alone, but for `numbers`."""
+
+    def __init__(self, worker: "Worker", requests: Sequence[Request]) -> None:
+        self.worker, self.size = worker, len(requests)
+        self.running = set(range(self.size))
+        self.numbers: dict[int, int] = {}  # the batcher's, by index: the thread's own
+        self.arrived: asyncio.Queue[tuple[int, Arrival] | Exception] = asyncio.Queue()
+        self.begin, self.begun, self.closed = time.perf_counter(), False, False
+        self.timer = worker.loop.call_later(worker.seconds, self._expire)
+
+    async def arrivals(self) -> list[tuple[int, Arrival]]:
+        """What has come, at least one, with the index of its text. Raises ModelError, ClientGoneError."""
+        found = [await self.arrived.get()]
+        while not self.arrived.empty():
+            found.append(self.arrived.get_nowait())
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return found  # type: ignore[return-value]
+
+    def finish(self, index: int) -> None:
+        """No more of this text is wanted: the model's next step may use its slot."""
+        if index in self.running:
+            self.running.discard(index)
+            self.worker.inbox.put(functools.partial(self.worker._cancel, self, index))
+
+    def close(self) -> None:
+        """The answer has gone out, or nobody waits for it."""
+        if self.closed:
+            return
+        self.closed = True
+        self.timer.cancel()
+        for index in tuple(self.running):
+            self.finish(index)
+        self.worker.jobs.discard(self)
+        self.arrived.put_nowait(ClientGoneError())
+
+    def _expire(self) -> None:
+        for index in self.running:
+            self.arrived.put_nowait((index, None))
+
+
+class Worker:
+    """`queue` texts may wait beside those in the batcher's slots; `seconds` bounds each request, waiting included."""
+
+    def __init__(self, batcher: Batcher, *, queue: int, seconds: float) -> None:
+        self.batcher, self.seconds = batcher, seconds
+        self.limit = batcher.slots + queue
+        self.metrics = Metrics()
+        self.jobs: set[Job] = set()
+        self.failed = False
+        self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.owners: dict[int, tuple[Job, int]] = {}  # by the batcher's number: the thread's own
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.thread.start()
+
+    async def stop(self) -> None:
+        self.inbox.put(None)
+        await asyncio.to_thread(self.thread.join)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.batcher.waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self.batcher.running)
+
+    def submit(self, requests: Sequence[Request], *, read_prompts: bool = False) -> Job:
+        """Begin to answer. Close the job in the end. `read_prompts`: first come the log-probabilities of the prompts.
+
+        Raises QueueFullError, ModelError.
+        """
+        if self.failed:
+            raise ModelError
+        taken = sum(job.size for job in self.jobs)
+        if taken + len(requests) > self.limit:
+            raise QueueFullError(f"{taken} of {self.limit} places are taken")
+        job = Job(self, requests)
+        self.jobs.add(job)
+        self.metrics.prompt_tokens += sum(len(request.prompt) for request in requests)
+        self.inbox.put(functools.partial(self._begin, job, requests, read_prompts))
+        return job
+
+    def _deliver(self, found: Sequence[tuple[Job, int, Step]]) -> None:
+        now = time.perf_counter()
+        self.metrics.generated_tokens += len(found)
+        for job, index, step in found:
+            job.arrived.put_nowait((index, step))
+            if not job.begun:
+                job.begun = True
+                self.metrics.first_token(now - job.begin)
+
+    def _fail(self) -> None:
+        self.failed = True
+        for job in self.jobs:
+            job.arrived.put_nowait(ModelError())
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                found = [(*self.owners[step.request], step) for step in self.batcher.step()]
+                for job, index, step in found:
+                    if step.finish:
+                        self._forget(job, index)
+                if found:
+                    self.loop.call_soon_threadsafe(self._deliver, found)
+        except Exception as error:
+            log_failure(error)
+            self.loop.call_soon_threadsafe(self._fail)
+
+    def _obey(self) -> bool:
+        """Do what the event loop asked for; where there is nothing else to do, wait for it. False is the end."""
+        while True:
+            try:
+                command = self.inbox.get(block=self.batcher.idle)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _begin(self, job: Job, requests: Sequence[Request], read_prompts: bool) -> None:
+        for index, request in enumerate(requests):
+            if read_prompts:
+                read = read_prompt(self.batcher.model, request.prompt, request.top_logprobs or 0)
+                self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, read))
+            number = self.batcher.submit(request)
+            job.numbers[index], self.owners[number] = number, (job, index)
+
+    def _cancel(self, job: Job, index: int) -> None:
+        if index in job.numbers:
+            self.batcher.cancel(self._forget(job, index))
+
+    def _forget(self, job: Job, index: int) -> int:
+        number = job.numbers.pop(index)
+        del self.owners[number]
+        return number

@@ -1,0 +1,108 @@
+"""Real servers, each on a port and in a thread of its own, with an untrained model behind them."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+
+import httpx
+import openai
+import uvicorn
+
+from cli.server.app import Served, create_app
+from cli.server.worker import Worker
+from engine.batcher import Batcher
+from engine.config import ModelConfig
+from engine.model import GPT
+from engine.tokenizer import Tokenizer
+
+CONTEXT = 96
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+@dataclass
+class Live:
+    url: str
+    worker: Worker
+    served: Served
+    http: httpx.Client
+
+    @property
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.http.post(f"/v1/{path}", json=body, **options)
+
+    def paced(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.01) -> None:
+        """Slow the model down, so that things happen while it is at work."""
+        step = self.worker.batcher.step
+
+        def slowly() -> Any:
+            time.sleep(seconds)
+            return step()
+
+        monkeypatch.setattr(self.worker.batcher, "step", slowly)
+
+    def idle(self) -> bool:
+        return not self.worker.jobs and self.worker.batcher.idle
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, "it never came to pass"
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def live(
+    tokenizer: Tokenizer,
+    *,
+    chat: bool = True,
+    slots: int = 4,
+    queue: int = 8,
+    seconds: float = 60.0,
+    **options: Any,
+) -> Iterator[Live]:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, width=32, blocks=2, heads=2, context=CONTEXT))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+        # It never ends a text by itself.
+        for piece in tokenizer.special.values():
+            model.head.weight[piece] = 0
+    worker = Worker(Batcher(model, slots=slots, queue=slots + queue), queue=queue, seconds=seconds)
+    served = Served("small", chat, tokenizer, CONTEXT, 1_700_000_000)
+    app = create_app(served, worker, **{"key": None, "cors": (), "hosts": LOOPBACK, **options})
+    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        # So that little is on its way to who does not read.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=20) as client:
+                assert client.get("/health").status_code == 200
+                yield Live(url, worker, served, client)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="package")
+def server(tokenizer: Tokenizer) -> Iterator[Live]:
+    """A chat model, no key."""
+    with live(tokenizer) as running:
+        yield running
