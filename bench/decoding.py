@@ -28,8 +28,13 @@ Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
 
 
 def ours(model: GPT, runtime: Runtime, **options: Any) -> Generate:
+    # As in a server, where it lives as long as the model.
+    batchers: dict[int, Batcher] = {}
+
     def generate(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-        batcher = Batcher(model, slots=len(prompts), **options)
+        if (slots := len(prompts)) not in batchers:
+            batchers[slots] = Batcher(model, slots=slots, **options)
+        batcher = batchers[slots]
         tokens: dict[int, list[int]] = {
             batcher.submit(Request(prompt, Sampling(temperature=0), new)): [] for prompt in prompts
         }

@@ -291,10 +291,17 @@ class Batcher:
                 continue
             if slot < self.producing:
                 self.producing -= 1
-                self._swap(slot, self.producing)
+                self._move(self.producing, slot)
                 slot = self.producing
-            self._swap(slot, len(self.running) - 1)
+            self._move(len(self.running) - 1, slot)
             self.running.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        """Into a slot that nobody wants any more."""
+        if source != target:
+            self.cache.copy(source, target, self.running[source].length)
+            self.last[target] = self.last[source]
+            self.running[target] = self.running[source]
 
     def _swap(self, one: int, other: int) -> None:
         if one != other:

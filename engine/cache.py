@@ -51,6 +51,11 @@ class KVCache:
         keys, values = self.seen[layer].transpose(1, 2).split(self.heads, dim=2)
         return keys, values
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the `length` tokens of one slot into another."""
+        self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
+        self.lengths[target] = self.lengths[source]
+
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange two slots, of which the longer holds `length` tokens."""
         held = self.memory[:, :, :, :length]
