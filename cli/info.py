@@ -26,6 +26,8 @@ def info(path: RunArgument) -> None:
     )
     table.add_row("context", f"{model.context} tokens, vocabulary {model.vocab_size:,}")
     table.add_row("data", recipe.data.source)
+    if recipe.base is not None:
+        table.add_row("base", f"{recipe.base}, step {recipe.base_step}")
     if recipe.data.source != IMPORTED:
         budget = next(f"{value:,} {name}" for name, value in vars(recipe.budget).items() if value is not None)
         table.add_row("budget", budget)

@@ -15,6 +15,7 @@ from cli import (
     bench_serving,
     chat,
     data,
+    finetune,
     generate,
     huggingface,
     info,
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

@@ -88,6 +88,10 @@ class DataConfig:
     # Used, with a notice, where the Hub cannot be reached and the source was not asked for by name.
     fallback: str | None = None
     column: str | None = None
+    # Of conversations, where they are not the obvious ones.
+    prompt_column: str | None = None
+    response_column: str | None = None
+    messages_column: str | None = None
     # How many documents at most; None is all. The built-in stories never end, so they need a number.
     documents: int | None = None
     # How many tokens to prepare at most; None is as many as the budget can use.
@@ -99,6 +103,10 @@ class DataConfig:
     final_evaluation_tokens: int = 500_000
 
     def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.response_column is None) or (
+            self.prompt_column and self.messages_column
+        ):
+            raise InputError("name --prompt-column and --response-column together, or --messages-column alone")
         _require(self, "data", ("holdout",), lambda share: 0 < share < 1, "between 0 and 1")
         counts = ("documents", "tokens", "evaluation_tokens", "final_evaluation_tokens")
         _require(self, "data", counts, lambda n: n >= 1, "at least 1")
@@ -205,6 +213,9 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
     chat: bool = False
+    # Of a finetuned model: the run, and the step of its checkpoint, that it began with.
+    base: str | None = None
+    base_step: int | None = None
 
     @property
     def tokens_per_step(self) -> int:

@@ -110,10 +110,11 @@ def generate(
     *,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
+    stop_ids: frozenset[int] | None = None,
 ) -> list[Completion]:
     """`stream`, gathered: one completion per prompt."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
-    for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop):
+    for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids):
         pieces[piece.index].append(piece)
     return [
         Completion(

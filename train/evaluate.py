@@ -1,14 +1,20 @@
-"""How good a model is on text it has not seen: loss, perplexity, bits per byte."""
+"""How good a model is on what it has not seen: loss, perplexity, bits per byte; the stories it writes on request."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from engine.chat_template import Message, answer_ends, answer_prompt
+from engine.generate import document_prompt, generate
 from engine.model import GPT
 from engine.runtime import inference
+from engine.sampling import Sampling
+from engine.tokenizer import Tokenizer
 from train.data.loader import IGNORE_INDEX, Batch, PieceSource, pack
+from train.data.story_requests import StoryRequest
+from train.data.story_score import StoryScore, score_story
 
 
 def evaluate_loss(
@@ -57,6 +63,20 @@ def _whole_pieces(documents: PieceSource, context: int, tokens: int, tokens_per_
             held.append(piece)
             size += len(piece[0])
     yield pack(held, context)
+
+
+def score_stories(
+    model: GPT, tokenizer: Tokenizer, requests: Sequence[StoryRequest], sampling: Sampling, *, chat: bool
+) -> list[StoryScore]:
+    """How well the model answers requests for stories. One that knows no chat sees each as the text to go on from."""
+    prompts = [
+        answer_prompt(tokenizer, [Message("user", request.text)])
+        if chat
+        else document_prompt(tokenizer, f"{request.text}\n\n")
+        for request in requests
+    ]
+    answers = generate(model, tokenizer, prompts, sampling, stop_ids=answer_ends(tokenizer))
+    return [score_story(request.facts, answer.text) for request, answer in zip(requests, answers, strict=True)]
 
 
 def bits_per_byte(nats: float, targets: torch.Tensor, byte_lengths: torch.Tensor) -> float:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from engine.checkpoint import Checkpoint
 from engine.config import Recipe, override
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
@@ -15,6 +17,7 @@ from engine.run import Run
 from engine.runtime import Runtime, measured_peak, seed_everything
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
+from train.data.conversations import Conversations
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
@@ -44,8 +47,22 @@ class Console(Tracker, Protocol):
 @dataclasses.dataclass(frozen=True)
 class Data:
     tokenizer: Tokenizer
-    train: TokenShards
-    validation: TokenShards
+    train: TokenShards | Conversations
+    validation: TokenShards | Conversations
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage of training on packed text brings to `run_stage`."""
+
+    data: Data
+    batches: PackedLoader
+    # What the model says after so much training, for samples.md.
+    sample: Callable[[GPT], list[str]]
+    # The weights to begin with; None are random ones.
+    base: Checkpoint | None = None
+    # Lines for the console before the run starts.
+    notes: tuple[str, ...] = ()
 
 
 def pretrain(
@@ -55,6 +72,31 @@ def pretrain(
 
     Raises InputError for what the user can mend, TrainingError where the loss stays not finite.
     """
+
+    def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
+        return read_documents(recipe, run, console, resume=resume)
+
+    return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
+
+
+def read_documents(recipe: Recipe, run: Run, console: Console, *, resume: bool) -> tuple[Recipe, Stage]:
+    """The stage that learns documents, and the recipe with what the data decided."""
+    recipe, data = prepare_data(recipe, run, console, resume=resume)
+    batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
+    return recipe, Stage(data, batches, lambda model: begin_documents(model, data.tokenizer, recipe.loop.samples))
+
+
+def run_stage(
+    recipe: Recipe,
+    run: Run,
+    runtime: Runtime,
+    console: Console,
+    prepare: Callable[[Recipe], tuple[Recipe, Stage]],
+    *,
+    resume: bool,
+    wandb: bool,
+) -> Outcome:
+    """From a recipe to a finished run: what pretraining and finetuning share. `prepare` reads the data."""
     if wandb:
         require_wandb()
     seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
@@ -65,29 +107,33 @@ def pretrain(
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
         run.write_recipe(recipe)
     try:
-        recipe, data = prepare_data(recipe, run, console, resume=resume)
-        batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
+        recipe, stage = prepare(recipe)
     except InputError:
         if not resume:
             run.discard_preparation()
         raise
+    data, batches = stage.data, stage.batches
     run.write_recipe(recipe)
-    model = GPT(recipe.model).to(runtime.device)
-    model.compute_dtype = runtime.dtype
-    budget = Budget(recipe.budget, recipe.tokens_per_step, data.train.tokens)
+    model = GPT(recipe.model)
     found = run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
+    if stage.base and not found:
+        model.load_state_dict(stage.base.tensors("model"))
+    model.to(runtime.device)
+    model.compute_dtype = runtime.dtype
+    steps_per_epoch = batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
+    budget = Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
     trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
     if wandb:
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say))
     tracker = Trackers(trackers)
-    task = pretraining_task(recipe, data, batches, run)
+    task = packed_task(recipe, stage, run)
     loop = Loop(model, task, recipe, budget, run, runtime, tracker, peak, recipe.model.flops_per_token)
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")
     elif resume:
         console.say(f"{run.path} has no checkpoint yet: starting from the first step")
-    for line in describe(recipe, runtime, data, budget, peak):
+    for line in (*describe(recipe, runtime, data, budget, peak), *stage.notes):
         console.say(line)
     try:
         outcome = loop.train()
@@ -99,18 +145,22 @@ def pretrain(
         tracker.close()
 
 
-def pretraining_task(recipe: Recipe, data: Data, batches: PackedLoader, run: Run) -> Task:
+def packed_task(recipe: Recipe, stage: Stage, run: Run) -> Task:
+    lengths = stage.data.tokenizer.byte_lengths
+
     def evaluate(model: GPT, final: bool) -> dict[str, float]:
         tokens = recipe.data.final_evaluation_tokens if final else recipe.data.evaluation_tokens
         # No more at a time than a training pass holds, and far less than it holds with its activations.
         at_a_time = min(recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
-        lengths = data.tokenizer.byte_lengths
-        return evaluate_loss(model, data.validation, lengths, tokens=tokens, tokens_per_batch=at_a_time)
+        return evaluate_loss(model, stage.data.validation, lengths, tokens=tokens, tokens_per_batch=at_a_time)
 
     def sample(model: GPT, step: int) -> None:
-        write_samples(model, data.tokenizer, run, recipe.loop.samples, step)
+        if recipe.loop.samples:
+            texts = stage.sample(model)
+            with open(run.samples, "a") as file:
+                file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 
-    return Task(packed_loss, batches, evaluate, sample, torch.from_numpy(data.tokenizer.byte_lengths))
+    return Task(packed_loss, stage.batches, evaluate, sample, torch.from_numpy(lengths))
 
 
 def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -130,8 +180,8 @@ def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) ->
             recipe, source = find_source(recipe, console)
             prepare_source(recipe, source, run, console)
     tokenizer = Tokenizer.load(folder)
-    if resume and run.tokenizer.exists() and Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
-        raise InputError(f"{folder} now has another tokenizer than {run.path} began with; start a new run")
+    if run.tokenizer.exists() and Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{folder} has another tokenizer than {run.path} began with; choose other --data")
     shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED]
     tokenizer.save(run.path / tokenizer.file_name)
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
@@ -212,17 +262,14 @@ def describe(recipe: Recipe, runtime: Runtime, data: Data, budget: Budget, peak:
     ]
 
 
-def write_samples(model: GPT, tokenizer: Tokenizer, run: Run, count: int, step: int) -> None:
-    """Let the model begin `count` documents, and add them to samples.md. The same seeds at every step, to compare."""
-    if not count:
-        return
-    completions = generate(
-        model,
-        tokenizer,
-        [document_prompt(tokenizer, "")] * count,
-        Sampling(temperature=0.8, top_p=0.95, seed=0),
-        max_tokens=min(SAMPLE_TOKENS, model.config.context - 1),
-    )
-    texts = [completion.text.strip() for completion in completions]
-    with open(run.samples, "a") as file:
-        file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
+def begin_documents(model: GPT, tokenizer: Tokenizer, count: int) -> list[str]:
+    """Documents that the model begins by itself. The same seeds at every step, to compare."""
+    return say(model, tokenizer, [document_prompt(tokenizer, "")] * count, frozenset([tokenizer.eod]))
+
+
+def say(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], ends: frozenset[int]) -> list[str]:
+    """How the model goes on after each prompt."""
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=0)
+    most = min(SAMPLE_TOKENS, model.config.context - 1)
+    completions = generate(model, tokenizer, prompts, sampling, max_tokens=most, stop_ids=ends)
+    return [completion.text.strip() for completion in completions]

@@ -21,7 +21,7 @@ def rate_factor(config: ScheduleConfig, progress: float) -> float:
 class Budget:
     """The end of a run: a number of steps, or a time. The share that is over drives schedule and evaluations."""
 
-    def __init__(self, config: BudgetConfig, tokens_per_step: int, tokens_per_epoch: int) -> None:
+    def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
         self.seconds = None if config.minutes is None else 60 * config.minutes
         self.steps: int | None = None
         if config.steps is not None:
@@ -29,7 +29,7 @@ class Budget:
         elif config.tokens is not None:
             self.steps = math.ceil(config.tokens / tokens_per_step)
         elif config.epochs is not None:
-            self.steps = max(1, round(config.epochs * tokens_per_epoch / tokens_per_step))
+            self.steps = max(1, round(config.epochs * steps_per_epoch))
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is over after `step` steps and `seconds` of training; 1 or more at its end."""

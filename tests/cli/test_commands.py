@@ -20,6 +20,7 @@ HEAVY = (
 )
 COMMANDS = [
     ("train",),
+    ("finetune",),
     ("generate",),
     ("chat",),
     ("serve",),

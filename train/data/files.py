@@ -50,42 +50,50 @@ def sample_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_texts(file: Path, column: str | None = None, cut: int = CUT_CHARACTERS) -> Iterator[str | None]:
-    """The documents of one file; None where a row has no text."""
-    extension = file.suffix.lower()
-    return _read_text(file, cut) if extension == ".txt" else pick_texts(READERS[extension](file), column)
+def read_rows(file: Path, cut: int = CUT_CHARACTERS) -> Iterator[Row]:
+    """The rows of one file; of a text file its documents."""
+    if file.suffix.lower() == ".txt":
+        return ((f"{file}, document {number}", text) for number, text in enumerate(_read_text(file, cut), 1))
+    return READERS[file.suffix.lower()](file)
 
 
-def pick_texts(rows: Iterable[Row], column: str | None) -> Iterator[str | None]:
-    """The text of every row: of the column asked for, or of the one that the first row suggests."""
+def pick_texts(rows: Iterable[Row], column: str | None = None) -> Iterator[str | None]:
+    """The text of every row, None of an empty one: of the column asked for, or of the one the first row suggests."""
     for where, row in rows:
-        if isinstance(row, str) and column is None:
-            yield row
+        if isinstance(row, str):
+            yield readable(row)
             continue
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: a JSON object with a text column was expected, not {str(row)[:40]!r}")
         if column is None:
             column = _pick_column(row, where)
         if column not in row:
-            raise InputError(f"{where}: no column {column!r}; there are {_names(row)}: choose one with --column")
+            raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}: choose one with --column")
         text = row[column]
         if not isinstance(text, str | None):
             raise InputError(
                 f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --column"
             )
-        yield text
+        yield readable(text)
+
+
+def readable(text: str | None) -> str | None:
+    """The text, if there is any, as a tokenizer can read it: JSON can spell half a surrogate pair."""
+    if not text or text.isspace():
+        return None
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _pick_column(row: Mapping[str, object], where: str) -> str:
     known = [name for name in TEXT_COLUMNS if isinstance(row.get(name, 0), str | None)]
     texts = known[:1] or [name for name, value in row.items() if isinstance(value, str)]
     if len(texts) != 1:
-        raise InputError(f"{where}: which column is the text? There are {_names(row)}: choose one with --column")
+        raise InputError(f"{where}: which column is the text? There are {column_names(row)}: choose one with --column")
     return texts[0]
 
 
-def _names(row: Mapping[str, object]) -> str:
-    return ", ".join(map(str, row)) or "none"
+def column_names(row: object) -> str:
+    return (isinstance(row, Mapping) and ", ".join(map(str, row))) or "none"
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,9 @@ LOOKAHEAD = 1024
 class PieceSource(Protocol):
     """What a loader packs: documents of known lengths. A target may be IGNORE_INDEX: nothing is to be learnt there."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the documents hold."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -89,7 +91,8 @@ class PackedLoader:
     """An iterator of `Batch`. `state_dict` is the place after the batch handed out last and the other ranks' like it.
 
     Endless without `epochs`; with them the last batch is smaller where the tokens do not come out even, and the last
-    round may not reach every rank. `shuffle=False, epochs=1` is for evaluation.
+    round may not reach every rank. `shuffle=False, epochs=1` is for evaluation. `whole` leaves a document that would be
+    cut by the end of a batch to the next one: what then stays free is padding, a sequence of which nothing is learnt.
     """
 
     def __init__(
@@ -103,11 +106,12 @@ class PackedLoader:
         world_size: int = 1,
         shuffle: bool = True,
         epochs: int | None = None,
+        whole: bool = False,
         prefetch: int = 2,
     ) -> None:
         self.shards, self.tokens_per_batch, self.context, self.seed = shards, tokens_per_batch, context, seed
         self.rank, self.world_size, self.shuffle, self.epochs = rank, world_size, shuffle, epochs
-        self.prefetch = prefetch
+        self.whole, self.prefetch = whole, prefetch
         self._lengths = shards.lengths
         self.tokens_per_epoch = int(self._lengths.sum())
         if self.tokens_per_epoch < (tokens_per_batch if shuffle or epochs is None else 1):
@@ -124,6 +128,14 @@ class PackedLoader:
     def epoch(self) -> float:
         """How many times the data has been handed out, fractions included."""
         return self._handed_out.tokens / self.tokens_per_epoch
+
+    def batches_per_epoch(self) -> float:
+        """How many batches deal the data once, padding included."""
+        if not self.whole:
+            return self.tokens_per_epoch / self.tokens_per_batch
+        first = takewhile(lambda cursor: cursor.epoch == 0, (cursor for _, cursor in self._plans(Cursor())))
+        last = max(first, key=lambda cursor: cursor.batches, default=Cursor(batches=1, tokens=self.tokens_per_batch))
+        return last.batches * self.tokens_per_epoch / last.tokens
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -172,6 +184,10 @@ class PackedLoader:
         plan: list[Part] = []
         room = self.tokens_per_batch
         for epoch, position, offset, (document, start, length) in self._pieces(cursor):
+            if self.whole and length > room:
+                cursor = Cursor(epoch, position, 0, cursor.batches + 1, cursor.tokens + self.tokens_per_batch - room)
+                yield plan, cursor
+                plan, room = [], self.tokens_per_batch
             while offset < length:
                 taken = min(length - offset, room)
                 plan.append((document, start + offset, taken))
@@ -202,7 +218,12 @@ class PackedLoader:
             epoch, position = epoch + 1, 0
 
     def _read(self, plan: list[Part]) -> Batch:
-        return pack([self.shards.read(*part) for part in plan], self.context)
+        sequences = [self.shards.read(*part) for part in plan]
+        room = self.tokens_per_batch - sum(length for _, _, length in plan)
+        if self.whole and room:
+            # Batches of one size suit a compiled model. No longer than a document, or one would have found room.
+            sequences.append((np.zeros(room, np.int64), np.full(room, IGNORE_INDEX)))
+        return pack(sequences, self.context)
 
 
 def pack(sequences: list[tuple[np.ndarray, np.ndarray]], context: int) -> Batch:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from train.data.files import CUT_CHARACTERS, EXTENSIONS, find_files, pick_texts, read_texts, sample_hash
+from train.data.files import CUT_CHARACTERS, EXTENSIONS, Row, find_files, pick_texts, read_rows, sample_hash
 from train.data.stories import SPLITS, stories
 
 # What splits are called out there.
 SPLIT_WORDS = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
+# Of ultrafeedback, which has splits for the stages that follow as well.
+SPLIT_WORDS |= {"train_sft": "train", "test_sft": "test"}
 HUB_SHORT_NAMES = {
     "tinystories": ("roneneldan/TinyStories", "text"),
     "dsir-pile": ("stanford-crfm/DSIR-filtered-pile-50M", "contents"),
@@ -27,18 +29,28 @@ PROBE_SECONDS = 8
 # There are stories without end; so many are enough to say that a model has not seen them twice, and fit on any disk.
 STORIES = {"train": 1_000_000, "validation": 5_000, "test": 5_000}
 
-Streams = dict[str, Callable[[], Iterable[str | None]]]
+Streams = dict[str, Callable[[], Iterable[Any]]]
+# Makes documents of rows, None of an empty one.
+Pick = Callable[[Iterable[Row]], Iterator[Any]]
 
 
 class HubUnreachable(InputError):  # noqa: N818
     """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
 
 
-def open_source(name: str, *, column: str | None = None, holdout: float = 0.02, limit: int | None = None) -> "Source":
+def open_source(
+    name: str,
+    *,
+    column: str | None = None,
+    holdout: float = 0.02,
+    limit: int | None = None,
+    pick: Pick | None = None,
+) -> "Source":
     """The source of that name: stories, tinystories, dsir-pile, owner/dataset[:config], or a file, folder or glob.
 
     `holdout` is the share of documents held out where the data brings no validation split, `limit` the number taken of
-    each split that it brings. Raises InputError where the name means nothing; the hub is asked when documents are.
+    each split that it brings. Documents are the texts of a column, unless `pick` makes something else of the rows.
+    Raises InputError where the name means nothing; the hub is asked when documents are.
     """
     if not 0 < holdout <= 0.5:
         raise InputError(f"the held-out share must be over 0 and at most 0.5, not {holdout}")
@@ -48,15 +60,18 @@ def open_source(name: str, *, column: str | None = None, holdout: float = 0.02, 
         return StoriesSource(name, column, holdout, limit)
     if name in HUB_SHORT_NAMES:
         path, usual_column = HUB_SHORT_NAMES[name]
-        return HubSource(name, column or usual_column, holdout, limit, path=path)
+        column = column or usual_column
+        return HubSource(name, column, holdout, limit, pick or partial(pick_texts, column=column), path=path)
+    pick = pick or partial(pick_texts, column=column)
     local = Path(name).expanduser()
     if local.exists() or glob.has_magic(name) or local.suffix.lower() in EXTENSIONS or name.startswith((".", "/", "~")):
-        return FileSource(name, column, holdout, limit, files=find_files(name))
+        return FileSource(name, column, holdout, limit, pick, files=find_files(name))
     if hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name):
-        return HubSource(name, column, holdout, limit, path=hub[1], config=hub[2])
+        return HubSource(name, column, holdout, limit, pick, path=hub[1], config=hub[2])
     raise InputError(
-        f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile, a Hugging Face "
-        f"data set as owner/name, or a file, folder or glob of {' '.join(EXTENSIONS)}"
+        f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
+        "also stories-instruct, dolly and others: gpt finetune --help), a Hugging Face data set as owner/name, or a "
+        f"file, folder or glob of {' '.join(EXTENSIONS)}"
     )
 
 
@@ -83,6 +98,7 @@ class Source:
     column: str | None = None
     holdout: float = 0.02
     limit: int | None = None
+    pick: Pick = pick_texts
     skipped: int = 0
 
     def describe(self) -> str:
@@ -106,35 +122,35 @@ class Source:
         """Raise what is wrong with this source, if anything, by reading its first document."""
         self.documents("train")
 
-    def documents(self, split: str, start: int = 0) -> Iterator[str]:
+    def documents(self, split: str, start: int = 0) -> Iterator[Any]:
         """The non-empty documents of a split from number `start` on. Raises InputError where the split has none."""
-        texts = islice(self._split(split), start, None)
-        first = list(islice(texts, 1))
+        documents = islice(self._split(split), start, None)
+        first = list(islice(documents, 1))
         if not first and start == 0:
             bare = "it is empty" if split == "train" else "it has fewer than two documents"
             why = f"its {self.skipped} documents are empty" if self.skipped else bare
             raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
-        return chain(first, texts)
+        return chain(first, documents)
 
-    def _split(self, split: str) -> Iterator[str]:
+    def _split(self, split: str) -> Iterator[Any]:
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
         streams = self.streams()
         if "validation" in streams if split == "train" else split in streams:
-            return self._texts(streams[split])
+            return self._present(streams[split])
         if split == "test":
             raise InputError(f"{self.name} has no test split; it has train and validation")
         held_out, holdout = split == "validation", self.holdout
-        return (text for n, text in enumerate(self._texts(streams["train"])) if is_held_out(n, holdout) == held_out)
+        documents = enumerate(self._present(streams["train"]))
+        return (document for n, document in documents if is_held_out(n, holdout) == held_out)
 
-    def _texts(self, stream: Callable[[], Iterable[str | None]]) -> Iterator[str]:
+    def _present(self, stream: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         self.skipped = 0
-        for text in islice(stream(), self.limit):
-            if not text or text.isspace():
+        for document in islice(stream(), self.limit):
+            if document is None:
                 self.skipped += 1
             else:
-                # JSON can spell half a surrogate pair, which is no text to a tokenizer.
-                yield text if text.isascii() else text.encode(errors="replace").decode()
+                yield document
 
 
 class StoriesSource(Source):
@@ -177,10 +193,10 @@ class FileSource(Source):
         groups["train"] = sorted(groups.get("train", []) + groups.pop("", []))
         return {split: partial(self._read, files) for split, files in groups.items()}
 
-    def _read(self, files: list[Path]) -> Iterator[str | None]:
+    def _read(self, files: list[Path]) -> Iterator[Any]:
         # A lone short text is cut finer: it, too, has to give a document to hold out.
         alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
-        return chain.from_iterable(read_texts(file, self.column, min(CUT_CHARACTERS, alone)) for file in files)
+        return chain.from_iterable(self.pick(read_rows(file, min(CUT_CHARACTERS, alone))) for file in files)
 
 
 @dataclass
@@ -202,7 +218,8 @@ class HubSource(Source):
             from huggingface_hub import constants
         except ImportError:
             raise HubUnreachable(
-                f"{self.name}: the datasets package is missing; pip install datasets, or use --data stories or a file"
+                f"{self.name}: the datasets package is missing; pip install datasets, or use built-in data (stories, "
+                "stories-instruct) or a file"
             ) from None
         # Offline, only a copy that was downloaded whole will do, and such copies are not streamed.
         offline = constants.HF_HUB_OFFLINE
@@ -217,11 +234,9 @@ class HubSource(Source):
             raise InputError(f"{self.name} has no training split, only {', '.join(streams)}; choose other --data")
         return streams
 
-    def _rows(self, rows: Iterable[Any]) -> Iterator[str | None]:
+    def _rows(self, rows: Iterable[Any]) -> Iterator[Any]:
         with self._plain_errors():
-            yield from pick_texts(
-                ((f"{self.name}, row {number}", row) for number, row in enumerate(rows, 1)), self.column
-            )
+            yield from self.pick((f"{self.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -253,7 +268,7 @@ def _unreachable(name: str, reason: str) -> HubUnreachable:
 
     return HubUnreachable(
         f"{name}: the Hugging Face hub at {constants.ENDPOINT} cannot be reached ({reason}); check the network, "
-        "HF_ENDPOINT and HF_HUB_OFFLINE, or use --data stories or a local file"
+        "HF_ENDPOINT and HF_HUB_OFFLINE, or use built-in data (stories, stories-instruct) or a local file"
     )
 
 

@@ -1,0 +1,82 @@
+"""gpt finetune"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import training
+from cli.options import CheckpointName, Column, Device, Precision, RunArgument
+from engine.errors import InputError
+
+
+def finetune(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run; RUN-chat or RUN-tuned unless given.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations: stories-instruct (unless told else), dolly, alpaca, oasst1, smoltalk, smol-smoltalk, "
+            "ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or documents, as for gpt train."
+        ),
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="The column of the requests.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="The column of whole conversations.")] = None,
+    column: Column = None,
+    steps: training.Steps = None,
+    tokens: training.Tokens = None,
+    epochs: training.Epochs = None,
+    minutes: training.Minutes = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of one context in a step.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rates, as a share of pretraining's.")] = None,
+    checkpoint: CheckpointName = "latest",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of the data.")] = None,
+    setting: training.Setting = None,
+    resume: training.Resume = False,
+    overwrite: training.Overwrite = False,
+    wandb: training.WandB = False,
+) -> None:
+    """Finetune a run: to a chat model with conversations, or to other text with documents. One epoch unless told else.
+
+    Example: gpt finetune runs/nano
+
+    Example: gpt finetune runs/tiny --data dolly --epochs 3 --out runs/tiny-dolly
+
+    Example: gpt finetune runs/tiny --data chats.jsonl --prompt-column ask --response-column reply
+    """
+    from engine.config import DataConfig
+    from engine.run import Run
+    from train.data.conversations import STORIES_INSTRUCT
+    from train.finetune import finetune, finetuning_recipe
+
+    if resume:
+        columns = (column, prompt_column, response_column, messages_column)
+        training.refuse_changes(data, *columns, batch, rate, seed, setting, overwrite, precision)
+        target = Run(out or run.with_name(f"{run.name}-chat"))
+        recipe = target.read_recipe()
+        if recipe.base != str(run.resolve()):
+            raise InputError(f"{target.path} was not finetuned from {run}, but from {recipe.base}; name its --out")
+    else:
+        config = DataConfig(
+            source=training.located(data or STORIES_INSTRUCT),
+            column=column,
+            prompt_column=prompt_column,
+            response_column=response_column,
+            messages_column=messages_column,
+        )
+        recipe = finetuning_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate)
+        target = Run(out or run.with_name(f"{run.name}-{'chat' if recipe.chat else 'tuned'}"))
+        if target.path.resolve() == run.resolve():
+            raise InputError(f"{run} cannot be finetuned into itself; choose another folder with --out")
+    recipe = training.adjust(
+        recipe,
+        {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
+        {"loop.batch": batch, "loop.seed": seed, "precision": precision},
+        setting,
+    )
+    typer.echo(f"{run} is finetuned into {target.path}")
+    command = f"gpt finetune {run}"
+    training.start(finetune, recipe, target, device, command, resume=resume, overwrite=overwrite, wandb=wandb)

@@ -1,0 +1,118 @@
+"""What `gpt train` and `gpt finetune` share: the options that change a recipe, the folder, and how a run ends."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.config import Recipe
+    from engine.run import Run
+    from train.loop import Outcome
+
+Steps = Annotated[int | None, typer.Option(help="Train for so many steps.")]
+Tokens = Annotated[float | None, typer.Option(help="Train on so many tokens, such as 5e6.")]
+Epochs = Annotated[float | None, typer.Option(help="Read the data so many times.")]
+Minutes = Annotated[float | None, typer.Option(help="Train for so long; the schedule fits the time.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other setting, such as model.blocks=6. Repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
+WandB = Annotated[bool, typer.Option("--wandb", help="Also record to Weights & Biases (offline without a login).")]
+
+
+def located(data: str) -> str:
+    """A path is kept whole: a run may be resumed from another folder."""
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def adjust(
+    recipe: "Recipe", budgets: dict[str, float | None], values: dict[str, object], settings: list[str] | None
+) -> "Recipe":
+    """The recipe with what was asked for on the command line; None, and precision "auto", was not asked for."""
+    from engine import config
+
+    if chosen := {name: value for name, value in budgets.items() if value is not None}:
+        budget = config.BudgetConfig(**chosen)  # type: ignore[arg-type]
+        if budget.tokens is not None:
+            budget = config.BudgetConfig(tokens=int(budget.tokens))
+        recipe = dataclasses.replace(recipe, budget=budget)
+    for name, value in values.items():
+        if value not in (None, "auto"):
+            recipe = config.override(recipe, name, value)
+    for each in settings or []:
+        recipe = config.override_text(recipe, each)
+    return recipe
+
+
+def refuse_changes(*changes: object) -> None:
+    if any(change not in (None, False, "auto", []) for change in changes):
+        raise InputError(
+            "--resume goes on with the run's own recipe; only --steps, --tokens, --epochs or --minutes may change"
+        )
+
+
+def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
+    """Refuse to mix a run with something else in its folder; an old run goes where that was asked for."""
+    if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
+        return
+    if not run.config.exists():
+        raise InputError(f"{run.path} is not empty and holds no run; choose another folder with --out")
+    if not overwrite:
+        raise InputError(
+            f"{run.path} already holds a run: --resume goes on with it, --out puts this one elsewhere, "
+            "--overwrite deletes it"
+        )
+    # Nothing is deleted that is not a run, or for a command that cannot work.
+    run.read_recipe()
+    check()
+    shutil.rmtree(run.path)
+
+
+def start(
+    stage: "Callable[..., Outcome]",
+    recipe: "Recipe",
+    run: "Run",
+    device: str,
+    command: str,
+    *,
+    check: Callable[[], object] = lambda: None,
+    resume: bool,
+    overwrite: bool,
+    wandb: bool,
+) -> None:
+    """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
+    from cli.console import Console
+    from engine import runtime
+    from train.loop import TrainingError
+
+    machine = runtime.choose(device, recipe.precision)
+    if not resume:
+        make_room(run, overwrite, check)
+    console = Console()
+    go_on = f"go on with: {command} --out {run.path} --resume"
+    try:
+        outcome = stage(recipe, run, machine, console, resume=resume, wandb=wandb)
+    except TrainingError as failure:
+        console.say(f"training failed: {failure}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.say(f"stopped at once, what came after the last checkpoint is lost; {go_on}")
+        raise typer.Exit(130) from None
+    finally:
+        console.close()
+    if outcome.stopped_by is not None:
+        console.say(f"saved {outcome.checkpoint.path}; {go_on}")
+        raise typer.Exit(128 + outcome.stopped_by)
+    console.say(f"report     {run.report}")
+    if run.loss_plot.exists():
+        console.say(f"loss plot  {run.loss_plot}")
+    if not recipe.chat:
+        console.say(f'try it     gpt generate {run.path} "Once upon a time"')
+    console.say(f"{'' if not recipe.chat else 'try it':11}gpt chat {run.path}")

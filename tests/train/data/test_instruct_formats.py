@@ -1,0 +1,190 @@
+"""Every format of conversations, told apart by its columns; the Hub's sets by their short names, without a network."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import DataConfig
+from engine.errors import InputError
+from train.data.conversations import open_conversations
+from train.data.instruct_formats import Conversation
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SHARE_GPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+SAID = [("user", "hi"), ("assistant", "hello")]
+
+
+def write(file: Path, rows: Sequence[object]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def said(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in conversation]
+
+
+def read(name: str, split: str = "train", **columns: Any) -> list[list[tuple[str, str]]]:
+    source = open_conversations(DataConfig(source=name, **columns))
+    assert source is not None
+    return [said(conversation) for conversation in source.documents(split)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": TURNS}, SAID),
+        ({"conversations": SHARE_GPT, "id": 1}, SAID),
+        (TURNS, SAID),
+        (SHARE_GPT, SAID),
+        ({"messages": [{"role": "system", "content": "be kind"}, *TURNS]}, [("system", "be kind"), *SAID]),
+        ({"prompt": "hi", "response": "hello", "source": "x"}, SAID),
+        ({"instruction": "hi", "context": "", "response": "hello", "category": "x"}, SAID),
+        ({"instruction": "hi", "input": "there", "output": "hello", "text": "x"}, [("user", "hi\n\nthere"), SAID[1]]),
+        ({"prompt": "hi", "messages": TURNS, "chosen": TURNS, "rejected": TURNS}, SAID),
+        ({"text": "Words: hi\nStory: hello"}, [("user", "Words: hi"), SAID[1]]),
+    ],
+)
+def test_the_format_is_recognised_by_the_first_row(
+    tmp_path: Path, row: object, expected: list[tuple[str, str]]
+) -> None:
+    assert read(write(tmp_path / "a.jsonl", [row, row, row])) == [expected, expected]
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"ask": "hi", "reply": "hello", "talk": TURNS}] * 2)
+    assert read(file, prompt_column="ask", response_column="reply") == [SAID]
+    assert read(file, messages_column="talk") == [SAID]
+    with pytest.raises(InputError, match=r"line 1: no column 'answer'; there are ask, reply, talk"):
+        read(file, prompt_column="ask", response_column="answer")
+    with pytest.raises(InputError, match="name --prompt-column and --response-column together"):
+        read(file, prompt_column="ask")
+
+
+@pytest.mark.parametrize("row", ["a text", {"text": "a text"}, {"story": "a text", "title": "b"}])
+def test_other_rows_are_documents(tmp_path: Path, row: object) -> None:
+    assert open_conversations(DataConfig(source=write(tmp_path / "a.jsonl", [row] * 2))) is None
+
+
+def test_a_column_of_text_makes_documents_of_what_could_be_conversations(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "hello"}] * 2)
+    assert open_conversations(DataConfig(source=file, column="response")) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi", "response": "  "}, "line 2: the assistant says nothing"),
+        ({"prompt": "hi", "response": 5}, "line 2: text was expected, not int"),
+        ({"prompt": "hi"}, "line 2: no column 'response'; there are prompt"),
+    ],
+)
+def test_a_bad_row_is_refused_by_its_line(tmp_path: Path, row: object, message: str) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "hello"}, row])
+    with pytest.raises(InputError, match=message):
+        read(file, "validation")
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "tool", "content": "x"}], "line 1: a message's role is 'tool'"),
+        (TURNS[:1], "line 1: the assistant says nothing"),
+        ("hi", "line 1: a list of turns"),
+    ],
+)
+def test_bad_turns_are_refused_by_their_line(tmp_path: Path, turns: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(write(tmp_path / "a.jsonl", [{"messages": turns}]), messages_column="messages")
+
+
+def message(number: int, parent: int | None, role: str, rank: int | None = None, lang: str = "en") -> dict[str, Any]:
+    above = None if parent is None else str(parent)
+    text = f"{role} {number}"
+    return {"message_id": str(number), "parent_id": above, "text": text, "role": role, "rank": rank, "lang": lang}
+
+
+FOREST = [
+    message(1, None, "prompter"),
+    message(2, 1, "assistant", rank=1),
+    message(3, 1, "assistant", rank=0),
+    message(4, 3, "prompter"),
+    message(5, 4, "assistant"),
+    message(6, 5, "prompter"),
+    message(7, None, "prompter"),
+    message(8, None, "prompter", lang="de"),
+    message(9, 8, "assistant", lang="de"),
+]
+BEST = [("user", "prompter 1"), ("assistant", "assistant 3"), ("user", "prompter 4"), ("assistant", "assistant 5")]
+
+
+def test_a_forest_gives_the_best_ranked_path_of_every_english_tree(tmp_path: Path) -> None:
+    again = [
+        {**each, "message_id": "b" + each["message_id"], "parent_id": each["parent_id"] and "b" + each["parent_id"]}
+        for each in FOREST[:6]
+    ]
+    assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST]
+
+
+def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
+    def nested(each: dict[str, Any]) -> dict[str, Any]:
+        return {**each, "replies": [nested(below) for below in FOREST if below["parent_id"] == each["message_id"]]}
+
+    rows = [{"message_tree_id": "1", "prompt": nested(FOREST[0])}] * 2
+    rows[1] = json.loads(json.dumps(rows[1]).replace('_id": "', '_id": "b'))
+    assert read(write(tmp_path / "a.jsonl", rows)) == [BEST]
+
+
+STORY = "Features: Dialogue\nStory: \n\nOne day.\nThe end.\nWords: quit, oak\n"
+
+
+def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -> None:
+    expected = [("user", "Features: Dialogue\nWords: quit, oak"), ("assistant", "One day.\nThe end.")]
+    (tmp_path / "a.txt").write_text(f"{STORY}<|endoftext|>\n" * 2)
+    assert read(str(tmp_path / "a.txt")) == [expected]
+    lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"] * 2]
+    assert read(write(tmp_path / "b.jsonl", lines)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "config", "rows"),
+    [
+        ("dolly", "databricks/databricks-dolly-15k", None, [{"instruction": "hi", "context": "", "response": "hello"}]),
+        ("alpaca", "tatsu-lab/alpaca", None, [{"instruction": "hi", "input": "", "output": "hello", "text": "x"}]),
+        ("smoltalk", "HuggingFaceTB/smoltalk", "all", [{"messages": TURNS, "source": "x"}]),
+        ("smol-smoltalk", "HuggingFaceTB/smol-smoltalk", None, [{"messages": TURNS, "source": "x"}]),
+        ("owner/name", "owner/name", None, [{"question": "hi", "answer": "hello"}]),
+    ],
+)
+def test_hub_sets_are_known_by_short_name_or_by_their_columns(
+    hub: Callable[..., None], name: str, path: str, config: str | None, rows: list[object]
+) -> None:
+    hub(path, config=config, train=rows * 3, test=rows)
+    assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 2, [SAID], [SAID])
+
+
+def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_hub(hub: Callable[..., None]) -> None:
+    hub("OpenAssistant/oasst1", train=FOREST, validation=FOREST)
+    assert read("oasst1") == read("oasst1", "validation") == [BEST]
+    rows = [{"prompt": "hi", "prompt_id": "1", "messages": TURNS, "chosen": TURNS, "rejected": TURNS}]
+    hub("HuggingFaceH4/ultrafeedback_binarized", train_sft=rows * 3, test_sft=rows, train_prefs=rows, test_prefs=rows)
+    assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (2, [SAID])
+    lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"]]
+    hub("roneneldan/TinyStoriesInstruct", train=lines, validation=lines)
+    assert read("tinystories-instruct")[0][1] == ("assistant", "One day.\nThe end.")
+
+
+def test_what_a_known_set_lacks_is_left_out_and_counted(hub: Callable[..., None]) -> None:
+    rows = [{"instruction": "hi", "input": "", "output": output} for output in ("hello", "", "hello", "hello")]
+    hub("tatsu-lab/alpaca", train=rows)
+    source = open_conversations(DataConfig(source="alpaca"))
+    assert source is not None
+    assert (len(list(source.documents("train"))), source.skipped) == (2, 1)
+
+
+def test_without_the_hub_the_error_says_what_to_do(hub: Callable[..., None]) -> None:
+    hub("databricks/databricks-dolly-15k", ConnectionError("Couldn't reach the Hub"))
+    with pytest.raises(InputError, match=r"databricks-dolly-15k: .* cannot be reached .*stories-instruct"):
+        read("dolly")

@@ -1,0 +1,101 @@
+import random
+from itertools import islice
+from statistics import mean
+
+import pytest
+
+from train.data.stories import SPLITS, AskedFacts, check_facts, split_of, write_story
+from train.data.story_requests import StoryRequest, is_held_out_pair, phrase, story_requests
+from train.data.story_score import score_story
+
+
+@pytest.fixture(scope="module")
+def requests() -> dict[str, list[StoryRequest]]:
+    return {split: list(islice(story_requests(split), 300)) for split in SPLITS}
+
+
+def listed(request: StoryRequest) -> str:
+    facts = request.facts
+    return " ".join(word for word in (facts.name, facts.trait, facts.kind, *facts.words, facts.mood) if word)
+
+
+def test_the_story_meets_its_request(requests: dict[str, list[StoryRequest]]) -> None:
+    for request in requests["train"]:
+        assert all(check_facts(request.story, request.facts).values()), request
+
+
+def test_held_out_requests_name_a_hero_that_no_training_request_or_story_has(
+    requests: dict[str, list[StoryRequest]],
+) -> None:
+    for split in ("validation", "test"):
+        for facts in (request.facts for request in requests[split]):
+            assert facts.kind and facts.trait and is_held_out_pair(facts.kind, facts.trait)
+            assert facts.name is None or split_of(facts.name, facts.kind, facts.trait) == split
+    for facts in (request.facts for request in requests["train"]):
+        assert not (facts.kind and facts.trait) or not is_held_out_pair(facts.kind, facts.trait)
+    texts = {split: {request.text for request in some} for split, some in requests.items()}
+    assert not texts["train"] & (texts["validation"] | texts["test"])
+
+
+def test_requests_vary_in_what_they_ask_and_how(requests: dict[str, list[StoryRequest]]) -> None:
+    some = requests["train"]
+    assert len({request.text for request in some}) > 290
+    for fact in ("name", "kind", "trait", "mood", "length", "words"):
+        assert 0.2 < mean(bool(getattr(request.facts, fact)) for request in some) < 0.95, fact
+    facts = write_story(0).facts
+    assert len({phrase(facts, random.Random(seed)) for seed in range(100)}) > 80
+
+
+def test_a_request_says_all_that_it_asks_for_and_is_clean(requests: dict[str, list[StoryRequest]]) -> None:
+    for request in (request for some in requests.values() for request in some):
+        for word in (request.facts.name, request.facts.kind, request.facts.trait, *request.facts.words):
+            assert word is None or word in request.text, request
+        assert request.text[0].isupper() and request.text[-1] in ".?"
+        assert not any(stray in request.text for stray in ("..", "?.", " .", ",,", "  ", "$", "|", "@")), request.text
+
+
+def test_requests_are_the_same_again_and_can_start_anywhere(requests: dict[str, list[StoryRequest]]) -> None:
+    assert list(islice(story_requests("test", 7), 3)) == requests["test"][7:10]
+
+
+def test_true_stories_score_high_other_stories_low_and_what_is_no_story_next_to_nothing(
+    requests: dict[str, list[StoryRequest]],
+) -> None:
+    some = requests["test"]
+
+    def score(text: object) -> float:
+        return mean(score_story(request.facts, text(n, request)).total for n, request in enumerate(some))  # type: ignore[operator]
+
+    def shuffled(n: int, request: StoryRequest) -> str:
+        words = request.story.split()
+        random.Random(n).shuffle(words)
+        return " ".join(words)
+
+    assert score(lambda n, request: request.story) > 0.97
+    assert score(lambda n, request: some[n - 1].story) < 0.2
+    for stuffed in (
+        lambda n, request: f"{some[n - 1].story} {listed(request)}.",
+        lambda n, request: f"{some[n - 1].story[:-1]} {listed(request)}.",
+        lambda n, request: f"{listed(request)} {some[n - 1].story}",
+    ):
+        assert score(stuffed) < 0.5
+    assert score(lambda n, request: request.story[: len(request.story) // 2]) < 0.65
+    for degenerate in (
+        lambda n, request: "",
+        lambda n, request: listed(request),
+        lambda n, request: f"{listed(request)}. " * 20,
+        lambda n, request: request.text,
+        lambda n, request: shuffled(n, request),
+        lambda n, request: f"{request.story} " * 2,
+        lambda n, request: (request.story.split(". ")[0] + ". ") * 10,
+    ):
+        assert score(degenerate) < 0.1
+
+
+def test_the_parts_of_a_score_are_visible() -> None:
+    story = write_story(3, "test")
+    score = score_story(AskedFacts(kind=story.facts.kind, words=("submarine",)), story.text)
+    assert score.met == {"kind": True, "word:submarine": False}
+    assert score.sound == {"fluent": 1, "fresh": 1, "size": 1, "ended": 1}
+    assert score.total == 0.5
+    assert score_story(AskedFacts(), story.text).total == 1

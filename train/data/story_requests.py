@@ -1,0 +1,73 @@
+"""The built-in instructions: requests for stories, each with the story that answers it and the facts it asks for.
+
+Everything follows from (seed, split), as the stories do. One (kind, trait) pair in ten is held out: no training request
+or answer is about such a hero, while every held-out request names one, and its story is of a held-out split itself. So
+what the held-out requests ask for was asked for in no training request, and no model has read their stories.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, islice
+from random import Random
+
+from train.data.stories import AskedFacts, StoryFacts, cast_story, read_blocks, storybook, write_story
+from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
+
+# How likely a request says each of these.
+ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
+
+
+@dataclass(frozen=True)
+class StoryRequest:
+    text: str
+    facts: AskedFacts
+    story: str
+
+
+def story_requests(split: str, start: int = 0) -> Iterator[StoryRequest]:
+    """The requests of a split from number `start` on, without end."""
+    return islice((_request(seed, split) for seed in count() if _belongs(seed, split)), start, None)
+
+
+def is_held_out_pair(kind: str, trait: str) -> bool:
+    """Whether no training request or answer is about such a hero."""
+    rank = storybook().rank
+    return (3 * rank[kind] + rank[trait]) % 10 == 0
+
+
+def _belongs(seed: int, split: str) -> bool:
+    cast = cast_story(seed, split)[1].cast
+    return is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train")
+
+
+def _request(seed: int, split: str) -> StoryRequest:
+    story, rng = write_story(seed, split), Random(f"{split} {seed}")
+    asked = {fact for fact, likely in ASKED.items() if rng.random() < likely}
+    if split != "train":
+        asked |= {"kind", "trait"}
+    facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in sorted(asked)})
+    return StoryRequest(phrase(facts, rng), facts, story.text)
+
+
+def phrase(facts: AskedFacts | StoryFacts, rng: Random) -> str:
+    """A request for a story with these facts, in words drawn at random."""
+    said = {"k": facts.kind, "t": facts.trait, "n": facts.name}
+    hero = "".join(letter for letter, value in said.items() if value)
+    *others, last = facts.words or ("",)
+    cast = Cast(
+        kind=facts.kind or "",
+        trait=facts.trait or "",
+        name=facts.name or "",
+        words=f"{', '.join(others)} and {last}" if others else last,
+    )
+    tags = [hero, "hero" if hero else "", facts.mood, facts.length, ("", "word", "words")[min(len(facts.words), 2)]]
+    text = tell(_grammar(), cast, frozenset(tag for tag in tags if tag), rng.random, 1.0)
+    # A sentence that nothing asks for leaves its full stop behind.
+    return re.sub(r"^\W+|(?<=[.?])[. ]*\.", "", text)
+
+
+@cache
+def _grammar() -> Parts:
+    return parse("<request>", {name: join_lines(text).strip() for name, text in read_blocks("requests.txt")})

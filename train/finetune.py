@@ -1,0 +1,106 @@
+"""Finetuning: a run's weights go on learning, from conversations or from other documents, into a run of their own."""
+
+import dataclasses
+from pathlib import Path
+
+from engine.chat_template import answer_ends
+from engine.checkpoint import Checkpoint
+from engine.config import BudgetConfig, DataConfig, OptimizerConfig, Recipe, override
+from engine.errors import InputError
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import Runtime
+from engine.tokenizer import Tokenizer
+from train.data.conversations import Conversations, encode_conversations, open_conversations
+from train.data.loader import PackedLoader
+from train.data.sources import Source
+from train.loop import Outcome
+from train.pretrain import Console, Data, Stage, read_documents, run_stage, say
+
+# Of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
+RATE = 0.3
+
+
+def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float | None = None) -> Recipe:
+    """The recipe that goes on from a run: its model and batch, one epoch of the data, its learning rates times `rate`.
+
+    Raises InputError where `data` names nothing.
+    """
+    before = base.read_recipe()
+    # The rates of a run that was finetuned itself are low already.
+    share = rate if rate is not None else RATE if before.base is None else 1.0
+    names = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name.endswith("_rate")]
+    optimizer = before.optimizer
+    for name in names:
+        optimizer = override(optimizer, name, share * getattr(optimizer, name))
+    return dataclasses.replace(
+        before,
+        budget=BudgetConfig(epochs=1),
+        data=data,
+        optimizer=optimizer,
+        precision="auto",
+        chat=before.chat or open_conversations(data) is not None,
+        # Whole: a run may be resumed from another folder.
+        base=str(base.path.resolve()),
+        base_step=checkpoint.step,
+    )
+
+
+def finetune(
+    recipe: Recipe, run: Run, runtime: Runtime, console: Console, *, resume: bool = False, wandb: bool = False
+) -> Outcome:
+    """Finetune as the recipe says, from recipe.base, with a fresh optimizer. Otherwise as `pretrain`."""
+
+    def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
+        # Once the run has weights of its own, its base may be gone.
+        base = None if resume and run.has_checkpoint() else load_base(recipe, run)
+        source = open_conversations(recipe.data)
+        shape = recipe.model
+        if source is None:
+            recipe, stage = read_documents(recipe, run, console, resume=resume)
+        else:
+            stage = read_conversations(recipe, source, Tokenizer.load(run.tokenizer), console)
+        if recipe.model != shape:
+            raise InputError(f"{recipe.data.source} has a vocabulary of {recipe.model.vocab_size}, not the model's")
+        origin = f"base       {recipe.base}, step {recipe.base_step}"
+        return recipe, dataclasses.replace(stage, base=base, notes=(*stage.notes, origin))
+
+    return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
+
+
+def load_base(recipe: Recipe, run: Run) -> Checkpoint:
+    """The checkpoint to begin with; its tokenizer becomes the run's. Raises InputError where the model is another."""
+    base = Run(Path(str(recipe.base)))
+    checkpoint = base.find_checkpoint(str(recipe.base_step))
+    # The context alone has no weights.
+    if dataclasses.replace(base.read_recipe().model, context=recipe.model.context) != recipe.model:
+        raise InputError(f"the weights of {base.path} are of another model: leave --set model... but model.context")
+    tokenizer = Tokenizer.load(base.tokenizer)
+    tokenizer.save(run.path / tokenizer.file_name)
+    return checkpoint
+
+
+def read_conversations(recipe: Recipe, source: Source, tokenizer: Tokenizer, console: Console) -> Stage:
+    """The stage that learns the assistant's part of conversations."""
+    console.say(source.describe())
+    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
+    train, validation = (
+        encode_conversations(
+            source, split, tokenizer, recipe.model.context, max_tokens=limit, progress=console.preparing(split)
+        )
+        for split, limit in limits.items()
+    )
+    batches = PackedLoader(train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed, whole=True)
+    return Stage(
+        Data(tokenizer, train, validation),
+        batches,
+        lambda model: answer_held_out(model, tokenizer, validation, recipe.loop.samples),
+        notes=(f"train      {train.describe()}", f"validation {validation.describe()}"),
+    )
+
+
+def answer_held_out(model: GPT, tokenizer: Tokenizer, held_out: Conversations, count: int) -> list[str]:
+    """What the model answers to the first held-out requests."""
+    prompts = [held_out.prompt(number) for number in range(min(count, len(held_out)))]
+    answers = say(model, tokenizer, prompts, answer_ends(tokenizer))
+    return [f"> {tokenizer.decode(prompt)}\n\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
