@@ -28,6 +28,8 @@ class KVCache:
         self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
         self.reach = capacity
         self.seen = self.memory
+        # Of each layer, all that `places` counts in.
+        self.rows = list(self.memory.flatten(1, 3))
 
     def view(self, first: int, rows: int, reach: int) -> "KVCache":
         """The slots [first, first + rows) and their first `reach` tokens: the same memory, lengths too."""
@@ -41,15 +43,16 @@ class KVCache:
         """Where the keys and values of these positions go, of every head: for `write`, computed once for all layers."""
         return (self.starts + positions_BT[:, :, None]).flatten()
 
-    def write(self, layer: int, places: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values [..., 2 H, D] where `places` says; returns the layer's, of [B, reach, H, D] each.
+    def write(self, layer: int, places: Tensor, keys_values: Tensor) -> None:
+        """Put new keys and values [..., 2 H, D] of a layer where `places` says.
 
         Lengths do not move: every layer writes at the same place, and the caller advances them once the pass is over.
         """
-        rows = self.memory[layer].view(-1, self.memory.shape[-1])
-        rows.index_copy_(0, places, keys_values.reshape(-1, self.memory.shape[-1]))
-        keys, values = self.seen[layer].transpose(1, 2).split(self.heads, dim=2)
-        return keys, values
+        self.rows[layer].index_copy_(0, places, keys_values.reshape(-1, keys_values.shape[-1]))
+
+    def read(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and its values, [B, H, reach, D] each."""
+        return self.seen[layer].split(self.heads, dim=1)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Put the `length` tokens of one slot into another."""

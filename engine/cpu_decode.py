@@ -18,7 +18,7 @@ class CpuDecoder:
 
     def __init__(self, model: GPT, cache: KVCache, last: Tensor) -> None:
         self.model, self.cache, self.last = model, cache, last
-        self.blocks = [_weights(block) for block in model.blocks]
+        self.blocks, self.head = [_weights(block) for block in model.blocks], model.head.weight.t()
 
     @staticmethod
     def knows(model: GPT) -> bool:
@@ -45,14 +45,14 @@ class CpuDecoder:
             qkv_BHD = torch.mm(normed, qkv).view(rows, 3 * heads, -1)
             qk = qkv_BHD[:, : 2 * heads]
             qk.copy_(rotate(qk, cos, sin))
-            keys, values = view.write(layer, places, qkv_BHD[:, heads:])
-            attended = F.scaled_dot_product_attention(
-                qkv_BHD[:, :heads, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
-            )
+            view.write(layer, places, qkv_BHD[:, heads:])
+            keys, values = view.read(layer)
+            attended = F.scaled_dot_product_attention(qkv_BHD[:, :heads, None], keys, values, attn_mask=mask)
             x = torch.addmm(x, attended.view(rows, -1), output)
             normed = torch.layer_norm(x, shape, mlp_norm, None, eps)
             x = torch.addmm(x, F.gelu(torch.mm(normed, expand)), contract)
-        return self.model.logits(self.model.final_norm(x))
+        normed = torch.layer_norm(x, shape, self.model.final_norm.weight, None, eps)
+        return torch.mm(normed, self.head).float()
 
 
 def _weights(block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

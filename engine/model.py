@@ -122,8 +122,9 @@ class Places:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
-            keys, values = self.cache.write(layer, self.cache_places, torch.cat((k, v), dim=-2))
-            return decode_attention(q, keys, values, self.lengths)
+            self.cache.write(layer, self.cache_places, torch.cat((k, v), dim=-2))
+            keys, values = self.cache.read(layer)
+            return decode_attention(q, keys.transpose(1, 2), values.transpose(1, 2), self.lengths)
         if self.cu_seqlens is None:
             return flash_attention(q, k, v)  # type: ignore[return-value]
         return flash_attention(  # type: ignore[return-value]
