@@ -15,6 +15,7 @@ from cli import (
     bench_serving,
     chat,
     data,
+    evaluate,
     finetune,
     generate,
     huggingface,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
+app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

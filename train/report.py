@@ -1,11 +1,16 @@
 """What remains of a run for a person to look at: loss.png and report.md."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config import Recipe, to_dict
 from engine.run import Run, versions
+from train.measures import Estimate
 from train.tracking import read_metrics
+
+EVALUATIONS = "\n## Evaluation\n\n"
 
 
 def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> None:
@@ -40,6 +45,39 @@ def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> No
         "",
     ]
     run.report.write_text("\n".join(lines))
+    write_evaluations(run)
+
+
+def write_evaluations(run: Run) -> None:
+    """Put what `gpt evaluate` has measured so far at the end of the report."""
+    sections = []
+    for path in sorted(run.path.glob("evaluation-*.json")):
+        result = json.loads(path.read_text(), object_hook=lambda found: Estimate(**found) if "low" in found else found)
+        heading, *rows = evaluation_table(result)
+        sections += [f"### {result['data']}", "", *(f"- {note}" for note in evaluation_notes(result)), ""]
+        sections += ["".join(f"| {cell} " for cell in row) + "|" for row in (heading, ["---"] * len(heading), *rows)]
+        sections += ["", f"The texts are in {path.name}.", ""]
+    report = run.report.read_text() if run.report.exists() else f"# {run.path.name}\n"
+    if sections:
+        run.report.write_text(report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections))
+
+
+def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """A heading and a row per measure, a column per run, and one for the references where there were any."""
+    columns = {f"{Path(each['run']).name}, step {each['step']:,}": each["measures"] for each in result["runs"]}
+    columns |= {"reference": result["reference"]} if "reference" in result else {}
+    names = result["runs"][0]["measures"]
+    rows = [[name.replace("_", " "), *(str(own.get(name, "")) for own in columns.values())] for name in names]
+    return [["", *columns], *rows]
+
+
+def evaluation_notes(result: Mapping[str, Any]) -> list[str]:
+    """How it was measured, and who wins."""
+    return result["notes"] + [
+        f"By {name.replace('_', ' ')} {result['runs'][0]['run']} wins {own['wins']:,}, ties {own['ties']:,} and loses "
+        f"{own['losses']:,}: win rate {own['win_rate']}, p = {own['p']:.2g} by a two-sided sign test."
+        for name, own in result.get("comparison", {}).items()
+    ]
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:

@@ -21,6 +21,7 @@ HEAVY = (
 COMMANDS = [
     ("train",),
     ("finetune",),
+    ("evaluate",),
     ("generate",),
     ("chat",),
     ("serve",),

@@ -1,0 +1,98 @@
+"""gpt evaluate"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import CheckpointName, Column, Device, MaxTokens, Precision, RunArgument, Temperature, TopP
+from cli.training import WandB
+
+
+def evaluate(
+    path: RunArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Documents or conversations, as for gpt train and gpt finetune; else the run's own."),
+    ] = None,
+    column: Column = None,
+    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Read so many tokens; else as many as at the end of training.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200,
+    against: Annotated[Path | None, typer.Option(help="Another run: which of the two completes them better?")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    which: CheckpointName = "latest",
+    wandb: WandB = False,
+) -> None:
+    """Measure a run on text it has not seen: loss, and what it writes beside what came next there.
+
+    It goes on from the first half of documents, or answers conversations. BLEU and ROUGE compare that with
+    the second half or the answer; for the built-in data a program judges the stories, too.
+
+    Example: gpt evaluate runs/nano
+
+    Example: gpt evaluate runs/nano-chat --data stories-instruct --against runs/nano
+    """
+    import dataclasses
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cli.training import located
+    from engine import runtime
+    from engine.config import DataConfig
+    from engine.run import Run
+    from engine.sampling import Sampling
+    from train.evaluation import Contestant, write
+    from train.evaluation import evaluate as measure
+    from train.heldout import open_held_out
+    from train.report import evaluation_notes, evaluation_table
+    from train.tracking import Wandb, require_wandb
+
+    def say(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    if wandb:
+        require_wandb()
+    run = Run(path)
+    recipe = run.read_recipe()
+    source = recipe.data if data is None else DataConfig(source=located(data), column=column)
+    machine = runtime.choose(device, precision)
+    contestants = [Contestant.load(run, machine, which, say)]
+    if against is not None:
+        contestants.append(Contestant.load(Run(against), machine, "latest", say))
+    held_out = open_held_out(source, split, run.data if data is None else None)
+    result = measure(
+        contestants,
+        held_out,
+        tokens=tokens or recipe.data.final_evaluation_tokens,
+        count=count,
+        sampling=Sampling(temperature, top_p=top_p, seed=seed),
+        max_tokens=max_tokens,
+        say=say,
+    )
+    written = write(run, result)
+    heading, *rows = evaluation_table(result)
+    table = Table(title=held_out.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in heading:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    terminal = Console(highlight=False, soft_wrap=True)
+    terminal.print(table)
+    for note in (*evaluation_notes(result), f"written to {written} and {run.report}"):
+        terminal.print(note, markup=False)
+    if wandb:
+        tracker = Wandb(run.path, run.path.name, dataclasses.asdict(recipe), say)
+        values = {f"{written.stem}/{key}": own.value for key, own in result["runs"][0]["measures"].items()}
+        tracker.log({"step": contestants[0].step, **values})
+        tracker.close()

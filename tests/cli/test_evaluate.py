@@ -1,0 +1,60 @@
+"""gpt evaluate"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Gpt
+
+FEW = ("-n", "2", "--tokens", "500")
+
+
+@pytest.fixture(autouse=True)
+def measures() -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+
+
+def test_a_run_is_measured_shown_and_written(gpt: Gpt, trained: Path) -> None:
+    result = gpt("evaluate", str(trained), *FEW)
+    assert result.code == 0, result.err
+    for part in ("stories, validation", "perplexity", "bits per byte", "rougeL", "story score", "tok:13a", "seed 0"):
+        assert part in result.out
+    written = json.loads((trained / "evaluation-stories-validation.json").read_text())
+    assert written["runs"][0]["step"] == 2 and len(written["cases"]) == 1
+    assert "| perplexity |" in (trained / "report.md").read_text()
+    assert gpt("evaluate", str(trained), *FEW) == result
+
+
+def test_another_run_and_other_data(gpt: Gpt, trained: Path) -> None:
+    Path("words.txt").write_text("<|endoftext|>\n".join(f"This is little story number {n}.\n" for n in range(300)))
+    result = gpt("evaluate", str(trained), "--data", "words.txt", "--against", str(trained), *FEW)
+    assert result.code == 0 and "win rate 0.5000" in result.out and "story score" not in result.out
+    assert (trained / "evaluation-words.txt-validation-against-small.json").exists()
+
+
+def test_wandb_learns_the_measures(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+
+    class Recorder:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def log(self, metrics: dict[str, float]) -> None:
+            logged.append(metrics)
+
+        def close(self) -> None:
+            logged.append({})
+
+    pytest.importorskip("wandb")
+    monkeypatch.setattr("train.tracking.Wandb", Recorder)
+    assert gpt("evaluate", str(trained), "-n", "0", "--tokens", "200", "--wandb").code == 0
+    assert logged[0]["step"] == 2 and logged[0]["evaluation-stories-validation/loss"] > 0 and logged[1:] == [{}]
+
+
+def test_mistakes_are_said_plainly(gpt: Gpt, trained: Path) -> None:
+    assert "is not a run" in gpt("evaluate", "nowhere").err
+    assert "no data is called" in gpt("evaluate", str(trained), "--data", "nothing").err
+    result = gpt("evaluate", str(trained), "--split", "exam")
+    assert result.code == 2 and "there is no split 'exam'" in result.err

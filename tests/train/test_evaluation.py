@@ -1,0 +1,144 @@
+"""Held-out text, the cases in it, and runs measured on them."""
+
+import json
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.chat_template import Message
+from engine.config import DataConfig, Recipe
+from engine.errors import InputError
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import Runtime
+from engine.sampling import Sampling
+from engine.tokenizer import Tokenizer
+from tests.train.conftest import Train
+from train.data.shards import TokenShards
+from train.data.stories import AskedFacts
+from train.evaluation import Contestant, compare, evaluate, story_score, write
+from train.heldout import Case, HeldOut, encode, make_case, open_held_out
+
+CHAT = [Message("system", "Be kind."), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "Bye")]
+SAMPLING = Sampling(temperature=0.8, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def measures() -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+
+
+@pytest.fixture
+def contestant(gpt: GPT, tokenizer: Tokenizer) -> Contestant:
+    return Contestant("a", 1, gpt, tokenizer, chat=True)
+
+
+def measure(*contestants: Contestant, documents: Any, facts: Any = None, **options: Any) -> dict[str, Any]:
+    held_out = HeldOut("d", iter(documents), repeat(facts))
+    options = {"tokens": 10**6, "count": 5, "sampling": SAMPLING, "max_tokens": 6, **options}
+    return evaluate(contestants, held_out, **options)
+
+
+def test_a_text_is_halved_before_the_first_word_past_its_middle(tokenizer: Tokenizer) -> None:
+    case = make_case("One two.\n\nThree four", None, tokenizer, 100)
+    assert case == Case("One two.\n\nThree", " four")
+    # What cannot be halved is no case.
+    assert make_case("Donaudampfschiff", None, tokenizer, 100) is None
+
+
+def test_a_long_text_is_cut_to_the_context(contestant: Contestant, documents: tuple[str, ...]) -> None:
+    long = " ".join(documents)
+    case = make_case(long, None, contestant.tokenizer, 48)
+    assert case and isinstance(case.prompt, str) and long.startswith(case.prompt + case.reference)
+    assert len(case.prompt + case.reference) > 60 and contestant.has_room(case)
+
+
+def test_of_a_conversation_the_first_answer_is_asked(contestant: Contestant, tokenizer: Tokenizer) -> None:
+    case = make_case(CHAT, None, tokenizer, 100)
+    assert case == Case(CHAT[:2], "Hi")
+    assert make_case(CHAT[:2], None, tokenizer, 100) is None
+    assert contestant.prompt(CHAT[:2])[-1] == tokenizer.special["<|assistant|>"]
+    base = Contestant("b", 1, contestant.model, tokenizer, chat=False)
+    assert tokenizer.decode(base.prompt(CHAT[:2])) == "Be kind.\n\nHello\n\n"
+
+
+def test_conversations_that_all_exceed_the_context_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="none of the conversations fits into the context of 8 tokens"):
+        encode([CHAT], tokenizer, 8)
+
+
+def test_prepared_text_is_encoded_as_it_was(prepared: Path) -> None:
+    held_out = open_held_out(DataConfig(source=str(prepared)), "validation", None)
+    tokenizer, shards = Tokenizer.load(prepared / "tokenizer.model"), TokenShards.open(prepared, "validation")
+    documents, pieces = encode(held_out.documents, tokenizer, 32, shards.tokens // 2)
+    assert held_out.name == "stories, validation" and next(held_out.facts) == AskedFacts()
+    assert pieces.lengths.tolist() == shards.lengths[: len(documents)].tolist()
+    assert sum(pieces.lengths[:-1]) < shards.tokens // 2 <= sum(pieces.lengths)
+    for number in range(len(documents)):
+        assert pieces.read(number, 1, 5)[1].tolist() == shards.read(number, 1, 5)[1].tolist()
+
+
+def test_each_request_for_a_story_comes_with_its_facts() -> None:
+    held_out = open_held_out(DataConfig(source="stories-instruct"), "test", None)
+    for document, facts in islice(zip(held_out.documents, held_out.facts, strict=True), 3):
+        assert isinstance(document, list) and facts is not None and str(facts.kind) in document[0].content
+        case = Case([document[0]], document[1].content, facts)
+        assert story_score([case, case], [case.reference, "No."])[0] > 0.7 > story_score([case], ["No."])[0]
+
+
+def test_a_run_is_measured_on_its_own_data_as_its_training_did(train: Train, small: Recipe, cpu: Runtime) -> None:
+    outcome, recorder = train(small)
+    run = Run(outcome.checkpoint.path.parents[1])
+    contestant = Contestant.load(run, cpu, "latest", recorder.say)
+    held_out = open_held_out(run.read_recipe().data, "validation", run.data)
+    result = evaluate([contestant], held_out, tokens=300, count=3, sampling=SAMPLING)
+    measures = result["runs"][0]["measures"]
+    trained = [line for line in recorder.logged if "validation_loss" in line][-1]
+    assert measures["loss"].value == pytest.approx(trained["validation_loss"], rel=1e-5)
+    assert measures["bits_per_byte"].value == pytest.approx(trained["validation_bits_per_byte"], rel=1e-5)
+    for name in ("bleu", "rouge1", "rouge2", "rougeL", "story_score", "words"):
+        assert measures[name].low <= measures[name].value <= measures[name].high
+    path = write(run, result)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result, default=vars))
+    before, _, section = run.report.read_text().partition("## Evaluation")
+    assert "bits per byte" in before and "| bleu |" in section and path.name in section
+    write(run, {**result, "data": "stories, test"})
+    assert run.report.read_text().count("## Evaluation") == 1 and "### stories, test" in run.report.read_text()
+
+
+def test_the_same_seed_gives_the_same_result(contestant: Contestant, documents: tuple[str, ...]) -> None:
+    first, again = (measure(contestant, documents=documents) for _ in range(2))
+    assert first == again
+    assert "story_score" not in first["runs"][0]["measures"]
+    assert len(first["cases"]) == 5 and first["cases"][0]["prompt"] + first["cases"][0]["reference"] in documents[0]
+
+
+def test_a_run_neither_wins_nor_loses_against_itself(contestant: Contestant, documents: tuple[str, ...]) -> None:
+    result = measure(contestant, contestant, documents=documents, facts=AskedFacts())
+    assert result["comparison"].keys() == {"rougeL", "story_score"}
+    for each in result["comparison"].values():
+        assert (each["ties"], each["win_rate"].value, each["p"]) == (5, 0.5, 1.0)
+
+
+def test_any_judge_may_decide(contestant: Contestant) -> None:
+    other = Contestant("b", 1, contestant.model, contestant.tokenizer, chat=False)
+    judges = {"lottery": lambda cases, texts: [float(len(case.prompt)) for case in cases]}
+    result = measure(contestant, other, documents=[CHAT[:3]] * 2, judges=judges)
+    assert result["comparison"]["lottery"]["ties"] == 2
+    assert "b has learnt no conversations" in result["notes"][-1]
+    assert result["reference"]["lottery"].value == 2.0
+
+
+def test_wins_count_one_and_ties_a_half() -> None:
+    result = compare([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 4.0, 1.0])
+    assert (result["wins"], result["ties"], result["losses"], result["win_rate"].value) == (2, 1, 1, 0.625)
+
+
+def test_the_loss_alone_needs_no_text_to_complete(contestant: Contestant) -> None:
+    result = measure(contestant, documents=["Donaudampfschiff"], count=0)
+    assert result["runs"][0]["measures"].keys() == {"loss", "perplexity", "bits_per_byte"}
+    with pytest.raises(InputError, match="--count 0"):
+        measure(contestant, documents=["Donaudampfschiff"])
