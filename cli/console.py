@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from train.tracking import evaluation_parts
+
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -21,7 +23,7 @@ def training_line(metrics: Mapping[str, Any]) -> str:
     parts = [
         f"step {metrics['step']:,}",
         f"loss {metrics['loss']:.3f}",
-        f"{metrics['bits_per_byte']:.3f} bits/byte",
+        *([f"{metrics['bits_per_byte']:.3f} bits/byte"] if "bits_per_byte" in metrics else []),
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         f"{100 * metrics['mfu']:.0f}% of peak",
         f"{span(metrics['seconds_left'])} left",
@@ -43,11 +45,7 @@ class Console:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         if "validation_loss" in metrics:
-            self.say(
-                f"step {metrics['step']:,}  validation loss {metrics['validation_loss']:.4f}  "
-                f"{metrics['validation_bits_per_byte']:.4f} bits/byte  "
-                f"perplexity {metrics['validation_perplexity']:.2f}"
-            )
+            self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))
         else:
             self._show(training_line(metrics), metrics["progress"])
 

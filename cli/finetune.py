@@ -28,7 +28,7 @@ def finetune(
     tokens: training.Tokens = None,
     epochs: training.Epochs = None,
     minutes: training.Minutes = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of one context in a step.")] = None,
+    batch: training.Batch = None,
     rate: Annotated[float | None, typer.Option(help="Learning rates, as a share of pretraining's.")] = None,
     checkpoint: CheckpointName = "latest",
     device: Device = "auto",
@@ -56,9 +56,7 @@ def finetune(
         columns = (column, prompt_column, response_column, messages_column)
         training.refuse_changes(data, *columns, batch, rate, seed, setting, overwrite, precision)
         target = Run(out or run.with_name(f"{run.name}-chat"))
-        recipe = target.read_recipe()
-        if recipe.base != str(run.resolve()):
-            raise InputError(f"{target.path} was not finetuned from {run}, but from {recipe.base}; name its --out")
+        recipe = training.resumed(target, run)
     else:
         config = DataConfig(
             source=training.located(data or STORIES_INSTRUCT),

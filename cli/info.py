@@ -14,7 +14,7 @@ def info(path: RunArgument) -> None:
     from engine import checkpoint
     from engine.config import IMPORTED
     from engine.run import Run
-    from train.tracking import read_metrics
+    from train.tracking import evaluation_parts, read_metrics
 
     run = Run(path)
     config, recipe = run.read_config(), run.read_recipe()
@@ -40,11 +40,7 @@ def info(path: RunArgument) -> None:
     best = checkpoint.best(run.checkpoints)
     for found in checkpoint.checkpoints(run.checkpoints):
         evaluation = found.evaluation() or {}
-        measured = (
-            f"loss {evaluation['loss']:.4f}, {evaluation['bits_per_byte']:.4f} bits/byte"
-            if evaluation
-            else "not evaluated"
-        )
+        measured = ", ".join(evaluation_parts(evaluation)) if evaluation else "not evaluated"
         try:
             found.verify()
             state = "whole"

@@ -20,6 +20,7 @@ from cli import (
     generate,
     huggingface,
     info,
+    reward,
     serve,
     tokenizer,
     train,
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("reward")(reward.reward)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

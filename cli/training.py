@@ -19,6 +19,7 @@ Steps = Annotated[int | None, typer.Option(help="Train for so many steps.")]
 Tokens = Annotated[float | None, typer.Option(help="Train on so many tokens, such as 5e6.")]
 Epochs = Annotated[float | None, typer.Option(help="Read the data so many times.")]
 Minutes = Annotated[float | None, typer.Option(help="Train for so long; the schedule fits the time.")]
+Batch = Annotated[int | None, typer.Option(help="Rows of one context in a step.")]
 Setting = Annotated[
     list[str] | None, typer.Option("--set", help="Any other setting, such as model.blocks=6. Repeatable.")
 ]
@@ -56,6 +57,16 @@ def refuse_changes(*changes: object) -> None:
         raise InputError(
             "--resume goes on with the run's own recipe; only --steps, --tokens, --epochs or --minutes may change"
         )
+
+
+def resumed(target: "Run", base: Path, *, reward: bool = False) -> "Recipe":
+    """The recipe of a run to go on with, if it is of that kind and began with that base."""
+    recipe = target.read_recipe()
+    if recipe.base != str(base.resolve()):
+        raise InputError(f"{target.path} did not begin with {base}, but with {recipe.base}; name its --out")
+    if recipe.model.scalar_head != reward:
+        raise InputError(f"{target.path} is {'not ' * reward}a reward model; name another --out")
+    return recipe
 
 
 def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
@@ -113,6 +124,8 @@ def start(
     console.say(f"report     {run.report}")
     if run.loss_plot.exists():
         console.say(f"loss plot  {run.loss_plot}")
+    if recipe.model.scalar_head:
+        return
     if not recipe.chat:
         console.say(f'try it     gpt generate {run.path} "Once upon a time"')
     console.say(f"{'' if not recipe.chat else 'try it':11}gpt chat {run.path}")

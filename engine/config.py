@@ -36,6 +36,8 @@ class ModelConfig:
     rotary_share: float = 1.0
     parallel_residual: bool = False
     biases: bool = False
+    # A reward model's: one number a token, instead of a score for every piece.
+    scalar_head: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "model", ("vocab_size", "width", "blocks", "heads", "context"), lambda n: n >= 1, "at least 1")
@@ -62,9 +64,14 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_share)
 
     @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a token."""
+        return 1 if self.scalar_head else self.vocab_size
+
+    @property
     def matmul_parameters(self) -> int:
         """Weights that every token is multiplied with: the blocks and the head, not the embedding."""
-        return 12 * self.blocks * self.width**2 + self.vocab_size * self.width
+        return 12 * self.blocks * self.width**2 + self.outputs * self.width
 
     @property
     def parameters(self) -> int:
@@ -200,6 +207,17 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """The loss of a reward model: by how much the chosen answer has to win, and how strongly the two are drawn to 0."""
+
+    margin: float = 0.0
+    centring: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self, "reward", ("margin", "centring"), lambda x: x >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run: everything that decides its outcome but the machine."""
 
@@ -210,10 +228,11 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
     chat: bool = False
-    # Of a finetuned model: the run, and the step of its checkpoint, that it began with.
+    # Of a finetuned or a reward model: the run, and the step of its checkpoint, that it began with.
     base: str | None = None
     base_step: int | None = None
 

@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.final_norm = LayerNorm(config)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.outputs, bias=False)
         self.initialise()
 
     @torch.no_grad()

@@ -120,6 +120,8 @@ class Run:
         from engine.model import GPT
 
         recipe = self.read_recipe()
+        if recipe.model.scalar_head:
+            raise InputError(f"{self.path} is a reward model: it scores texts and writes none; name {recipe.base}")
         found = self.find_checkpoint(which, notice)
         tokenizer = Tokenizer.load(self.tokenizer)
         if tokenizer.vocab_size != recipe.model.vocab_size:

@@ -27,6 +27,8 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
     Raises InputError where `data` names nothing.
     """
     before = base.read_recipe()
+    if before.model.scalar_head:
+        raise InputError(f"{base.path} is a reward model; name the run that it began with, {before.base}")
     # The rates of a run that was finetuned itself are low already.
     share = rate if rate is not None else RATE if before.base is None else 1.0
     names = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name.endswith("_rate")]
@@ -72,8 +74,9 @@ def load_base(recipe: Recipe, run: Run) -> Checkpoint:
     """The checkpoint to begin with; its tokenizer becomes the run's. Raises InputError where the model is another."""
     base = Run(Path(str(recipe.base)))
     checkpoint = base.find_checkpoint(str(recipe.base_step))
-    # The context alone has no weights.
-    if dataclasses.replace(base.read_recipe().model, context=recipe.model.context) != recipe.model:
+    # The context has no weights, and a reward model brings a head of its own.
+    free = {name: getattr(recipe.model, name) for name in ("context", "scalar_head")}
+    if dataclasses.replace(base.read_recipe().model, **free) != recipe.model:
         raise InputError(f"the weights of {base.path} are of another model: leave --set model... but model.context")
     tokenizer = Tokenizer.load(base.tokenizer)
     tokenizer.save(run.path / tokenizer.file_name)

@@ -59,8 +59,8 @@ class Task:
     evaluate: Callable[[Any, bool], dict[str, float]]
     # Writes down what the model says at this step.
     sample: Callable[[Any, int], None]
-    # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte.
-    byte_lengths: Tensor
+    # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte, where the loss is one of text.
+    byte_lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Loop:
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
         self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.byte_lengths = task.byte_lengths.to(runtime.device)
+        self.byte_lengths = None if task.byte_lengths is None else task.byte_lengths.to(runtime.device)
         self.loss = task.loss
         if should_compile(recipe, runtime):
             # Where compiling fails (no C compiler, say), run that part as it is.
@@ -185,13 +185,16 @@ class Loop:
 
     def _log(self, batches: list[Batch], learnt: int, loss: float, norm: float, rate: float) -> None:
         tokens = sum(len(batch.tokens) for batch in batches)
-        targets = torch.cat([batch.targets for batch in batches])
         typical = statistics.median(self.step_seconds)
+        of_text = {}
+        if self.byte_lengths is not None:
+            targets = torch.cat([batch.targets for batch in batches])
+            of_text["bits_per_byte"] = bits_per_byte(loss * learnt, targets, self.byte_lengths)
         self.tracker.log(
             {
                 "step": self.step,
                 "loss": loss,
-                "bits_per_byte": bits_per_byte(loss * learnt, targets, self.byte_lengths),
+                **of_text,
                 "gradient_norm": norm,
                 "rate": rate,
                 "epoch": self.task.batches.epoch,

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.config import Recipe, override
+from engine.config import ModelConfig, Recipe, override
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
 from engine.model import GPT
@@ -17,8 +17,7 @@ from engine.run import Run
 from engine.runtime import Runtime, measured_peak, seed_everything
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
-from train.data.conversations import Conversations
-from train.data.loader import Batch, PackedLoader
+from train.data.loader import Batch, PackedLoader, PieceSource
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
 from train.evaluate import evaluate_loss
@@ -44,23 +43,37 @@ class Console(Tracker, Protocol):
     def preparing(self, what: str) -> Progress: ...
 
 
+class Corpus(PieceSource, Protocol):
+    """What a loader packs, and how much of it there is."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     tokenizer: Tokenizer
-    train: TokenShards | Conversations
-    validation: TokenShards | Conversations
+    train: Corpus
+    validation: Corpus
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage of training on packed text brings to `run_stage`."""
+    """What a stage of training brings to `run_stage`."""
 
     data: Data
     batches: PackedLoader
     # What the model says after so much training, for samples.md.
-    sample: Callable[[GPT], list[str]]
-    # The weights to begin with; None are random ones.
+    sample: Callable[[Any], list[str]]
+    # The weights to begin with; None are those that `model` makes.
     base: Checkpoint | None = None
+    model: Callable[[ModelConfig], GPT] = GPT
+    # Where it is not next-token loss: what is learnt, and measured on so many tokens, so many at a time.
+    loss: Callable[[Any, Batch], torch.Tensor] | None = None
+    evaluate: Callable[[Any, int, int], dict[str, float]] | None = None
     # Lines for the console before the run starts.
     notes: tuple[str, ...] = ()
 
@@ -114,7 +127,7 @@ def run_stage(
         raise
     data, batches = stage.data, stage.batches
     run.write_recipe(recipe)
-    model = GPT(recipe.model)
+    model = stage.model(recipe.model)
     found = run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
     if stage.base and not found:
         model.load_state_dict(stage.base.tensors("model"))
@@ -126,7 +139,7 @@ def run_stage(
     if wandb:
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say))
     tracker = Trackers(trackers)
-    task = packed_task(recipe, stage, run)
+    task = stage_task(recipe, stage, run)
     loop = Loop(model, task, recipe, budget, run, runtime, tracker, peak, recipe.model.flops_per_token)
     if found:
         loop.resume(found)
@@ -145,13 +158,15 @@ def run_stage(
         tracker.close()
 
 
-def packed_task(recipe: Recipe, stage: Stage, run: Run) -> Task:
+def stage_task(recipe: Recipe, stage: Stage, run: Run) -> Task:
     lengths = stage.data.tokenizer.byte_lengths
 
     def evaluate(model: GPT, final: bool) -> dict[str, float]:
         tokens = recipe.data.final_evaluation_tokens if final else recipe.data.evaluation_tokens
         # No more at a time than a training pass holds, and far less than it holds with its activations.
         at_a_time = min(recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
+        if stage.evaluate:
+            return stage.evaluate(model, tokens, at_a_time)
         return evaluate_loss(model, stage.data.validation, lengths, tokens=tokens, tokens_per_batch=at_a_time)
 
     def sample(model: GPT, step: int) -> None:
@@ -160,7 +175,8 @@ def packed_task(recipe: Recipe, stage: Stage, run: Run) -> Task:
             with open(run.samples, "a") as file:
                 file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 
-    return Task(packed_loss, stage.batches, evaluate, sample, torch.from_numpy(lengths))
+    of_text = torch.from_numpy(lengths) if stage.loss is None else None
+    return Task(stage.loss or packed_loss, stage.batches, evaluate, sample, of_text)
 
 
 def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.config import Recipe, to_dict
 from engine.run import Run, versions
 from train.measures import Estimate
-from train.tracking import read_metrics
+from train.tracking import evaluation_parts, read_metrics
 
 EVALUATIONS = "\n## Evaluation\n\n"
 
@@ -23,10 +23,8 @@ def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> No
     if evaluated:
         final = evaluated[-1]
         lines += [
-            f"Validation loss **{final['validation_loss']:.4f}** nats per token, "
-            f"**{final['validation_bits_per_byte']:.4f}** bits per byte, perplexity "
-            f"{final['validation_perplexity']:.2f} (over {final['validation_tokens']:,} held-out tokens, "
-            f"after step {final['step']:,}).",
+            f"Validation {', '.join(f'**{part}**' for part in evaluation_parts(final, 'validation_'))} "
+            f"(over {final['validation_tokens']:,} held-out tokens, after step {final['step']:,}).",
             "",
         ]
     lines += [
@@ -111,7 +109,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     if validated:
         final = validated[-1]
         axes.set_title(
-            f"validation loss {final['validation_loss']:.3f}, {final['validation_bits_per_byte']:.3f} bits per byte",
+            "validation " + ", ".join(evaluation_parts(final, "validation_")[:2]),
             fontsize=11,
         )
     if trained:
@@ -120,7 +118,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
         high = sorted(line["loss"] for line in trained)[int(0.97 * (len(trained) - 1))]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {'token' if 'bits_per_byte' in trained[0] else 'pair'})" if trained else "loss")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -15,6 +15,25 @@ from engine.errors import InputError
 Metrics = Mapping[str, Any]
 
 
+# What an evaluation may hold beside the loss, of text or of rewards, and how a person reads it.
+MEASURES = {
+    ("bits_per_byte",): "{:.4f} bits/byte",
+    ("perplexity",): "perplexity {:.2f}",
+    ("accuracy",): "accuracy {:.3f}",
+    ("gold_accuracy",): "gold order {:.3f}",
+    ("calibration_error",): "calibration error {:.3f}",
+    ("chosen_mean", "chosen_std"): "chosen {:.2f} ± {:.2f}",
+    ("rejected_mean", "rejected_std"): "rejected {:.2f} ± {:.2f}",
+}
+
+
+def evaluation_parts(metrics: Metrics, prefix: str = "") -> list[str]:
+    """What was measured, loss first, in words."""
+    values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    found = ((names, form) for names, form in MEASURES.items() if values.keys() >= set(names))
+    return [f"loss {values['loss']:.4f}", *(form.format(*(values[name] for name in names)) for names, form in found)]
+
+
 class Tracker(Protocol):
     """Takes what a run has to say. `metrics` always holds "step"; loss is in nats per token, times in seconds."""
 

@@ -71,7 +71,7 @@ def test_training_leaves_a_whole_run_folder(gpt: Gpt, trained: Path) -> None:
     assert config["recipe"]["model"]["blocks"] == 1
     assert config["versions"]["torch"]
     report = (trained / "report.md").read_text()
-    assert "bits per byte" in report and "loss.png" in report and "model.width | 16" in report
+    assert "bits/byte" in report and "loss.png" in report and "model.width | 16" in report
 
 
 def test_a_run_tells_what_it_is(gpt: Gpt, trained: Path) -> None:

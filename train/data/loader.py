@@ -7,10 +7,10 @@ is one for all ranks, dealt in turn: it does not depend on how many there are.
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
 
-    def split(self, parts: int) -> list["Batch"]:
+    def split(self, parts: int) -> Sequence["Batch"]:
         """Cut into parts of equal token counts. A sequence at a cut becomes two."""
         if parts == 1:
             return [self]
@@ -64,13 +64,13 @@ class Batch:
             batches.append(Batch(self.tokens[part], self.targets[part], bounds, self.max_seqlen))
         return batches
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         def move(tensor: Tensor) -> Tensor:
             # Only from pinned memory does a copy overlap with the device's work.
             pinned = tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_cuda else tensor
             return pinned.to(device, non_blocking=True)
 
-        return Batch(move(self.tokens), move(self.targets), move(self.cu_seqlens), self.max_seqlen)
+        return replace(self, tokens=move(self.tokens), targets=move(self.targets), cu_seqlens=move(self.cu_seqlens))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from train.data.stories import SPLITS, stories
 
 # What splits are called out there.
 SPLIT_WORDS = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
-# Of ultrafeedback, which has splits for the stages that follow as well.
-SPLIT_WORDS |= {"train_sft": "train", "test_sft": "test"}
 HUB_SHORT_NAMES = {
     "tinystories": ("roneneldan/TinyStories", "text"),
     "dsir-pile": ("stanford-crfm/DSIR-filtered-pile-50M", "contents"),
@@ -205,6 +203,8 @@ class HubSource(Source):
 
     path: str = ""
     config: str | None = None
+    # Of a data set with splits for several stages, as ultrafeedback has: train_sft, train_prefs.
+    stage: str = "sft"
 
     def describe(self) -> str:
         return f"{self.name}: {self.path} from the Hugging Face hub, streamed"
@@ -227,7 +227,8 @@ class HubSource(Source):
             _probe_hub(self.name)
         with self._plain_errors():
             splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
-        streams: Streams = {SPLIT_WORDS.get(name, name): partial(self._rows, rows) for name, rows in splits.items()}
+        names = {name: name.removesuffix(f"_{self.stage}") for name in splits}
+        streams: Streams = {SPLIT_WORDS.get(names[key], key): partial(self._rows, splits[key]) for key in splits}
         if len(streams) == 1:
             return {"train": next(iter(streams.values()))}
         if "train" not in streams:

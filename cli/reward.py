@@ -1,0 +1,69 @@
+"""gpt reward"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import training
+from cli.options import CheckpointName, Device, Precision, RunArgument
+from engine.errors import InputError
+
+
+def reward(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run; RUN-reward unless given.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Preferences: stories-preferences (unless told else), hh-rlhf, ultrafeedback_binarized, a Hub data "
+            "set owner/name or a file, with columns chosen and rejected, and prompt where these do not hold it."
+        ),
+    ] = None,
+    steps: training.Steps = None,
+    tokens: training.Tokens = None,
+    epochs: training.Epochs = None,
+    minutes: training.Minutes = None,
+    batch: training.Batch = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rates, as a share of finetuning's.")] = None,
+    margin: Annotated[float | None, typer.Option(help="By how much the chosen answer has to win.")] = None,
+    checkpoint: CheckpointName = "latest",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of the head and the order of the data.")] = None,
+    setting: training.Setting = None,
+    resume: training.Resume = False,
+    overwrite: training.Overwrite = False,
+    wandb: training.WandB = False,
+) -> None:
+    """Train a reward model, which scores answers as people would, from a chat model. One epoch unless told else.
+
+    Example: gpt reward runs/nano-chat
+
+    Example: gpt reward runs/tiny-chat --data ultrafeedback_binarized --set model.context=1024 --minutes 30
+
+    Its rewards are scaled such that the chat model's own answers have mean 0 and standard deviation 1.
+    """
+    from engine.config import DataConfig
+    from engine.run import Run
+    from rlhf.preference_sources import STORIES_PREFERENCES
+    from rlhf.train_reward import reward_recipe, train_reward
+
+    target = Run(out or run.with_name(f"{run.name}-reward"))
+    if resume:
+        training.refuse_changes(data, batch, rate, margin, seed, setting, overwrite, precision)
+        recipe = training.resumed(target, run, reward=True)
+    else:
+        config = DataConfig(source=training.located(data or STORIES_PREFERENCES))
+        recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate)
+        if target.path.resolve() == run.resolve():
+            raise InputError(f"{run} cannot become its own reward model; choose another folder with --out")
+    recipe = training.adjust(
+        recipe,
+        {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
+        {"loop.batch": batch, "loop.seed": seed, "reward.margin": margin, "precision": precision},
+        setting,
+    )
+    typer.echo(f"{target.path} learns to score what {run} may say")
+    command = f"gpt reward {run}"
+    training.start(train_reward, recipe, target, device, command, resume=resume, overwrite=overwrite, wandb=wandb)

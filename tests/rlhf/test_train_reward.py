@@ -1,0 +1,117 @@
+"""Training a reward model: the same loop, another front end and loss."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import BudgetConfig, DataConfig
+from engine.errors import InputError
+from engine.run import Run
+from engine.runtime import Runtime, choose
+from rlhf.reward_model import RewardModel
+from rlhf.train_reward import reward_recipe, train_reward
+from tests.train.conftest import Recorder
+from train.data.loader import Batch
+from train.finetune import finetuning_recipe
+from train.loop import Loop, Outcome
+from train.tracking import read_metrics
+
+Learn = Callable[..., tuple[Outcome, Recorder]]
+
+
+@pytest.fixture
+def cpu() -> Runtime:
+    return choose("cpu", "fp32")
+
+
+@pytest.fixture
+def learn(tmp_path: Path, chat: Run, likes_foxes: DataConfig, cpu: Runtime) -> Learn:
+    """Train a reward model on those who like foxes, in tmp_path/NAME."""
+
+    def run(name: str = "reward", *, steps: int = 4, rate: float = 1.0, **options: Any) -> tuple[Outcome, Recorder]:
+        recipe = reward_recipe(chat, chat.find_checkpoint(), likes_foxes, rate)
+        recipe = dataclasses.replace(recipe, budget=BudgetConfig(steps=steps))
+        recorder = Recorder()
+        return train_reward(recipe, Run(tmp_path / name), cpu, recorder, **options), recorder
+
+    return run
+
+
+def test_it_learns_what_is_liked_and_scores_by_it(learn: Learn, cpu: Runtime, tmp_path: Path) -> None:
+    outcome, recorder = learn(steps=30)
+    assert outcome.evaluation["accuracy"] > 0.9 and outcome.evaluation["loss"] < 0.4
+    assert recorder.losses()[-1] < recorder.losses()[0] - 0.2
+    run = Run(tmp_path / "reward")
+    last = read_metrics(run.metrics)[-1]
+    assert last["validation_accuracy"] == outcome.evaluation["accuracy"] and "validation_calibration_error" in last
+    report = run.report.read_text()
+    assert "accuracy" in report and "chosen" in report and run.loss_plot.exists()
+    assert "reward " in run.samples.read_text()
+    for said in ("train      60 pairs", "validation 20 pairs", "scale      6 answers"):
+        assert any(line.startswith(said) for line in recorder.said), recorder.said
+
+
+def test_the_chat_models_own_answers_have_mean_0_and_deviation_1(learn: Learn, cpu: Runtime, tmp_path: Path) -> None:
+    learn()
+    run = Run(tmp_path / "reward")
+    answers = json.loads((run.path / "answers.json").read_text())
+    scores = RewardModel.load(run, cpu).score(answers)
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_resumed_run_is_bit_equal_and_needs_its_base_no_more(
+    learn: Learn, chat: Run, cpu: Runtime, tmp_path: Path
+) -> None:
+    _, whole = learn(steps=6)
+    run = Run(tmp_path / "reward")
+    first, last = Recorder(), Recorder()
+    recipe = dataclasses.replace(run.read_recipe(), loop=dataclasses.replace(run.read_recipe().loop, save_every=4))
+    target = Run(tmp_path / "half")
+    train_reward(recipe, target, cpu, first)
+    before = target.find_checkpoint().tensors("model")
+    shutil.rmtree(target.find_checkpoint().path)
+    shutil.rmtree(chat.path)
+    train_reward(target.read_recipe(), target, cpu, last, resume=True)
+    assert first.losses() == whole.losses() and last.losses() == whole.losses()[4:]
+    after = target.find_checkpoint().tensors("model")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_step_that_ran_out_of_memory_is_repeated_in_halves_with_the_same_gradient(
+    learn: Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = learn(steps=2)
+    passes = Loop._passes
+
+    def fail_whole(self: Loop, batches: list[Batch], learnt: int) -> Any:
+        return None if self.parts == 1 else passes(self, batches, learnt)
+
+    monkeypatch.setattr(Loop, "_passes", fail_whole)
+    _, halves = learn("halves", steps=2)
+    assert halves.losses() == pytest.approx(whole.losses(), rel=1e-5)
+
+
+def test_what_cannot_be_is_refused(
+    learn: Learn, chat: Run, likes_foxes: DataConfig, cpu: Runtime, tmp_path: Path
+) -> None:
+    learn(steps=1)
+    run = Run(tmp_path / "reward")
+    with pytest.raises(InputError, match="is a reward model: it scores texts"):
+        run.load_model(cpu)
+    with pytest.raises(InputError, match="is a reward model; name the run"):
+        finetuning_recipe(run, run.find_checkpoint(), likes_foxes)
+    with pytest.raises(InputError, match="is no reward model"):
+        RewardModel.load(chat, cpu)
+    (run.find_checkpoint().path / "evaluation.json").unlink()
+    with pytest.raises(InputError, match="was not measured to its end"):
+        RewardModel.load(run, cpu)
+    chat.write_recipe(dataclasses.replace(chat.read_recipe(), chat=False))
+    with pytest.raises(InputError, match="has not learnt conversations"):
+        reward_recipe(chat, chat.find_checkpoint(), likes_foxes)
