@@ -83,6 +83,7 @@ def bench_decoding(
     """One point for each batch: a prompt of an eighth of the context, and new tokens for three quarters of it."""
     torch.manual_seed(0)
     model = GPT(config).to(device=runtime.device, dtype=runtime.dtype).eval()
+    model.decode_int8 = runtime.precision == "int8"
     bandwidth = copy_bandwidth(runtime.device)
     made = {name: PROVIDERS[name](model, runtime) for name in providers}
     prompt, new = config.context // 8, config.context * 3 // 4

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Precision, Results, integers
+from cli.options import Device, GenerationPrecision, Results, integers
 from engine.errors import InputError
 
 
@@ -15,7 +15,7 @@ def bench_decode(
     only: Annotated[str | None, typer.Option(help="Of transformers, ours, without graphs.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: GenerationPrecision = "auto",
     out: Results = Path("bench/results"),
 ) -> None:
     """Time generation against transformers on the same weights: tokens per second, time to the first token.
@@ -43,11 +43,12 @@ def bench_decode(
     print(f"{preset}, {machine.describe()}")
     table = Table("batch", "who", "tokens/s", "against the first", "first token", "of bandwidth", "same tokens")
     points = []
+    suffix = "-int8" if machine.precision == "int8" else ""
     for point in bench.bench_decoding(
         model, machine, batches=integers("--batch", batch), providers=names, rounds=rounds
     ):
         points.append(point)
-        path = write_result(f"decode-{preset}", machine, {"rounds": rounds, "points": points}, out)
+        path = write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, out)
         for name in names:
             found, first = point[name], point[names[0]]
             table.add_row(

@@ -8,9 +8,9 @@ import typer
 from cli.options import (
     CheckpointName,
     Device,
+    GenerationPrecision,
     MaxTokens,
     MinP,
-    Precision,
     RepetitionPenalty,
     RunArgument,
     SamplingSeed,
@@ -35,7 +35,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: SamplingSeed = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: GenerationPrecision = "auto",
     which: CheckpointName = "latest",
 ) -> None:
     """Talk to a model; a base model, not taught to answer, goes on from your text.

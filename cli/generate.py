@@ -8,9 +8,9 @@ import typer
 from cli.options import (
     CheckpointName,
     Device,
+    GenerationPrecision,
     MaxTokens,
     MinP,
-    Precision,
     RepetitionPenalty,
     RunArgument,
     SamplingSeed,
@@ -33,7 +33,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     seed: SamplingSeed = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: GenerationPrecision = "auto",
     which: CheckpointName = "latest",
 ) -> None:
     """Let a model go on from a prompt.

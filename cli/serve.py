@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import CheckpointName, Device, Precision, RunArgument
+from cli.options import CheckpointName, Device, GenerationPrecision, RunArgument
 from engine.errors import InputError
 
 # What is under way when the server is told to end may take so long; containers are killed after 30.
@@ -35,7 +35,7 @@ def serve(
         float, typer.Option(min=0.001, help="Then a request ends with what it has, and 'length'.")
     ] = 300.0,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: GenerationPrecision = "auto",
     which: CheckpointName = "latest",
 ) -> None:
     """Serve a model: the OpenAI API under /v1, and a page to talk to it.

@@ -132,6 +132,8 @@ class Batcher:
             self.decoder = DecodeGraphs(model, self.cache, self.last)
         elif CpuDecoder.knows(model):
             self.decoder = CpuDecoder(model, self.cache, self.last)
+        elif model.decode_int8:
+            raise InputError("int8 is not there for a model with biases, parallel residual or partial rotary positions")
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by slot
         self.producing = 0  # how many of them, from the front, have read their prompts

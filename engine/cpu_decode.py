@@ -4,6 +4,8 @@ The operations of engine/model.py for one new token per sequence, flat: no modul
 that follow them, masks and places computed once for all blocks. It offers what engine/graphs.py offers on a GPU.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +16,19 @@ from engine.rotary import rotate
 
 
 class CpuDecoder:
-    """Of a model over the first slots of a cache. `last` holds the tokens to read. Weights are shared, not copied."""
+    """Of a model over the first slots of a cache. `last` holds the tokens to read.
+
+    Weights are shared, or with model.decode_int8 held once more in int8.
+    """
 
     def __init__(self, model: GPT, cache: KVCache, last: Tensor) -> None:
         self.model, self.cache, self.last = model, cache, last
-        self.blocks, self.head = [_weights(block) for block in model.blocks], model.head.weight.t()
+        self.mm: Any
+        self.addmm: Any
+        self.mm, self.addmm = (int8_mm, int8_addmm) if model.decode_int8 else (torch.mm, torch.addmm)
+        held: Any = quantise if model.decode_int8 else Tensor.t
+        self.blocks = [[each if each.ndim == 1 else held(each) for each in _weights(block)] for block in model.blocks]
+        self.head = held(model.head.weight)
 
     @staticmethod
     def knows(model: GPT) -> bool:
@@ -42,17 +52,38 @@ class CpuDecoder:
             mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill_(hidden, float("-inf"))
         for layer, (attention_norm, qkv, output, mlp_norm, expand, contract) in enumerate(self.blocks):
             normed = torch.layer_norm(x, shape, attention_norm, None, eps)
-            qkv_BHD = torch.mm(normed, qkv).view(rows, 3 * heads, -1)
+            qkv_BHD = self.mm(normed, qkv).view(rows, 3 * heads, -1)
             qk = qkv_BHD[:, : 2 * heads]
             qk.copy_(rotate(qk, cos, sin))
             view.write(layer, places, qkv_BHD[:, heads:])
             keys, values = view.read(layer)
             attended = F.scaled_dot_product_attention(qkv_BHD[:, :heads, None], keys, values, attn_mask=mask)
-            x = torch.addmm(x, attended.view(rows, -1), output)
+            x = self.addmm(x, attended.view(rows, -1), output)
             normed = torch.layer_norm(x, shape, mlp_norm, None, eps)
-            x = torch.addmm(x, F.gelu(torch.mm(normed, expand)), contract)
+            x = self.addmm(x, F.gelu(self.mm(normed, expand)), contract)
         normed = torch.layer_norm(x, shape, self.model.final_norm.weight, None, eps)
-        return torch.mm(normed, self.head).float()
+        return self.mm(normed, self.head).float()
+
+
+class Int8(NamedTuple):
+    """A weight [N, K] in a quarter of its bytes: at small batches a step takes as long as its weights take to read."""
+
+    values: Tensor  # int8 [N, K]
+    scales: Tensor  # bf16 [N]: what 1 stands for in each row
+
+
+def quantise(weight: Tensor) -> Int8:
+    scales = (weight.abs().amax(dim=1).float() / 127).clamp(min=1e-12).bfloat16()
+    return Int8((weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales)
+
+
+def int8_mm(x: Tensor, weight: Int8) -> Tensor:
+    # PyTorch's kernel of weight-only quantisation (what torchao calls too); it takes x in bf16, and sums in fp32.
+    return torch._weight_int8pack_mm(x.bfloat16(), weight.values, weight.scales).to(x.dtype)
+
+
+def int8_addmm(added: Tensor, x: Tensor, weight: Int8) -> Tensor:
+    return added + int8_mm(x, weight)
 
 
 def _weights(block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -60,9 +91,9 @@ def _weights(block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     attention, mlp = block.attention, block.mlp
     return (
         block.attention_norm.weight,
-        attention.qkv.weight.t(),
-        attention.output.weight.t(),
+        attention.qkv.weight,
+        attention.output.weight,
         block.mlp_norm.weight,
-        mlp.expand.weight.t(),
-        mlp.contract.weight.t(),
+        mlp.expand.weight,
+        mlp.contract.weight,
     )

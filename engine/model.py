@@ -143,6 +143,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.decode_int8 = False  # see engine/cpu_decode.py
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.final_norm = LayerNorm(config)

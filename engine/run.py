@@ -134,6 +134,7 @@ class Run:
             model.load_state_dict(found.tensors("model"))
         except RuntimeError:
             raise InputError(f"{found.path} does not fit the model that {self.config} describes") from None
+        model.decode_int8 = runtime.precision == "int8"
         return model.to(device=runtime.device, dtype=runtime.dtype).eval(), tokenizer
 
 

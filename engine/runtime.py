@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.errors import InputError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# int8: fp32, but for the weights of decoding steps on a CPU (engine/cpu_decode.py).
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
         precision = _native_precision(chosen)
     if precision not in DTYPES:
         raise InputError(f"--precision is {precision!r}; it must be auto, {', '.join(DTYPES)}")
+    if precision == "int8" and chosen.type != "cpu":
+        raise InputError("--precision int8 is for decoding on a CPU; on a GPU use bf16 or fp16")
     if precision == "fp16" and chosen.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     return Runtime(chosen, precision)
