@@ -104,7 +104,7 @@ def test_a_run_is_measured_on_its_own_data_as_its_training_did(train: Train, sma
     path = write(run, result)
     assert json.loads(path.read_text()) == json.loads(json.dumps(result, default=vars))
     before, _, section = run.report.read_text().partition("## Evaluation")
-    assert "bits per byte" in before and "| bleu |" in section and path.name in section
+    assert "bits/byte" in before and "| bleu |" in section and path.name in section
     write(run, {**result, "data": "stories, test"})
     assert run.report.read_text().count("## Evaluation") == 1 and "### stories, test" in run.report.read_text()
 
