@@ -52,6 +52,7 @@ def serve(
     import signal
     import socket
 
+    import torch
     import uvicorn
 
     from cli.server.app import Served, create_app
@@ -64,6 +65,8 @@ def serve(
     logging.getLogger("gpt.serve").setLevel(logging.INFO)
     run = Run(path)
     machine = runtime.choose(device, precision)
+    # The event loop needs a core of its own: without it a product waits for a thread that is not running.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     model, tokenizer = run.load_model(machine, which, lambda message: print(message, file=sys.stderr))
     served = Served(
         name or path.resolve().name,
