@@ -130,6 +130,7 @@ class OptimizerConfig:
     matrix_rate: float = 0.02
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-10
     weight_decay: float = 0.1
     clip: float = 1.0
 
@@ -137,7 +138,7 @@ class OptimizerConfig:
         rates = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate", "weight_decay")
         _require(self, "optimizer", rates, lambda x: x >= 0, "at least 0")
         _require(self, "optimizer", ("beta1", "beta2"), lambda x: 0 <= x < 1, "at least 0 and below 1")
-        _require(self, "optimizer", ("clip",), lambda x: x > 0, "above 0")
+        _require(self, "optimizer", ("clip", "eps"), lambda x: x > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,44 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """How a policy learns from rewards (ppo, grpo) or from preferences (dpo, ipo). KL is in nats."""
+
+    method: Literal["ppo", "grpo", "dpo", "ipo"] = "ppo"
+    # Of ppo and grpo: the run of a reward model, or "program", which can be asked about the built-in stories.
+    reward: str = "program"
+    # What a nat of KL to the reference costs in units of the reward; of dpo and ipo, the same thing's inverse slope.
+    beta: float = 0.15
+    # The KL of an answer that ppo's beta is steered to; None leaves beta as it is. The run stops above the budget.
+    kl_target: float | None = None
+    kl_budget: float = 20.0
+    # Answers drawn before the policy changes, how many to each prompt (grpo), and how often all of them are learnt.
+    answers: int = 128
+    group: int = 8
+    passes: int = 4
+    temperature: float = 1.0
+    max_tokens: int | None = None
+    # Taken from the reward of an answer that does not end.
+    missing_end: float = 1.0
+    clip: float = 0.2
+    lam: float = 0.95
+    value_weight: float = 0.1
+    # Of dpo: the share of preferences believed to be wrong.
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self, "alignment", ("answers", "passes", "max_tokens"), lambda n: n >= 1, "at least 1")
+        _require(self, "alignment", ("beta", "missing_end", "value_weight"), lambda x: x >= 0, "at least 0")
+        _require(self, "alignment", ("kl_target", "kl_budget", "temperature", "clip"), lambda x: x > 0, "above 0")
+        _require(self, "alignment", ("lam",), lambda x: 0 <= x <= 1, "between 0 and 1")
+        _require(self, "alignment", ("label_smoothing",), lambda x: 0 <= x < 0.5, "at least 0 and below 0.5")
+        if self.kl_target is not None and self.method != "ppo":
+            raise InputError(f"alignment.kl_target steers the beta of ppo; {self.method} has a fixed one")
+        if self.group < 2 or self.answers % self.group:
+            raise InputError(f"alignment.group is {self.group}; it must be 2 or more and divide {self.answers} answers")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run: everything that decides its outcome but the machine."""
 
@@ -229,6 +268,7 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
     chat: bool = False

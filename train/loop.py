@@ -61,6 +61,10 @@ class Task:
     sample: Callable[[Any, int], None]
     # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte, where the loss is one of text.
     byte_lengths: Tensor | None = None
+    # What the loss and the batches measured since the last call, for the log.
+    measures: Callable[[], dict[str, float]] = dict
+    # A second model that the loss trains: PPO's critic. Saved beside the first.
+    critic: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Loop:
         self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
         self.run, self.runtime, self.tracker = run, runtime, tracker
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
-        self.optimizer = Optimizer(model, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
+        self.trained = nn.ModuleDict({"policy": model, "critic": task.critic}) if task.critic else model
+        self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.byte_lengths = None if task.byte_lengths is None else task.byte_lengths.to(runtime.device)
         self.loss = task.loss
@@ -114,6 +119,8 @@ class Loop:
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
         self.model.load_state_dict(found.tensors("model"))
+        if self.task.critic:
+            self.task.critic.load_state_dict(found.tensors("critic"))
         self.optimizer.load_state(found.tensors("optimizer"))
         set_random_state(found.tensors("random"), self.runtime.device)
         state = found.values("state")
@@ -195,6 +202,7 @@ class Loop:
                 "step": self.step,
                 "loss": loss,
                 **of_text,
+                **self.task.measures(),
                 "gradient_norm": norm,
                 "rate": rate,
                 "epoch": self.task.batches.epoch,
@@ -225,7 +233,7 @@ class Loop:
             total = self._passes(batches, learnt)
         for optimizer in self.optimizer.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip)
         return float(total), float(norm)
 
     def _passes(self, batches: list[Batch], learnt: int) -> Tensor | None:
@@ -293,6 +301,7 @@ class Loop:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state(),
             "random": random_state(self.runtime.device),
+            **({"critic": self.task.critic.state_dict()} if self.task.critic else {}),
         }
         self.saved = checkpoint.save(self.run.checkpoints, self.step, tensors, {"state": state})
         self.last_save = time.perf_counter()

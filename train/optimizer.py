@@ -98,7 +98,7 @@ class Optimizer:
                     if groups[role]
                 ],
                 betas=(config.beta1, config.beta2),
-                eps=1e-10,
+                eps=config.eps,
                 fused=True,
             )
         ]
@@ -153,4 +153,5 @@ class Optimizer:
 def _role(name: str, parameter: nn.Parameter) -> str:
     if parameter.ndim < 2:
         return "norm"
-    return "matrix" if name.startswith("blocks.") else name.partition(".")[0]
+    # Where two models are trained together, their names stand before these.
+    return "matrix" if "blocks." in name else name.split(".")[-2]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig, Recipe, override
@@ -21,7 +22,7 @@ from train.data.loader import Batch, PackedLoader, PieceSource
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
 from train.evaluate import evaluate_loss
-from train.loop import Loop, Outcome, Task, should_compile
+from train.loop import Batches, Loop, Outcome, Task, should_compile
 from train.report import write_report
 from train.schedule import Budget
 from train.tracking import MetricsFile, Tracker, Trackers, Wandb, require_wandb
@@ -60,20 +61,31 @@ class Data:
     validation: Corpus
 
 
+class Supply(Batches, Protocol):
+    """The batches of a stage, which may end something when they are no longer needed."""
+
+    def batches_per_epoch(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What a stage of training brings to `run_stage`."""
 
     data: Data
-    batches: PackedLoader
+    batches: Supply
     # What the model says after so much training, for samples.md.
     sample: Callable[[Any], list[str]]
     # The weights to begin with; None are those that `model` makes.
     base: Checkpoint | None = None
     model: Callable[[ModelConfig], GPT] = GPT
     # Where it is not next-token loss: what is learnt, and measured on so many tokens, so many at a time.
-    loss: Callable[[Any, Batch], torch.Tensor] | None = None
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
     evaluate: Callable[[Any, int, int], dict[str, float]] | None = None
+    # As of train.loop.Task.
+    measures: Callable[[], dict[str, float]] = dict
+    critic: nn.Module | None = None
     # Lines for the console before the run starts.
     notes: tuple[str, ...] = ()
 
@@ -176,7 +188,7 @@ def stage_task(recipe: Recipe, stage: Stage, run: Run) -> Task:
                 file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 
     of_text = torch.from_numpy(lengths) if stage.loss is None else None
-    return Task(stage.loss or packed_loss, stage.batches, evaluate, sample, of_text)
+    return Task(stage.loss or packed_loss, stage.batches, evaluate, sample, of_text, stage.measures, stage.critic)
 
 
 def packed_loss(model: GPT, batch: Batch) -> torch.Tensor:

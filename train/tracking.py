@@ -22,6 +22,9 @@ MEASURES = {
     ("accuracy",): "accuracy {:.3f}",
     ("gold_accuracy",): "gold order {:.3f}",
     ("calibration_error",): "calibration error {:.3f}",
+    ("reward",): "reward {:.3f}",
+    ("gold",): "gold {:.3f}",
+    ("kl",): "KL {:.2f}",
     ("chosen_mean", "chosen_std"): "chosen {:.2f} ± {:.2f}",
     ("rejected_mean", "rejected_std"): "rejected {:.2f} ± {:.2f}",
 }

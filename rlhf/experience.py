@@ -1,0 +1,228 @@
+"""Experience: what a rollout taught, as batches for the one training loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.config import Recipe
+from engine.errors import InputError
+from engine.model import GPT
+from rlhf.advantages import KLCoefficient, k1, k3
+from rlhf.log_probs import pack_answers
+from rlhf.prompts import Prompts
+from rlhf.rewards import Reward
+from rlhf.rollout import TOLERANCE, WORST, Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs
+from train.data.loader import IGNORE_INDEX, Batch
+from train.loop import TrainingError
+
+# The sum of k1 over an answer may be negative by chance, its mean over many answers hardly.
+LEAST_KL = -1.0
+
+
+class KLAlarmError(TrainingError):
+    """The policy has left the reference behind. Up to step `good` it had not."""
+
+    def __init__(self, message: str, good: int) -> None:
+        super().__init__(message)
+        self.good = good
+
+
+@dataclass(frozen=True)
+class Experience(Batch):
+    """Packed prompts and answers. Beside each target, in their order: fp32 [targets] each.
+
+    Log-probabilities of the policy that drew it and of the reference, its advantage, and what PPO's critic expected
+    and should have.
+    """
+
+    old: Tensor
+    reference: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+
+    @property
+    def answers(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def select(self, rows: Sequence[int]) -> "Experience":
+        """These answers, in this order."""
+        lengths = self.cu_seqlens.diff().tolist()
+        learnt = torch.stack([(part != IGNORE_INDEX).sum() for part in self.targets.split(lengths)]).tolist()
+
+        def pick(tensor: Tensor) -> Tensor:
+            parts = tensor.split(lengths if len(tensor) == len(self.tokens) else learnt)
+            return torch.cat([parts[row] for row in rows])
+
+        tensors = {name: pick(value) for name, value in vars(self).items() if name not in ("cu_seqlens", "max_seqlen")}
+        bounds = torch.tensor([0, *(lengths[row] for row in rows)], device=self.cu_seqlens.device)
+        return Experience(**tensors, cu_seqlens=bounds.cumsum(0).int(), max_seqlen=self.max_seqlen)
+
+    def split(self, parts: int) -> list["Experience"]:
+        """Cut between answers, into parts about equal."""
+        cuts = [self.answers * part // parts for part in range(parts + 1)]
+        ranges = [range(first, last) for first, last in pairwise(cuts)]
+        return [self.select(rows) for rows in ranges if rows]
+
+
+class Measures:
+    """Means of what was measured since they were last taken."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, list[Tensor | float]] = {}
+
+    def add(self, measured: Mapping[str, Tensor | float]) -> None:
+        for name, value in measured.items():
+            self.held.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        means = {name: sum(map(float, values)) / len(values) for name, values in self.held.items()}
+        self.held = {}
+        return means
+
+
+class Method(Protocol):
+    """What PPO and GRPO do differently."""
+
+    measures: Measures
+    # Answers to each prompt.
+    group: int
+
+    def judge(
+        self, rollout: Rollout, kl_N: Tensor, scores_B: Tensor, coefficient: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages, values and returns of every token, [tokens] each."""
+        ...
+
+    def loss(self, policy: GPT, batch: Experience) -> Tensor: ...
+
+
+class Rollouts:
+    """The batches of a policy that learns from its own answers (train.loop.Batches).
+
+    When all answers of a rollout have been dealt `passes` times, each time in another order, the policy as it is then
+    draws new ones. What is handed out is `micro` answers at a time.
+    """
+
+    def __init__(
+        self, recipe: Recipe, prompts: Prompts, reference: GPT, reward: Reward, method: Method, ends: frozenset[int]
+    ) -> None:
+        self.recipe, self.config, self.prompts = recipe, recipe.alignment, prompts
+        self.reference, self.reward, self.method, self.ends = reference, reward, method, ends
+        self.policy = reference  # until there is one
+        self.micro = recipe.loop.micro_batch or recipe.loop.batch
+        if self.config.answers % recipe.loop.batch:
+            raise InputError(
+                f"alignment.answers {self.config.answers} is not a multiple of the batch of {recipe.loop.batch}"
+            )
+        self.coefficient = KLCoefficient(self.config.beta, self.config.kl_target)
+        self.rounds = 0
+        self.held: Experience | None = None
+        self.order: list[list[int]] = []  # of the rows of `held`, that have yet to be handed out
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.config.answers // self.method.group
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.config.answers * self.config.passes // self.recipe.loop.batch
+
+    @property
+    def epoch(self) -> float:
+        return self.rounds * self.prompts_per_round / len(self.prompts)
+
+    def batches_per_epoch(self) -> float:
+        micro_batches = self.config.answers * self.config.passes / self.micro
+        return len(self.prompts) / self.prompts_per_round * micro_batches
+
+    def close(self) -> None:
+        pass
+
+    def __next__(self) -> Experience:
+        if not self.order:
+            self.held = self._round()
+            orders = [torch.randperm(self.held.answers) for _ in range(self.config.passes)]
+            self.order = [rows.tolist() for order in orders for rows in order.split(self.micro)]
+        assert self.held is not None
+        return self.held.select(self.order.pop(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; in the middle of a round with all that it has yet to hand out."""
+        held = {}
+        if self.held is not None and self.order:
+            held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
+        state = {"rounds": self.rounds, "beta": self.coefficient.value, "order": self.order, "held": held}
+        return {**state, "prompts": self.prompts.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["prompts"] != self.prompts.fingerprint:
+            raise InputError("this run cannot be resumed with other prompts; start a new run")
+        self.rounds, self.coefficient.value, self.order = state["rounds"], state["beta"], state["order"]
+        dtypes = {"tokens": torch.int64, "targets": torch.int64, "cu_seqlens": torch.int32}
+        held = {name: torch.tensor(each, dtype=dtypes.get(name)) for name, each in state["held"].items()}
+        self.held = Experience(**held, max_seqlen=self.policy.config.context) if held else None
+
+    def _round(self) -> Experience:
+        """Draw answers, have them judged, and see whether the policy is still in its senses."""
+        config = self.config
+        first = self.rounds * self.prompts_per_round
+        prompts = self.prompts.deal(first, self.prompts_per_round, self.recipe.loop.seed)
+        prompts = [prompt for prompt in prompts for _ in range(self.method.group)]
+        drawn = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        # From the generator that checkpoints hold.
+        rollout = roll_out(self.policy, prompts, self.ends, **drawn, seed=int(torch.randint(2**62, ())))  # type: ignore[arg-type]
+        tokens = self.recipe.tokens_per_pass
+        old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
+        reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
+        scores = self.reward(prompts, rollout.answers)
+        kl_N = k1(old, reference)
+        kl = answer_kl(kl_N, rollout.mask)
+        self.method.measures.add(
+            {
+                "reward": float(scores.mean()),
+                "reward_std": float(scores.std()),
+                "kl": kl,
+                "kl_k3": answer_kl(k3(old, reference), rollout.mask),
+                "beta": self.coefficient.value,
+                "entropy": float(entropy.mean()),
+                **self._sampler_error(rollout, old),
+                **describe_answers(rollout),
+            }
+        )
+        self._watch(kl)
+        advantages, values, returns = self.method.judge(rollout, kl_N, scores, self.coefficient.value)
+        self.coefficient.update(kl, len(prompts))
+        self.rounds += 1
+        batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
+        return Experience(
+            **vars(batch), old=old, reference=reference, advantages=advantages, values=values, returns=returns
+        )
+
+    def _watch(self, kl: float) -> None:
+        if not LEAST_KL <= kl <= self.config.kl_budget:  # NaN is not either
+            raise KLAlarmError(
+                f"KL alarm: after {self.rounds} rounds the answers are {kl:.2f} nats from the reference; expected "
+                f"{LEAST_KL:g} to {self.config.kl_budget:g} (alignment.kl_budget). A higher beta, or lower learning "
+                "rates, keep the policy closer",
+                good=max(0, self.rounds - 1) * self.steps_per_round,
+            )
+
+    def _sampler_error(self, rollout: Rollout, old: Tensor) -> dict[str, float]:
+        """How far the sampler's log-probabilities are from the trainer's. Raises TrainingError where it is too far."""
+        ours = old
+        if self.config.temperature != 1:
+            ours, _ = rollout_log_probs(self.policy, rollout, 1.0, self.recipe.tokens_per_pass)
+        off = (rollout.sampled - ours).abs()
+        mean, worst = float(off.mean()), float(off.max())
+        # Coarser formats round the cached keys and values as well.
+        if self.recipe.precision == "fp32" and not (mean <= TOLERANCE and worst <= WORST):
+            raise TrainingError(
+                f"sampler and trainer disagree by {mean:.1e} nats a token, {worst:.1e} at most; expected {TOLERANCE:g} "
+                f"and {WORST:g}"
+            )
+        return {"sampler_error": mean, "sampler_error_worst": worst}

@@ -1,0 +1,76 @@
+"""DPO and IPO on a model: where they start, what they read, and that they learn what was preferred."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.chat_template import Message, render
+from engine.config import AlignmentConfig, BudgetConfig, DataConfig
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import choose
+from engine.tokenizer import Tokenizer
+from rlhf.align import align, alignment_recipe
+from rlhf.dpo import DPO
+from rlhf.preferences import Pairs, Preference
+from rlhf.train_reward import PairLoader
+from tests.train.conftest import Recorder
+from train.data.loader import Batch
+
+TALK = (Message("user", "say fox"), Message("assistant", "bear"), Message("user", "no"))
+
+
+@pytest.fixture
+def batch(tokenizer: Tokenizer, gpt: GPT) -> Batch:
+    """Three pairs, of which one has an earlier answer, and padding behind them."""
+    pairs = Pairs(tokenizer, gpt.config.context)
+    for prompt, chosen, rejected in ((TALK[:1], "a fox", "a bear there"), (TALK, "fox", "so"), (TALK[:1], "b", "a")):
+        pairs.add(Preference(prompt, chosen, rejected))
+    size = int(pairs.lengths.sum()) + 5
+    loader = PairLoader(pairs, size, size, seed=0, shuffle=False, epochs=1, whole=True, prefetch=0)
+    return next(loader)
+
+
+@pytest.mark.parametrize(("method", "start"), [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.2**2))])
+def test_before_the_first_step_the_loss_is_that_of_no_preference(
+    gpt: GPT, batch: Batch, tokenizer: Tokenizer, method: str, start: float
+) -> None:
+    dpo = DPO(AlignmentConfig(method=method, beta=0.2), gpt, tokenizer)  # type: ignore[arg-type]
+    assert float(dpo.loss(gpt, batch).detach()) == pytest.approx(3 * start)
+    measured = dpo.measures.take()
+    assert measured["accuracy"] == 0.5 and measured["chosen_change"] == measured["rejected_change"] == 0
+
+
+def test_only_the_last_answer_and_its_end_count(gpt: GPT, batch: Batch, tokenizer: Tokenizer) -> None:
+    _, measured = DPO(AlignmentConfig(), gpt, tokenizer).measure(gpt, batch)
+    for name, answers in (("chosen", ("a fox", "fox", "b")), ("rejected", ("a bear there", "so", "a"))):
+        expected = []
+        for prompt, answer in zip((TALK[:1], TALK, TALK[:1]), answers, strict=True):
+            ids, _ = render(tokenizer, [*prompt, Message("assistant", answer)])
+            begin = len(ids) - len(tokenizer.encode(answer)) - 1
+            log_probs = gpt.logits(gpt(torch.tensor([ids[:-1]])))[0].log_softmax(dim=-1)
+            expected.append(log_probs[range(begin - 1, len(ids) - 1), ids[begin:]].sum())
+        torch.testing.assert_close(measured[name], torch.stack(expected).mean().detach(), atol=1e-4, rtol=1e-5)
+
+
+def test_a_batch_in_parts_is_the_whole(gpt: GPT, batch: Batch, tokenizer: Tokenizer) -> None:
+    reference = GPT(gpt.config)
+    dpo = DPO(AlignmentConfig(method="dpo", beta=0.2, label_smoothing=0.1), reference, tokenizer)
+    parts = torch.stack([dpo.loss(gpt, part) for part in batch.split(3)])
+    torch.testing.assert_close(parts.sum(), dpo.loss(gpt, batch))
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
+def test_what_was_preferred_becomes_likelier(chat: Run, likes_foxes: DataConfig, tmp_path: Path, method: str) -> None:
+    config = AlignmentConfig(method=method, beta=0.2)  # type: ignore[arg-type]
+    recipe = alignment_recipe(chat, chat.find_checkpoint(), likes_foxes, config, rate=0.003, batch=4)
+    recipe = dataclasses.replace(recipe, budget=BudgetConfig(steps=20))
+    recorder = Recorder()
+    outcome = align(recipe, Run(tmp_path / "run"), choose("cpu", "fp32"), recorder)
+    assert outcome.evaluation["accuracy"] > 0.9
+    last = [line for line in recorder.logged if "loss" in line][-1]
+    assert last["chosen_change"] > last["rejected_change"] and last["chosen"] < 0
+    Run(tmp_path / "run").load_model(choose("cpu", "fp32"))

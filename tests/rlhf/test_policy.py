@@ -1,0 +1,238 @@
+"""PPO and GRPO on a model of a few thousand parameters, in the one training loop."""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import checkpoint
+from engine.config import AlignmentConfig, DataConfig, ModelConfig, Recipe, override
+from engine.errors import InputError
+from engine.model import GPT
+from engine.run import Run
+from engine.runtime import choose
+from rlhf import align as alignment
+from rlhf.align import align, alignment_recipe
+from rlhf.experience import Experience, KLAlarmError
+from rlhf.grpo import GRPO
+from rlhf.log_probs import answer_log_probs, pack_answers
+from rlhf.ppo import PPO, critic_values
+from rlhf.reward_model import RewardModel
+from rlhf.rewards import Prompt
+from rlhf.rollout import roll_out, rollout_log_probs
+from tests.train.conftest import Recorder
+from train.loop import Loop, TrainingError
+from train.tracking import read_metrics
+
+CPU = choose("cpu", "fp32")
+
+
+def likes_small_ids(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tensor:
+    """The share of tokens among the first half of the vocabulary: about 1/2 to begin with."""
+    return torch.tensor([sum(token < 200 for token in answer) / len(answer) for answer in answers])
+
+
+@pytest.fixture
+def recipe(chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """Six rounds of 16 answers of 8 tokens, with a reward that is easy to have."""
+    rows = [{"prompt": f"say {n}", "response": "fox"} for n in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(alignment, "open_reward", lambda *_: (likes_small_ids, None))
+
+    def make(method: str, *, rounds: int = 6, rate: float = 0.03, **settings: Any) -> Recipe:
+        values = {
+            "beta": 0.01,
+            "answers": 16,
+            "passes": 2,
+            "max_tokens": 8,
+            "missing_end": 0.0,
+            "kl_budget": 100.0,
+            **settings,
+        }
+        config = AlignmentConfig(method=method, **values)  # type: ignore[arg-type]
+        data = DataConfig(source=str(tmp_path / "prompts.jsonl"), holdout=0.2)
+        found = alignment_recipe(chat, chat.find_checkpoint(), data, config, rounds=rounds, rate=rate, batch=8)
+        return override(found, "precision", "fp32")
+
+    return make
+
+
+def rewards(run: Run) -> list[float]:
+    return [line["reward"] for line in read_metrics(run.metrics) if "reward" in line]
+
+
+def weights(run: Run, name: str = "model") -> dict[str, Tensor]:
+    return run.find_checkpoint().tensors(name)
+
+
+@pytest.fixture
+def experience(gpt: GPT) -> Experience:
+    """Of five answers, made of distinct numbers."""
+    prompts = [Prompt(tuple(range(1, 2 + n))) for n in range(5)]
+    rollout = roll_out(gpt, prompts, frozenset(range(20, 60)), max_tokens=6)
+    old, _ = rollout_log_probs(gpt, rollout, 1.0, 10**6)
+    batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, gpt.config.context)
+    reference, advantages, values, returns = torch.randn(4, len(old))
+    return Experience(
+        **vars(batch), old=old, reference=reference, advantages=advantages, values=values, returns=returns
+    )
+
+
+def test_answers_are_picked_with_all_that_belongs_to_them(gpt: GPT, experience: Experience) -> None:
+    picked = experience.select([3, 0])
+    # Log-probabilities computed anew tell whether tokens, targets, boundaries and numbers still belong together.
+    torch.testing.assert_close(answer_log_probs(gpt, picked)[0].detach(), picked.old, atol=1e-5, rtol=0)
+    assert picked.answers == 2 and len(picked.returns) == len(picked.old)
+    parts = experience.split(3)
+    assert [part.answers for part in parts] == [1, 2, 2]
+    for name in ("tokens", "targets", "old", "advantages", "returns"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(experience, name))
+
+
+def test_the_first_minibatch_of_ppo_has_ratio_1_no_clipping_and_no_kl(
+    gpt: GPT, experience: Experience, small_config: ModelConfig
+) -> None:
+    critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
+    ppo = PPO(AlignmentConfig(), critic, 100)
+    batch = dataclasses.replace(experience, values=critic_values(critic, experience).detach())
+    loss = ppo.loss(gpt, batch)
+    measured = ppo.measures.take()
+    assert measured["clipped"] == 0 and measured["approx_kl"] == pytest.approx(0, abs=1e-10)
+    assert measured["policy_loss"] == pytest.approx(-float(batch.advantages.mean()), abs=1e-5)
+    assert measured["value_loss"] == pytest.approx(float((batch.values - batch.returns).square().mean()) / 2)
+    mean = measured["policy_loss"] + 0.1 * measured["value_loss"]
+    assert float(loss.detach()) == pytest.approx(len(batch.old) * mean, rel=1e-4)
+
+
+def test_a_constant_added_to_all_scores_changes_nothing(gpt: GPT, small_config: ModelConfig) -> None:
+    critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
+    rollout = roll_out(gpt, [Prompt((1, 2))] * 6, frozenset(range(20, 60)), max_tokens=6)
+    kl, scores = torch.zeros(len(rollout.sampled)), torch.randn(6)
+    for trainer in (PPO(AlignmentConfig(), critic, 100), GRPO(AlignmentConfig(answers=6, group=6))):
+        (plain, *_), (shifted, *_) = (trainer.judge(rollout, kl, scores + shift, 0.1) for shift in (0.0, -5.0))
+        torch.testing.assert_close(plain, shifted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_minibatches_in_parts_are_the_whole(
+    gpt: GPT, experience: Experience, small_config: ModelConfig, method: str
+) -> None:
+    config = AlignmentConfig()
+    critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
+    trainer = PPO(config, critic, 100) if method == "ppo" else GRPO(config)
+    parts = torch.stack([trainer.loss(gpt, part) for part in experience.split(5)])
+    torch.testing.assert_close(parts.sum(), trainer.loss(gpt, experience), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_the_reward_rises_and_everything_worth_watching_is_logged(
+    recipe: Callable[..., Recipe], tmp_path: Path, method: str
+) -> None:
+    run, recorder = Run(tmp_path / "run"), Recorder()
+    outcome = align(recipe(method, rounds=8), run, CPU, recorder)
+    found = rewards(run)
+    assert len(found) == 8 and found[-1] > found[0] + 0.1
+    logged = next(line for line in recorder.logged if "reward" in line)
+    assert logged["kl"] == logged["kl_k3"] == 0 and logged["sampler_error_worst"] < 1e-5
+    expected = {"beta", "entropy", "length", "ended", "distinct_2", "clipped", "approx_kl", "reward_std"}
+    assert expected | ({"explained", "value_loss"} if method == "ppo" else {"undecided_groups"}) <= logged.keys()
+    assert outcome.evaluation["kl"] > 0 and outcome.evaluation["reward"] > found[0]
+    run.load_model(CPU)
+
+
+def test_a_higher_price_of_kl_keeps_the_policy_closer(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for method in ("ppo", "grpo"):
+        kl = []
+        for beta in (0.0, 3.0):
+            outcome = align(recipe(method, beta=beta, rounds=3), Run(tmp_path / f"{method}{beta}"), CPU, Recorder())
+            kl.append(outcome.evaluation["kl"])
+        assert kl[0] > 2 * abs(kl[1])
+
+
+@pytest.mark.parametrize(("method", "stop"), [("ppo", 6), ("ppo", 8), ("grpo", 5)])
+def test_a_run_resumed_within_a_round_or_between_two_is_bit_equal_to_one_that_never_stopped(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stop: int
+) -> None:
+    plan = recipe(method, rounds=4, kl_target=1.0 if method == "ppo" else None)
+    whole, stopped = Run(tmp_path / "whole"), Run(tmp_path / "stopped")
+    align(plan, whole, CPU, Recorder())
+    train_step = Loop._train_step
+
+    def interrupted(self: Loop, progress: float) -> None:
+        if self.step == stop - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        train_step(self, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_train_step", interrupted)
+        assert align(plan, stopped, CPU, Recorder()).step == stop
+    align(stopped.read_recipe(), stopped, CPU, Recorder(), resume=True)
+    for name in ("model", "critic") if method == "ppo" else ("model",):
+        assert all(torch.equal(value, weights(stopped, name)[key]) for key, value in weights(whole, name).items())
+    assert rewards(stopped) == rewards(whole)
+    prices = [line["beta"] for line in read_metrics(stopped.metrics) if "beta" in line]
+    assert (len(set(prices)) > 1) == (method == "ppo")
+
+
+def test_a_policy_that_runs_away_is_stopped_and_its_last_good_checkpoint_kept(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(KLAlarmError, match="KL alarm: after") as caught:
+        align(recipe("grpo", passes=4, kl_budget=5.0, rounds=8), run, CPU, Recorder())
+    good = run.find_checkpoint()
+    assert good.step == caught.value.good and list(run.checkpoints.glob("damaged-*"))
+    kl = {line["step"]: line["kl"] for line in read_metrics(run.metrics) if "kl" in line and "reward" in line}
+    assert kl[good.step + 1] <= 5
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        rollout = roll_out(*arguments, **options)
+        return dataclasses.replace(rollout, sampled=rollout.sampled + 0.01)
+
+    monkeypatch.setattr("rlhf.experience.roll_out", wrong)
+    with pytest.raises(TrainingError, match="sampler and trainer disagree"):
+        align(recipe("grpo"), Run(tmp_path / "run"), CPU, Recorder())
+
+
+def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_policy(
+    recipe: Callable[..., Recipe], chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe("ppo", rounds=1)
+    critic = RewardModel(dataclasses.replace(plan.model, scalar_head=True))
+    begin = {name: value.clone() for name, value in critic.state_dict().items()}
+    monkeypatch.setattr(alignment, "open_reward", lambda *_: (likes_small_ids, critic))
+    run = Run(tmp_path / "run")
+    align(
+        dataclasses.replace(plan, optimizer=dataclasses.replace(plan.optimizer, matrix_rate=0.0)), run, CPU, Recorder()
+    )
+    trained = weights(run, "critic")
+    assert torch.equal(trained["blocks.0.mlp.expand.weight"], begin["blocks.0.mlp.expand.weight"])
+    assert not torch.equal(trained["head.weight"], begin["head.weight"])
+    assert weights(run)["head.weight"].shape != trained["head.weight"].shape
+
+
+def test_what_cannot_be_aligned_is_said(recipe: Callable[..., Recipe], chat: Run, tmp_path: Path) -> None:
+    stories = dataclasses.replace(recipe("ppo"), data=DataConfig(source="stories", documents=10))
+    with pytest.raises(InputError, match="holds documents"):
+        align(stories, Run(tmp_path / "run"), CPU, Recorder())
+    with pytest.raises(InputError, match="not a multiple of the batch"):
+        align(recipe("ppo", answers=20, group=4), Run(tmp_path / "run"), CPU, Recorder())
+    with pytest.raises(InputError, match="steers the beta of ppo"):
+        recipe("grpo", kl_target=1.0)
+    with pytest.raises(InputError, match="divide 16 answers"):
+        recipe("grpo", group=3)
+    chat.write_recipe(dataclasses.replace(chat.read_recipe(), chat=False))
+    with pytest.raises(InputError, match="not learnt conversations"):
+        recipe("ppo")
+    assert checkpoint.checkpoints(tmp_path / "run") == []
