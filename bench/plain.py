@@ -1,9 +1,11 @@
-"""The peer: a GPT as it is plainly written in PyTorch. Eager, fp32, SDPA, full logits, fused AdamW.
+"""The peer: a GPT as it is plainly written in PyTorch. SDPA, full logits, fused AdamW.
 
 Same shape and number of matrix parameters as ours; learned positions, every row attended as one sequence.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,12 +14,22 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, T, D] to causal attention's output
+sdpa: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that holds the matrix of scores."""
+    hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1) @ v
+
 
 class PlainBlock(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads, self.attend = config.heads, attend
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
@@ -31,18 +43,17 @@ class PlainBlock(nn.Module):
             part.view(batch, length, self.heads, -1).transpose(1, 2)
             for part in self.qkv(self.attention_norm(x_BTC)).split(width, dim=-1)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTC = x_BTC + self.output(attended.transpose(1, 2).reshape(batch, length, width))
+        x_BTC = x_BTC + self.output(self.attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
         return x_BTC + self.contract(F.gelu(self.expand(self.mlp_norm(x_BTC))))
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend = sdpa) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context, config.width)
-        self.blocks = nn.Sequential(*(PlainBlock(config) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(PlainBlock(config, attend) for _ in range(config.blocks)))
         self.final_norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from bench.plain import PlainGPT, plain_optimizer
+from bench.plain import Attend, PlainGPT, plain_optimizer, sdpa, written_out
 from engine.config import OptimizerConfig, Recipe, ScheduleConfig
 from engine.model import GPT
 from engine.runtime import Runtime, cpu_multiplies_bf16, measured_peak, synchronize
@@ -61,14 +62,19 @@ def our_step(recipe: Recipe, runtime: Runtime, *, compile: bool = False, kind: s
     return step
 
 
-def plain_step(recipe: Recipe, runtime: Runtime) -> Step:
-    model = PlainGPT(recipe.model).to(runtime.device)
+def plain_step(recipe: Recipe, runtime: Runtime, *, compile: bool = False, attend: Attend = sdpa) -> Step:
+    """The peer's step, under autocast unless the runtime is fp32."""
+    model = PlainGPT(recipe.model, attend).to(runtime.device)
     optimizer = plain_optimizer(model)
+    run = torch.compile(model) if compile else model
+    autocast = torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.precision != "fp32")
     tokens = packed_batch(recipe, runtime.device).tokens.view(-1, recipe.model.context)
     targets = tokens.roll(-1)
 
     def step() -> None:
-        model.row_loss(tokens, targets).backward()
+        with autocast:
+            loss = F.cross_entropy(run(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -77,15 +83,19 @@ def plain_step(recipe: Recipe, runtime: Runtime) -> Step:
 
 
 def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Callable[[], Step]]:
-    """The peer, ours, and ours with one thing changed."""
+    """The peer, ours, and both with one thing changed."""
+    fp32 = dataclasses.replace(runtime, precision="fp32")
     found: dict[str, Callable[[], Step]] = {
-        "plain": lambda: plain_step(recipe, runtime),
+        "plain": lambda: plain_step(recipe, fp32),
+        "plain, attention written out": lambda: plain_step(recipe, runtime, attend=written_out),
         "ours": lambda: our_step(recipe, runtime),
         "ours, AdamW": lambda: our_step(recipe, runtime, kind="adamw"),
     }
     if runtime.precision != "fp32":
-        found["ours, fp32"] = lambda: our_step(recipe, dataclasses.replace(runtime, precision="fp32"))
+        found["ours, fp32"] = lambda: our_step(recipe, fp32)
     if compile:
+        # As nanoGPT is trained: compiled, SDPA, mixed precision, fused AdamW.
+        found["plain, compiled"] = lambda: plain_step(recipe, runtime, compile=True)
         found["ours, compiled"] = lambda: our_step(recipe, runtime, compile=True)
     return found
 

@@ -14,6 +14,7 @@ BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 def bench_train(
     preset: Annotated[str, typer.Argument(help="nano, tiny or large.")] = "nano",
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of one context each.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps to take the median of.")] = 10,
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
     device: Device = "auto",
@@ -32,6 +33,9 @@ def bench_train(
     from engine import config, runtime
 
     recipe = config.override(config.preset(preset), "loop.batch", batch or BATCHES[preset])
+    title = f"training-{preset}"
+    if context is not None:
+        recipe, title = config.override(recipe, "model.context", context), f"{title}-{context}"
     machine = runtime.choose(device, precision)
     result = bench_training(recipe, machine, rounds=rounds, compile=compile)
     table = Table("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory")
@@ -47,7 +51,7 @@ def bench_train(
     console = Console(highlight=False)
     console.print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
     console.print(table)
-    console.print(f"written to {write_result(f'training-{preset}', machine, result, out)}")
+    console.print(f"written to {write_result(title, machine, result, out)}")
 
 
 def bench_quality(

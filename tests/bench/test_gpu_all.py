@@ -27,11 +27,13 @@ def test_a_step_that_fails_is_reported_and_the_next_one_runs(tmp_path: Path) -> 
         "cross-entropy": "0",
         "decode-attention": "0",
         "decode-large": "0",
-        "train-large": "0",
-        "train-tiny": "0",
     }
     assert (results / "attention.log").read_text() == "cannot\n"
-    assert "bench-train large" in (results / "train-large.log").read_text()
+    assert "bench-decode large" in (results / "decode-large.log").read_text()
+    done = subprocess.run([*command, "training"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--context 2048" in (results / "train-large-2048.log").read_text()
+    assert subprocess.run([*command, "neither"], env=environment, capture_output=True).returncode == 2
 
 
 def test_missing_packages_are_said_and_the_tests_are_not_passed_over_in_silence(tmp_path: Path) -> None:
