@@ -16,8 +16,9 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Conversations: stories-instruct (unless told else), dolly, alpaca, oasst1, smoltalk, smol-smoltalk, "
-            "ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or documents, as for gpt train."
+            help="Conversations: stories-instruct (unless told else), stories-instruct:brief, dolly, alpaca, oasst1, "
+            "smoltalk, smol-smoltalk, ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. "
+            "Or documents, as for gpt train."
         ),
     ] = None,
     prompt_column: Annotated[str | None, typer.Option(help="The column of the requests.")] = None,

@@ -32,7 +32,7 @@ from rlhf.reward_model import RewardModel
 from rlhf.rewards import ModelReward, ProgramReward, Reward
 from rlhf.rollout import answer_kl, describe_answers, roll_out, rollout_log_probs
 from rlhf.train_reward import PairLoader
-from train.data.conversations import open_conversations
+from train.data.conversations import STORIES_BRIEF, STORIES_INSTRUCT, open_conversations
 from train.finetune import finetuning_recipe, load_base
 from train.loop import Outcome
 from train.pretrain import Console, Data, Stage, run_stage
@@ -182,7 +182,7 @@ def open_reward(recipe: Recipe, tokenizer: Tokenizer, runtime: Runtime) -> tuple
     """The reward of a recipe, and for a critic to begin with a second copy of its model."""
     name = recipe.alignment.reward
     if name == "program":
-        if recipe.data.source != "stories-instruct":
+        if recipe.data.source not in (STORIES_INSTRUCT, STORIES_BRIEF):
             raise InputError("--reward program knows the built-in requests alone: use it with --data stories-instruct")
         return ProgramReward(tokenizer), None
     run = Run(Path(name))

@@ -81,8 +81,9 @@ def test_prepared_text_is_encoded_as_it_was(prepared: Path) -> None:
         assert pieces.read(number, 1, 5)[1].tolist() == shards.read(number, 1, 5)[1].tolist()
 
 
-def test_each_request_for_a_story_comes_with_its_facts() -> None:
-    held_out = open_held_out(DataConfig(source="stories-instruct"), "test", None)
+@pytest.mark.parametrize("source", ["stories-instruct", "stories-instruct:brief"])
+def test_each_request_for_a_story_comes_with_its_facts(source: str) -> None:
+    held_out = open_held_out(DataConfig(source=source), "test", None)
     for document, facts in islice(zip(held_out.documents, held_out.facts, strict=True), 3):
         assert isinstance(document, list) and facts is not None and str(facts.kind) in document[0].content
         case = Case([document[0]], document[1].content, facts)

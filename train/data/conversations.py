@@ -20,7 +20,7 @@ from train.data.shards import Progress, is_prepared
 from train.data.sources import HUB_SHORT_NAMES, SPLITS, Source, open_source
 from train.data.story_requests import StoryRequest, story_requests
 
-STORIES_INSTRUCT = "stories-instruct"
+STORIES_INSTRUCT, STORIES_BRIEF = "stories-instruct", "stories-instruct:brief"
 # There are requests without end; so many are more than a small model needs.
 STORY_REQUESTS = {"train": 20_000, "validation": 500, "test": 500}
 HUB_SETS = {
@@ -40,7 +40,7 @@ def open_conversations(data: DataConfig) -> Source | None:
     Of a file or Hub data set that is not known by name, the first row decides, unless columns are named.
     """
     name, named = data.source, data.prompt_column or data.messages_column
-    if name == STORIES_INSTRUCT:
+    if name in (STORIES_INSTRUCT, STORIES_BRIEF):
         return StoryRequests(name, limit=data.documents)
     if not named and (data.column or name == "stories" or name in HUB_SHORT_NAMES or is_prepared(name)):
         return None
@@ -58,7 +58,7 @@ def _bare_rows(rows: Iterable[Row]) -> Iterator[object]:
 
 @dataclasses.dataclass
 class StoryRequests(Source):
-    """The built-in instructions: each a request for a story, and the story."""
+    """The built-in instructions: each a request for a story, and the story; or for a brief story."""
 
     def describe(self) -> str:
         return f"{self.name}: requests for stories, written by the program itself"
@@ -66,7 +66,8 @@ class StoryRequests(Source):
     def requests(self, split: str, start: int = 0) -> Iterator[StoryRequest]:
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
-        return islice(story_requests(split, start), max(0, (self.limit or STORY_REQUESTS[split]) - start))
+        requests = story_requests(split, start, brief=self.name == STORIES_BRIEF)
+        return islice(requests, max(0, (self.limit or STORY_REQUESTS[split]) - start))
 
     def documents(self, split: str, start: int = 0) -> Iterator[Conversation]:
         for request in self.requests(split, start):

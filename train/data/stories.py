@@ -1,6 +1,7 @@
 """The built-in data: children's stories without end, each with facts that a program can check.
 
 The folder storybook holds the words, the phrases and the plots; story_grammar.py is the language they are written in.
+Brief stories, of three sentences, have plots of their own, and the heroes of the long stories of the same numbers.
 Everything about a story follows from (seed, split). The first name, kind and trait in a story are its hero's, and they
 decide its split: no text can come out of two splits, while the held-out stories are made of the same words.
 """
@@ -29,7 +30,7 @@ MOOD_CUES = {
 MOOD_OF_CUE = {cue: mood for mood, cues in MOOD_CUES.items() for cue in cues}
 ENDING_WORDS = 40
 
-MEDIUM, LONG = 100, 170  # the fewest words of a story of medium length, and of a long one
+SHORT, MEDIUM, LONG = 46, 100, 170  # the fewest words of such a story; a brief one has fewer
 KEEP = (0.0, 0.0, 0.0, 0.3, 0.5, 0.7, 1.0, 1.0, 1.0)  # shares of the optional texts to keep; each story draws one
 
 HERO_GROUPS = ("child",) * 5 + ("animal",) * 5 + ("creature",)
@@ -88,6 +89,7 @@ class Storybook(NamedTuple):
     """All that the storyteller knows."""
 
     plots: list[Plot]
+    brief_plots: list[Plot]
     names: dict[str, list[str]]
     pronouns: dict[str, Row]
     kinds: dict[str, list[Row]]
@@ -102,7 +104,10 @@ class Storybook(NamedTuple):
 def storybook() -> Storybook:
     phrases = {name: join_lines(text).strip() for name, text in read_blocks("phrases.txt")}
     tables = {name: read_table(text) for name, text in read_blocks("words.txt")}
-    plots = [read_plot(path, tables, phrases) for path in sorted((STORYBOOK / "plots").glob("*.txt"))]
+    plots, brief_plots = (
+        [read_plot(path, tables, phrases) for path in sorted((STORYBOOK / folder).glob("*.txt"))]
+        for folder in ("plots", "brief")
+    )
     names = {row["pronoun"][0]: row["name"] for row in tables["names"]}
     names |= {f"pet {pronoun}": names[pronoun] + names[f"pet {pronoun}"] for pronoun in ("she", "he")}
     kinds = {group: [row for row in tables["kinds"] if row["group"] == [group]] for group in FRIEND_GROUPS}
@@ -115,6 +120,7 @@ def storybook() -> Storybook:
     forms = dict(pair for plot in plots for rows in plot.slots for row in rows for pair in askable_words(row))
     return Storybook(
         plots=plots,
+        brief_plots=brief_plots,
         names=names,
         pronouns={row["he"][0]: row for row in tables["pronouns"]},
         kinds=kinds,
@@ -227,10 +233,11 @@ def cast_story(seed: int, split: str) -> tuple[Random, Casting]:
     return rng, casting
 
 
-def write_story(seed: int, split: str = "train") -> Story:
+def write_story(seed: int, split: str = "train", *, brief: bool = False) -> Story:
     """Story number `seed` of a split, the same in every process. Raises ValueError where there is no such split."""
     rng, casting = cast_story(seed, split)
-    plot, keep, cast = casting.pick(casting.book.plots), casting.pick(KEEP), casting.cast
+    plots = casting.book.brief_plots if brief else casting.book.plots
+    plot, keep, cast = casting.pick(plots), casting.pick(KEEP), casting.cast
     for rows in plot.slots:
         casting.fill(casting.pick(rows))
     text = tell(plot.parts, cast, frozenset([cast[key] for key in plot.tag_keys]), rng.random, keep)
@@ -243,24 +250,27 @@ def write_story(seed: int, split: str = "train") -> Story:
     )
 
 
-def stories(split: str, start: int = 0, count: int | None = None) -> Iterator[Story]:
+def stories(split: str, start: int = 0, count: int | None = None, *, brief: bool = False) -> Iterator[Story]:
     """Stories of a split from number `start` on, without end where no count is given."""
-    return (write_story(seed, split) for seed in (count_from(start) if count is None else range(start, start + count)))
+    seeds = count_from(start) if count is None else range(start, start + count)
+    return (write_story(seed, split, brief=brief) for seed in seeds)
 
 
 def check_facts(text: str, facts: StoryFacts | AskedFacts) -> dict[str, bool]:
     """Which facts a text meets: name, kind, trait, each asked word as `word:lamp`, mood and length. Fit to be a reward.
 
-    A word counts in every form that the stories use: lamp, lamps; sing, sang, singing. What is None is not checked.
+    A word counts in every form that the stories use: lamp, lamps; sing, sang, singing. A brief text is short, too.
+    What is None is not checked.
     """
     present = set(WORD.findall(text))
     lowered = {word.lower() for word in present}
+    length = length_of(text)
     checks = {
         "name": facts.name in present,
         "kind": facts.kind is not None and not lowered.isdisjoint(forms(facts.kind)),
         "trait": facts.trait in lowered,
         "mood": mood_of(text) == facts.mood,
-        "length": length_of(text) == facts.length,
+        "length": facts.length in (length, "short" if length == "brief" else length),
     }
     asked = {fact: met for fact, met in checks.items() if getattr(facts, fact) is not None}
     return asked | {f"word:{word}": not lowered.isdisjoint(forms(word)) for word in facts.words}
@@ -280,6 +290,6 @@ def mood_of(text: str) -> str | None:
 
 
 def length_of(text: str) -> str:
-    """short, medium or long."""
+    """brief, short, medium or long."""
     words = len(text.split())
-    return "short" if words < MEDIUM else "medium" if words < LONG else "long"
+    return "brief" if words < SHORT else "short" if words < MEDIUM else "medium" if words < LONG else "long"

@@ -26,9 +26,9 @@ class StoryRequest:
     story: str
 
 
-def story_requests(split: str, start: int = 0) -> Iterator[StoryRequest]:
-    """The requests of a split from number `start` on, without end."""
-    return islice((_request(seed, split) for seed in count() if _belongs(seed, split)), start, None)
+def story_requests(split: str, start: int = 0, *, brief: bool = False) -> Iterator[StoryRequest]:
+    """The requests of a split from number `start` on, without end: for stories, or for brief ones."""
+    return islice((_request(seed, split, brief) for seed in count() if _belongs(seed, split)), start, None)
 
 
 def is_held_out_pair(kind: str, trait: str) -> bool:
@@ -42,11 +42,13 @@ def _belongs(seed: int, split: str) -> bool:
     return is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train")
 
 
-def _request(seed: int, split: str) -> StoryRequest:
-    story, rng = write_story(seed, split), Random(f"{split} {seed}")
+def _request(seed: int, split: str, brief: bool) -> StoryRequest:
+    story, rng = write_story(seed, split, brief=brief), Random(f"{split} {seed}")
     asked = {fact for fact, likely in ASKED.items() if rng.random() < likely}
     if split != "train":
         asked |= {"kind", "trait"}
+    if brief:
+        asked.add("length")
     facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in sorted(asked)})
     return StoryRequest(phrase(facts, rng), facts, story.text)
 

@@ -15,12 +15,13 @@ from train.data.stories import AskedFacts, StoryFacts, check_facts, stories, sto
 
 TOKEN = re.compile(r"[A-Za-z']+|[.!?]")
 # Of a true story, 93% of the neighbouring words or more are neighbours in these stories; of its words shuffled, 24%.
-KNOWN_STORIES = 1500
-FLUENT = (0.4, 0.8)
+KNOWN_STORIES, KNOWN_BRIEF = 1500, 4500
+FLUENT, BRIEF_FLUENT = (0.4, 0.8), (0.6, 0.9)
 # The share of groups of three words that are said for the first time: 96% or more of a true story.
 FRESH = (0.5, 0.9)
-# In words. Stories have 70 to 240.
+# In words. Stories have 70 to 240, brief ones 20 to 45.
 LEAST, ENOUGH, MOST = 10, 50, 260
+BRIEF_ENOUGH, BRIEF_TOO_LONG = (8, 20), (50, 70)
 ENDS = (".", "!", "?", '."', '!"', '?"')
 
 
@@ -40,13 +41,17 @@ class StoryScore:
 def score_story(facts: AskedFacts | StoryFacts, text: str) -> StoryScore:
     """Score a text as the answer to a request for these facts. Over a thousand a second, after the first."""
     spelled = TOKEN.findall(text)
-    words, stories_say = _classed(spelled), _known_pairs()
+    words, brief = _classed(spelled), facts.length == "brief"
+    stories_say = _known_pairs(brief=brief)
     known = [pair in stories_say for pair in pairwise(words)]
     triples = list(zip(words, words[1:], words[2:], strict=False))
+    size = _ramp(len(words), LEAST, ENOUGH) * min(1.0, MOST / max(len(words), 1))
+    if brief:
+        size = _ramp(len(words), *BRIEF_ENOUGH) * (1.0 - _ramp(len(words), *BRIEF_TOO_LONG))
     sound = {
-        "fluent": _ramp(sum(known) / max(len(known), 1), *FLUENT),
+        "fluent": _ramp(sum(known) / max(len(known), 1), *(BRIEF_FLUENT if brief else FLUENT)),
         "fresh": _ramp(len(set(triples)) / max(len(triples), 1), *FRESH),
-        "size": _ramp(len(words), LEAST, ENOUGH) * min(1.0, MOST / max(len(words), 1)),
+        "size": size,
         "ended": 1.0 if text.rstrip().endswith(ENDS) else 0.7,
     }
     used = [word for word, *fits in zip(spelled, [True, *known], [*known, True], strict=False) if all(fits)]
@@ -75,9 +80,9 @@ def _characters() -> tuple[frozenset[str], frozenset[str]]:
 
 
 @cache
-def _known_pairs() -> set[tuple[str, str]]:
-    known: set[tuple[str, str]] = set()
-    for story in stories("train", 0, KNOWN_STORIES):
-        words = _classed(TOKEN.findall(story.text))
-        known.update(pairwise(words))
+def _known_pairs(*, brief: bool) -> set[tuple[str, str]]:
+    """The neighbours in long stories, and also those in brief ones where the answer is to be brief."""
+    known = set(_known_pairs(brief=False)) if brief else set()
+    for story in stories("train", 0, KNOWN_BRIEF if brief else KNOWN_STORIES, brief=brief):
+        known.update(pairwise(_classed(TOKEN.findall(story.text))))
     return known

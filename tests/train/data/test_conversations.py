@@ -133,6 +133,12 @@ def test_evaluation_counts_what_is_learnt_alone(gpt: GPT, packed: Conversations,
     assert found["tokens"] == packed.learnt
 
 
+def test_brief_stories_answer_the_brief_requests() -> None:
+    source = open_conversations(DataConfig(source="stories-instruct:brief", documents=30))
+    assert source is not None
+    assert all(len(answer.content.split()) <= 45 for _, answer in source.documents("train"))
+
+
 def test_the_built_in_conversations_are_read_up_to_a_number_of_tokens(tokenizer: Tokenizer) -> None:
     source = open_conversations(DataConfig(source="stories-instruct", documents=30))
     assert source is not None

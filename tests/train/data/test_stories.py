@@ -26,12 +26,19 @@ def many() -> list[Story]:
 
 
 @pytest.fixture(scope="module")
+def brief() -> list[Story]:
+    return list(stories("train", 0, 20_000, brief=True))
+
+
+@pytest.fixture(scope="module")
 def held_out() -> dict[str, list[Story]]:
     return {split: list(stories(split, 0, 2_000)) for split in ("validation", "test")}
 
 
-def test_every_story_meets_all_of_its_facts(many: list[Story], held_out: dict[str, list[Story]]) -> None:
-    for story in [*many[:5_000], *held_out["validation"], *held_out["test"]]:
+def test_every_story_meets_all_of_its_facts(
+    many: list[Story], brief: list[Story], held_out: dict[str, list[Story]]
+) -> None:
+    for story in [*many[:5_000], *brief, *held_out["validation"], *held_out["test"]]:
         checks = check_facts(story.text, story.facts)
         assert all(checks.values()), (checks, story)
         assert 1 <= len(story.facts.words) <= 3, story
@@ -44,17 +51,32 @@ def test_another_storys_facts_are_not_met(many: list[Story]) -> None:
         assert sum(checks[fact] for checks in met) / len(met) < share, fact
 
 
-def test_no_two_stories_are_alike(many: list[Story], held_out: dict[str, list[Story]]) -> None:
-    texts = [story.text for some in (many, *held_out.values()) for story in some]
+def test_no_two_stories_are_alike(many: list[Story], brief: list[Story], held_out: dict[str, list[Story]]) -> None:
+    texts = [story.text for some in (many, brief, *held_out.values()) for story in some]
     assert len(set(texts)) == len(texts)
 
 
-def test_the_split_can_be_read_from_the_text_alone(many: list[Story], held_out: dict[str, list[Story]]) -> None:
+def test_brief_stories_are_three_sentences_of_20_to_45_words(brief: list[Story]) -> None:
+    for story in brief:
+        assert story.facts.length == "brief" and len(story.text.split()) >= 20, story
+        assert len(re.findall(r'[.!?](?=$| [A-Z"])', story.text)) == 3, story
+    assert len({story.facts.plot for story in brief}) == 11
+    assert {story.facts.mood for story in brief} == set(MOOD_CUES)
+
+
+def test_long_stories_are_as_they_were() -> None:
+    texts = "".join(story.text for split in SPLITS for story in stories(split, 0, 100))
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "d51a43134fde2e78"
+
+
+def test_the_split_can_be_read_from_the_text_alone(
+    many: list[Story], brief: list[Story], held_out: dict[str, list[Story]]
+) -> None:
     book = storybook()
     names = {name for some in book.names.values() for name in some}
     kinds = {kind for rows in book.kinds.values() for row in rows for kind in row["kind"]}
     traits = {trait for trait, _ in book.tempers}
-    for split, some in {"train": many, **held_out}.items():
+    for split, some in {"train": many + brief, **held_out}.items():
         for story in some:
             words = re.findall("[A-Za-z]+", story.text)
             first = [next(word for word in words if word in known) for known in (names, kinds, traits)]
@@ -81,9 +103,9 @@ def test_plots_moods_lengths_and_kinds_all_occur(many: list[Story]) -> None:
     assert 700 <= sum(len(story.text) for story in many) / len(many) <= 800
 
 
-def test_the_text_is_clean(many: list[Story]) -> None:
+def test_the_text_is_clean(many: list[Story], brief: list[Story]) -> None:
     stray = re.compile(r"[{}|@$<>+_]|  | [.,!?]|[.,!?]{2}|,\"? [A-Z]\w+ [A-Z]\w+ said|\b[Aa] [aeio]|\b[Aa]n [^aeiouh]")
-    for story in many[:5_000]:
+    for story in many[:5_000] + brief[:5_000]:
         found = stray.search(story.text)
         assert not found, story.text[max(0, found.start() - 30) :]
         assert story.text.count('"') % 2 == 0, story.text
@@ -97,7 +119,7 @@ def test_no_sentence_is_told_twice(many: list[Story]) -> None:
 
 
 def test_authors_leave_pronouns_to_the_cast() -> None:
-    for path in [STORYBOOK / "phrases.txt", *(STORYBOOK / "plots").glob("*.txt")]:
+    for path in [STORYBOOK / "phrases.txt", *STORYBOOK.glob("*/*.txt")]:
         assert not re.search(r"(?i)(?<!\$)\b(s?he|him|her|his|hers|(him|her)self)\b", path.read_text()), path
 
 

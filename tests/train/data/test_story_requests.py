@@ -9,9 +9,14 @@ from train.data.story_requests import StoryRequest, is_held_out_pair, phrase, st
 from train.data.story_score import score_story
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["long", "brief"])
+def brief(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def requests() -> dict[str, list[StoryRequest]]:
-    return {split: list(islice(story_requests(split), 300)) for split in SPLITS}
+def requests(brief: bool) -> dict[str, list[StoryRequest]]:
+    return {split: list(islice(story_requests(split, brief=brief), 300)) for split in SPLITS}
 
 
 def listed(request: StoryRequest) -> str:
@@ -19,9 +24,10 @@ def listed(request: StoryRequest) -> str:
     return " ".join(word for word in (facts.name, facts.trait, facts.kind, *facts.words, facts.mood) if word)
 
 
-def test_the_story_meets_its_request(requests: dict[str, list[StoryRequest]]) -> None:
+def test_the_story_meets_its_request(requests: dict[str, list[StoryRequest]], brief: bool) -> None:
     for request in requests["train"]:
         assert all(check_facts(request.story, request.facts).values()), request
+        assert (request.facts.length == "brief") == brief
 
 
 def test_held_out_requests_name_a_hero_that_no_training_request_or_story_has(
@@ -40,7 +46,7 @@ def test_held_out_requests_name_a_hero_that_no_training_request_or_story_has(
 def test_requests_vary_in_what_they_ask_and_how(requests: dict[str, list[StoryRequest]]) -> None:
     some = requests["train"]
     assert len({request.text for request in some}) > 290
-    for fact in ("name", "kind", "trait", "mood", "length", "words"):
+    for fact in ("name", "kind", "trait", "mood", "words"):
         assert 0.2 < mean(bool(getattr(request.facts, fact)) for request in some) < 0.95, fact
     facts = write_story(0).facts
     assert len({phrase(facts, random.Random(seed)) for seed in range(100)}) > 80
@@ -54,8 +60,10 @@ def test_a_request_says_all_that_it_asks_for_and_is_clean(requests: dict[str, li
         assert not any(stray in request.text for stray in ("..", "?.", " .", ",,", "  ", "$", "|", "@")), request.text
 
 
-def test_requests_are_the_same_again_and_can_start_anywhere(requests: dict[str, list[StoryRequest]]) -> None:
-    assert list(islice(story_requests("test", 7), 3)) == requests["test"][7:10]
+def test_requests_are_the_same_again_and_can_start_anywhere(
+    requests: dict[str, list[StoryRequest]], brief: bool
+) -> None:
+    assert list(islice(story_requests("test", 7, brief=brief), 3)) == requests["test"][7:10]
 
 
 def test_true_stories_score_high_other_stories_low_and_what_is_no_story_next_to_nothing(
@@ -72,7 +80,8 @@ def test_true_stories_score_high_other_stories_low_and_what_is_no_story_next_to_
         return " ".join(words)
 
     assert score(lambda n, request: request.story) > 0.97
-    assert score(lambda n, request: some[n - 1].story) < 0.2
+    # Any brief story is as long as was asked.
+    assert score(lambda n, request: some[n - 1].story) < 0.3
     for stuffed in (
         lambda n, request: f"{some[n - 1].story} {listed(request)}.",
         lambda n, request: f"{some[n - 1].story[:-1]} {listed(request)}.",
@@ -83,6 +92,7 @@ def test_true_stories_score_high_other_stories_low_and_what_is_no_story_next_to_
     for degenerate in (
         lambda n, request: "",
         lambda n, request: listed(request),
+        lambda n, request: f"Once there was a {listed(request)}.",
         lambda n, request: f"{listed(request)}. " * 20,
         lambda n, request: request.text,
         lambda n, request: shuffled(n, request),
@@ -90,6 +100,15 @@ def test_true_stories_score_high_other_stories_low_and_what_is_no_story_next_to_
         lambda n, request: (request.story.split(". ")[0] + ". ") * 10,
     ):
         assert score(degenerate) < 0.1
+
+
+def test_a_brief_story_has_room_to_be_one_but_not_for_more() -> None:
+    asked = AskedFacts(length="brief")
+    long, brief = write_story(3, "test"), write_story(3, "test", brief=True)
+    assert score_story(asked, long.text).total == 0
+    assert score_story(AskedFacts(length="short"), brief.text).met == {"length": True}
+    assert score_story(asked, brief.text).sound == {"fluent": 1, "fresh": 1, "size": 1, "ended": 1}
+    assert score_story(asked, brief.text.split(". ")[0] + ".").sound["size"] < 0.5
 
 
 def test_the_parts_of_a_score_are_visible() -> None:
