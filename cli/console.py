@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from train.tracking import evaluation_parts
+from train.tracking import evaluation_parts, measure_parts
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -47,7 +47,9 @@ class Console:
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))
         else:
-            self._show(training_line(metrics), metrics["progress"])
+            if "round" in metrics:
+                self.say(f"round {metrics['round']:.0f}  " + "  ".join(measure_parts(metrics)))
+            self.progress(training_line(metrics), metrics["progress"])
 
     def preparing(self, what: str) -> Callable[[int, int, int], None]:
         """A callback that shows documents, tokens and bytes read so far."""
@@ -55,7 +57,7 @@ class Console:
 
         def show(documents: int, tokens: int, text_bytes: int) -> None:
             speed = text_bytes / 1e6 / max(time.perf_counter() - begin, 1e-9)
-            self._show(f"preparing {what}: {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s", None)
+            self.progress(f"preparing {what}: {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s", None)
 
         return show
 
@@ -64,7 +66,8 @@ class Console:
             self.bar.stop()
             self.bar = self.task = None
 
-    def _show(self, line: str, share: float | None) -> None:
+    def progress(self, line: str, share: float | None) -> None:
+        """Show how far something has come, now and then where there is no live terminal."""
         if not self.terminal.is_terminal:
             if time.perf_counter() - self.last_plain >= PLAIN_LINE_SECONDS:
                 self.last_plain = time.perf_counter()

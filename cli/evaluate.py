@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from cli.options import CheckpointName, Column, Device, MaxTokens, Precision, RunArgument, Temperature, TopP
+from cli.options import (
+    CheckpointName,
+    Column,
+    Device,
+    MaxTokens,
+    MessagesColumn,
+    Precision,
+    PromptColumn,
+    ResponseColumn,
+    RunArgument,
+    Temperature,
+    TopP,
+)
 from cli.training import WandB
 
 
@@ -16,11 +28,17 @@ def evaluate(
         typer.Option(help="Documents or conversations, as for gpt train and gpt finetune; else the run's own."),
     ] = None,
     column: Column = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
+    messages_column: MessagesColumn = None,
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Read so many tokens; else as many as at the end of training.")
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200,
+    reward: Annotated[
+        Path | None, typer.Option(help="The run of a reward model: how does it like the answers?")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Another run: which of the two completes them better?")] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.8,
@@ -39,6 +57,8 @@ def evaluate(
     Example: gpt evaluate runs/nano
 
     Example: gpt evaluate runs/nano-chat --data stories-instruct --against runs/nano
+
+    Example: gpt evaluate runs/nano-chat-ppo --against runs/nano-chat --reward runs/nano-chat-reward
     """
     import dataclasses
     import sys
@@ -52,6 +72,7 @@ def evaluate(
     from engine.config import DataConfig
     from engine.run import Run
     from engine.sampling import Sampling
+    from rlhf.rewards import judge_by
     from train.evaluation import Contestant, write
     from train.evaluation import evaluate as measure
     from train.heldout import open_held_out
@@ -65,12 +86,24 @@ def evaluate(
         require_wandb()
     run = Run(path)
     recipe = run.read_recipe()
-    source = recipe.data if data is None else DataConfig(source=located(data), column=column)
+    source = recipe.data
+    if data is not None:
+        source = DataConfig(
+            source=located(data),
+            column=column,
+            prompt_column=prompt_column,
+            response_column=response_column,
+            messages_column=messages_column,
+        )
+    elif recipe.alignment.method in ("dpo", "ipo"):
+        # Preferences are nothing to answer: what its base has learnt from is.
+        source = Run(Path(str(recipe.base))).read_recipe().data
     machine = runtime.choose(device, precision)
     contestants = [Contestant.load(run, machine, which, say)]
     if against is not None:
         contestants.append(Contestant.load(Run(against), machine, "latest", say))
     held_out = open_held_out(source, split, run.data if data is None else None)
+    judges = {} if reward is None else {"reward": judge_by(Run(reward), machine)}
     result = measure(
         contestants,
         held_out,
@@ -78,6 +111,7 @@ def evaluate(
         count=count,
         sampling=Sampling(temperature, top_p=top_p, seed=seed),
         max_tokens=max_tokens,
+        judges=judges,
         say=say,
     )
     written = write(run, result)

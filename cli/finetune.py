@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from cli import training
-from cli.options import CheckpointName, Column, Device, Precision, RunArgument
+from cli.options import (
+    CheckpointName,
+    Column,
+    Device,
+    MessagesColumn,
+    Precision,
+    PromptColumn,
+    ResponseColumn,
+    RunArgument,
+)
 from engine.errors import InputError
 
 
@@ -21,9 +30,9 @@ def finetune(
             "Or documents, as for gpt train."
         ),
     ] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="The column of the requests.")] = None,
-    response_column: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
-    messages_column: Annotated[str | None, typer.Option(help="The column of whole conversations.")] = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
+    messages_column: MessagesColumn = None,
     column: Column = None,
     steps: training.Steps = None,
     tokens: training.Tokens = None,
@@ -57,7 +66,7 @@ def finetune(
         columns = (column, prompt_column, response_column, messages_column)
         training.refuse_changes(data, *columns, batch, rate, seed, setting, overwrite, precision)
         target = Run(out or run.with_name(f"{run.name}-chat"))
-        recipe = training.resumed(target, run)
+        recipe = training.resumed(target, run, training.FINETUNED)
     else:
         config = DataConfig(
             source=training.located(data or STORIES_INSTRUCT),

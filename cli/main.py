@@ -15,12 +15,14 @@ from cli import (
     bench_serving,
     chat,
     data,
+    demo,
     evaluate,
     finetune,
     generate,
     huggingface,
     info,
     reward,
+    rlhf,
     serve,
     tokenizer,
     train,
@@ -36,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("demo")(demo.demo)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("reward")(reward.reward)
@@ -54,6 +57,7 @@ app.command("bench-decode-attention")(bench_decode_attention.bench_decode_attent
 app.command("bench-serving")(bench_serving.bench_serving)
 app.command("bench-compile")(bench_compile.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
+app.add_typer(rlhf.app, name="rlhf")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 

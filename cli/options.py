@@ -28,6 +28,9 @@ MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this sha
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
 SamplingSeed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
+PromptColumn = Annotated[str | None, typer.Option(help="The column of the requests.")]
+ResponseColumn = Annotated[str | None, typer.Option(help="The column of the answers.")]
+MessagesColumn = Annotated[str | None, typer.Option(help="The column of whole conversations.")]
 Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]
 
 

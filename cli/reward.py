@@ -25,7 +25,7 @@ def reward(
     epochs: training.Epochs = None,
     minutes: training.Minutes = None,
     batch: training.Batch = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rates, as a share of finetuning's.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate at its highest; 5e-4 unless given.")] = None,
     margin: Annotated[float | None, typer.Option(help="By how much the chosen answer has to win.")] = None,
     checkpoint: CheckpointName = "latest",
     device: Device = "auto",
@@ -47,15 +47,15 @@ def reward(
     from engine.config import DataConfig
     from engine.run import Run
     from rlhf.preference_sources import STORIES_PREFERENCES
-    from rlhf.train_reward import reward_recipe, train_reward
+    from rlhf.train_reward import RATE, reward_recipe, train_reward
 
     target = Run(out or run.with_name(f"{run.name}-reward"))
     if resume:
         training.refuse_changes(data, batch, rate, margin, seed, setting, overwrite, precision)
-        recipe = training.resumed(target, run, reward=True)
+        recipe = training.resumed(target, run, training.REWARD_MODEL)
     else:
         config = DataConfig(source=training.located(data or STORIES_PREFERENCES))
-        recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate)
+        recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate or RATE)
         if target.path.resolve() == run.resolve():
             raise InputError(f"{run} cannot become its own reward model; choose another folder with --out")
     recipe = training.adjust(

@@ -1,4 +1,4 @@
-"""What `gpt train` and `gpt finetune` share: the options that change a recipe, the folder, and how a run ends."""
+"""What the commands that train share: the options that change a recipe, the folder, and how a run ends."""
 
 import dataclasses
 import shutil
@@ -27,6 +27,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
 WandB = Annotated[bool, typer.Option("--wandb", help="Also record to Weights & Biases (offline without a login).")]
 
+REWARD_MODEL, FINETUNED = "a reward model", "a finetuned run"
+
 
 def located(data: str) -> str:
     """A path is kept whole: a run may be resumed from another folder."""
@@ -39,6 +41,7 @@ def adjust(
     """The recipe with what was asked for on the command line; None, and precision "auto", was not asked for."""
     from engine import config
 
+    scores = recipe.model.scalar_head
     if chosen := {name: value for name, value in budgets.items() if value is not None}:
         budget = config.BudgetConfig(**chosen)  # type: ignore[arg-type]
         if budget.tokens is not None:
@@ -49,24 +52,31 @@ def adjust(
             recipe = config.override(recipe, name, value)
     for each in settings or []:
         recipe = config.override_text(recipe, each)
+    if recipe.model.scalar_head != scores:
+        raise InputError("model.scalar_head makes a reward model: train one with `gpt reward RUN`")
     return recipe
 
 
-def refuse_changes(*changes: object) -> None:
+def refuse_changes(*changes: object, length: bool = True) -> None:
     if any(change not in (None, False, "auto", []) for change in changes):
-        raise InputError(
-            "--resume goes on with the run's own recipe; only --steps, --tokens, --epochs or --minutes may change"
-        )
+        but = "; only --steps, --tokens, --epochs or --minutes may change" if length else ""
+        raise InputError(f"--resume goes on with the run's own recipe{but}")
 
 
-def resumed(target: "Run", base: Path, *, reward: bool = False) -> "Recipe":
-    """The recipe of a run to go on with, if it is of that kind and began with that base."""
+def resumed(target: "Run", base: Path, kind: str) -> "Recipe":
+    """The recipe of a run to go on with, if it began with that base and is of that kind (see kind_of)."""
     recipe = target.read_recipe()
     if recipe.base != str(base.resolve()):
         raise InputError(f"{target.path} did not begin with {base}, but with {recipe.base}; name its --out")
-    if recipe.model.scalar_head != reward:
-        raise InputError(f"{target.path} is {'not ' * reward}a reward model; name another --out")
+    if kind_of(recipe) != kind:
+        raise InputError(f"{target.path} is {kind_of(recipe)}; name another --out")
     return recipe
+
+
+def kind_of(recipe: "Recipe") -> str:
+    if recipe.model.scalar_head:
+        return REWARD_MODEL
+    return FINETUNED if recipe.alignment.method == "none" else f"a run of {recipe.alignment.method}"
 
 
 def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:

@@ -128,6 +128,8 @@ class OptimizerConfig:
     head_rate: float = 0.003
     norm_rate: float = 0.003
     matrix_rate: float = 0.02
+    # Of all of PPO's critic: it has to learn sooner than the policy that it judges.
+    critic_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-10
@@ -135,7 +137,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        rates = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate", "weight_decay")
+        rates = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate", "critic_rate", "weight_decay")
         _require(self, "optimizer", rates, lambda x: x >= 0, "at least 0")
         _require(self, "optimizer", ("beta1", "beta2"), lambda x: 0 <= x < 1, "at least 0 and below 1")
         _require(self, "optimizer", ("clip", "eps"), lambda x: x > 0, "above 0")
@@ -222,7 +224,7 @@ class RewardConfig:
 class AlignmentConfig:
     """How a policy learns from rewards (ppo, grpo) or from preferences (dpo, ipo). KL is in nats."""
 
-    method: Literal["ppo", "grpo", "dpo", "ipo"] = "ppo"
+    method: Literal["none", "ppo", "grpo", "dpo", "ipo"] = "none"
     # Of ppo and grpo: the run of a reward model, or "program", which can be asked about the built-in stories.
     reward: str = "program"
     # What a nat of KL to the reference costs in units of the reward; of dpo and ipo, the same thing's inverse slope.
@@ -250,7 +252,7 @@ class AlignmentConfig:
         _require(self, "alignment", ("kl_target", "kl_budget", "temperature", "clip"), lambda x: x > 0, "above 0")
         _require(self, "alignment", ("lam",), lambda x: 0 <= x <= 1, "between 0 and 1")
         _require(self, "alignment", ("label_smoothing",), lambda x: 0 <= x < 0.5, "at least 0 and below 0.5")
-        if self.kl_target is not None and self.method != "ppo":
+        if self.kl_target is not None and self.method not in ("none", "ppo"):
             raise InputError(f"alignment.kl_target steers the beta of ppo; {self.method} has a fixed one")
         if self.group < 2 or self.answers % self.group:
             raise InputError(f"alignment.group is {self.group}; it must be 2 or more and divide {self.answers} answers")

@@ -1,6 +1,7 @@
 """Alignment runs: a finetuned model goes on learning, from rewards or from preferences, in the one training loop."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,31 +12,32 @@ from engine.config import (
     BudgetConfig,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     Recipe,
     ScheduleConfig,
 )
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
-from engine.runtime import Runtime
+from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
-from rlhf.advantages import k1
 from rlhf.dpo import DPO
 from rlhf.experience import KLAlarmError, Rollouts
+from rlhf.frontier import measure_policy
 from rlhf.grpo import GRPO
 from rlhf.ppo import PPO
 from rlhf.preference_sources import open_preferences
 from rlhf.preferences import encode_preferences
-from rlhf.prompts import Prompts, encode_prompts
+from rlhf.prompts import encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import RewardModel
-from rlhf.rewards import ModelReward, ProgramReward, Reward
-from rlhf.rollout import answer_kl, describe_answers, roll_out, rollout_log_probs
-from rlhf.train_reward import PairLoader
-from train.data.conversations import STORIES_BRIEF, STORIES_INSTRUCT, open_conversations
+from rlhf.rewards import ProgramReward, Prompt, Reward, open_reward
+from rlhf.rollout import roll_out
+from rlhf.train_reward import PairLoader, adamw
+from rlhf.watch import Watch
+from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import finetuning_recipe, load_base
 from train.loop import Outcome
 from train.pretrain import Console, Data, Stage, run_stage
+from train.tracking import measure_parts
 
 # Learning rates that worked on a nano model.
 RATES = {"ppo": 3e-5, "grpo": 5e-5, "dpo": 3e-5, "ipo": 3e-5}
@@ -54,24 +56,27 @@ def alignment_recipe(
 ) -> Recipe:
     """The recipe that aligns a chat run: AdamW at a rate that falls to 0, over `rounds` rollouts or an epoch of pairs.
 
-    `batch` counts answers, or rows of the context that pairs fill.
+    `batch` counts answers, or rows of the context that pairs fill. Raises InputError where the run is no chat model, or
+    `data` names nothing.
     """
     if not base.read_recipe().chat:
         raise InputError(f"{base.path} has not learnt conversations; finetune it first: gpt finetune {base.path}")
     recipe = finetuning_recipe(base, checkpoint, data)
     on_policy = alignment.method in ("ppo", "grpo")
-    round_steps = alignment.answers * alignment.passes // batch
+    open_prompts(data) if on_policy else open_preferences(data)
+    round_steps = max(1, alignment.answers * alignment.passes // batch)
     peak = RATES[alignment.method] if rate is None else rate
     loop = dataclasses.replace(recipe.loop, batch=batch, micro_batch=None, compile=False)
     if on_policy:
         # A checkpoint a round: each has been seen to be good, or not, by the round that follows.
         every = round_steps * max(1, rounds // 10)
-        loop = dataclasses.replace(loop, save_every=round_steps, evaluate_every=every, keep=max(2, loop.keep))
+        keep = max(2, loop.keep)
+        loop = dataclasses.replace(loop, log_every=1, save_every=round_steps, evaluate_every=every, keep=keep)
     return dataclasses.replace(
         recipe,
         alignment=alignment,
         budget=BudgetConfig(steps=rounds * round_steps) if on_policy else BudgetConfig(epochs=1),
-        optimizer=OptimizerConfig("adamw", peak, peak, peak, peak, beta2=0.999, weight_decay=0.0, eps=1e-5),
+        optimizer=adamw(peak),
         schedule=ScheduleConfig(shape="wsd", warmup=0.0 if on_policy else 0.05, decay=1.0 if on_policy else 0.95),
         loop=loop,
     )
@@ -97,6 +102,8 @@ def align(
 def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
     base = load_base(recipe, run)
     tokenizer, context = Tokenizer.load(run.tokenizer), recipe.model.context
+    if recipe.tokens_per_pass < 2 * context:
+        raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
     source = open_preferences(recipe.data)
     console.say(source.describe())
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
@@ -104,16 +111,29 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
         encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
         for split, most in limits.items()
     )
-    dpo = DPO(recipe.alignment, load_reference(recipe, base, runtime), tokenizer)
+    reference = load_reference(recipe, runtime)
+    dpo = DPO(recipe.alignment, reference, tokenizer)
+    # Their program tells more than their likelihood, where the base has learnt from the built-in requests.
+    data = prompts_of(Run(Path(str(recipe.base))).read_recipe())
+    asked = open_conversations(data) if data else None
+    if isinstance(asked, StoryRequests):
+        prompts = encode_prompts(asked, "validation", tokenizer, context, HELD_OUT).first(HELD_OUT)
+    else:
+        prompts = [Prompt(tuple(validation.prompt(number))) for number in range(min(HELD_OUT, len(validation)))]
+    watch = watch_over(recipe, reference, prompts, gold_reward(prompts, tokenizer), tokenizer, console)
+
+    def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
+        return {**watch(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}
+
     stage = Stage(
         Data(tokenizer, train, validation),
         PairLoader(train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, whole=True),
-        lambda model: [],
+        partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
         base=base,
         loss=dpo.loss,
-        evaluate=partial(dpo.evaluate, validation),
+        evaluate=evaluate,
         measures=dpo.measures.take,
-        notes=(f"train      {train.describe()}", f"reference  {recipe.base}, step {recipe.base_step}"),
+        notes=(f"train      {train.describe()}", *begin_notes(recipe, watch)),
     )
     return recipe, stage
 
@@ -121,11 +141,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
 def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
     config, base = recipe.alignment, load_base(recipe, run)
     tokenizer = Tokenizer.load(run.tokenizer)
-    source = open_conversations(recipe.data)
-    if source is None:
-        raise InputError(
-            f"{recipe.data.source} holds documents; prompts come from conversations, such as stories-instruct"
-        )
+    source = open_prompts(recipe.data)
     console.say(source.describe())
     group = config.group if config.method == "grpo" else 1
     rounds = -(-(recipe.budget.steps or 1) * recipe.loop.batch // (config.answers * config.passes))
@@ -133,8 +149,11 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
     train, held_out = (
         encode_prompts(source, split, tokenizer, recipe.model.context, most) for split, most in needed.items()
     )
-    reference = load_reference(recipe, base, runtime)
-    reward, critic = open_reward(recipe, tokenizer, runtime)
+    prompts = held_out.first(HELD_OUT)
+    reference = load_reference(recipe, runtime)
+    gold = gold_reward(prompts, tokenizer)
+    reward, critic = open_reward(config.reward, tokenizer, runtime, bool(gold))
+    rewards = {"reward": reward, **gold}
     ppo = None
     if config.method == "ppo":
         if critic is None:
@@ -144,80 +163,93 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
             critic.head.weight.data.zero_()
         critic.to(runtime.device).compute_dtype = runtime.dtype
         ppo = PPO(config, critic, recipe.tokens_per_pass)
-    ends = answer_ends(tokenizer)
-    rollouts = Rollouts(recipe, train, reference, reward, ppo or GRPO(config), ends)
-    rewards = {"reward": reward} | ({"gold": ProgramReward(tokenizer)} if held_out.facts[0] else {})
+    rollouts = Rollouts(recipe, train, reference, rewards, ppo or GRPO(config), answer_ends(tokenizer))
+    watch = watch_over(recipe, reference, prompts, rewards, tokenizer, console)
 
     def begin(config: ModelConfig) -> GPT:
         rollouts.policy = GPT(config)
         return rollouts.policy
 
+    def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
+        """ "loss" is what the policy minimises: beta * KL less the reward."""
+        measured = watch(policy)
+        return {"loss": config.beta * measured["kl"] - measured["reward"], **measured}
+
     stage = Stage(
         Data(tokenizer, train, held_out),
         rollouts,
-        partial(show_answers, tokenizer=tokenizer, prompts=held_out, ends=ends, count=recipe.loop.samples),
+        partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
         base=base,
         model=begin,
         loss=rollouts.method.loss,
-        evaluate=partial(evaluate_policy, recipe, reference, rewards, held_out, ends),
+        evaluate=evaluate,
         measures=rollouts.method.measures.take,
         critic=ppo.critic if ppo else None,
         notes=(
             f"rollouts   {config.answers} answers, each learnt {config.passes} times; reward: {config.reward}",
-            f"reference  {recipe.base}, step {recipe.base_step}",
+            *begin_notes(recipe, watch),
         ),
     )
     return recipe, stage
 
 
-def load_reference(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> GPT:
-    """The model that the policy begins as, frozen. Its weights stay fp32, or the first KL would not be 0."""
-    reference = GPT(recipe.model).requires_grad_(False)
-    reference.load_state_dict(base.tensors("model"))
-    reference.compute_dtype = runtime.dtype
-    return reference.to(runtime.device).eval()
+def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:
+    """The model that the policy begins as, frozen."""
+    return load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
 
 
-def open_reward(recipe: Recipe, tokenizer: Tokenizer, runtime: Runtime) -> tuple[Reward, RewardModel | None]:
-    """The reward of a recipe, and for a critic to begin with a second copy of its model."""
-    name = recipe.alignment.reward
-    if name == "program":
-        if recipe.data.source not in (STORIES_INSTRUCT, STORIES_BRIEF):
-            raise InputError("--reward program knows the built-in requests alone: use it with --data stories-instruct")
-        return ProgramReward(tokenizer), None
-    run = Run(Path(name))
-    if Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
-        raise InputError(f"{run.path} has another tokenizer than the policy; train a reward model from {recipe.base}")
-    model, critic = (RewardModel.load(run, runtime) for _ in range(2))
-    return ModelReward(model.requires_grad_(False)), critic
+def load_frozen(run: Run, runtime: Runtime, which: str, context: int | None = None) -> GPT:
+    """A model to draw from and to compare with. Its weights stay fp32, or a policy's first KL would not be 0."""
+    model, _ = run.load_model(dataclasses.replace(runtime, precision="fp32"), which)
+    model.compute_dtype = runtime.dtype
+    model.config = dataclasses.replace(model.config, context=context or model.config.context)
+    return model.requires_grad_(False)
 
 
-def evaluate_policy(
+def check_reward(recipe: Recipe) -> None:
+    """Raises InputError where the recipe's reward cannot be asked about its data."""
+    if recipe.alignment.method in ("ppo", "grpo"):
+        tokenizer = Tokenizer.load(Run(Path(str(recipe.base))).tokenizer)
+        facts = isinstance(open_prompts(recipe.data), StoryRequests)
+        open_reward(recipe.alignment.reward, tokenizer, choose("cpu", "fp32"), facts)
+
+
+def gold_reward(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> dict[str, Reward]:
+    """The reward called "gold", the program's, where the prompts have facts for it."""
+    return {"gold": ProgramReward(tokenizer)} if prompts[0].facts else {}
+
+
+def watch_over(
     recipe: Recipe,
     reference: GPT,
-    rewards: dict[str, Reward],
-    held_out: Prompts,
-    ends: frozenset[int],
-    policy: GPT,
-    tokens: int,
-    tokens_per_batch: int,
-) -> dict[str, float]:
-    """Rewards and KL on held-out prompts. "loss" is what the policy minimises: beta * KL less the reward."""
-    config = recipe.alignment
-    prompts = [held_out[number] for number in range(len(held_out))]
-    rollout = roll_out(policy, prompts, ends, temperature=config.temperature, max_tokens=config.max_tokens)
-    now, _ = rollout_log_probs(policy, rollout, config.temperature, tokens_per_batch)
-    before, _ = rollout_log_probs(reference, rollout, config.temperature, tokens_per_batch)
-    kl = answer_kl(k1(now, before), rollout.mask)
-    scores = {name: float(reward(prompts, rollout.answers).mean()) for name, reward in rewards.items()}
-    measured = {**scores, "kl": kl, **describe_answers(rollout), "tokens": len(now)}
-    return {"loss": config.beta * kl - scores["reward"], **measured}
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    tokenizer: Tokenizer,
+    console: Console,
+) -> Watch:
+    measure = partial(
+        measure_policy,
+        reference=reference,
+        prompts=prompts,
+        rewards=rewards,
+        ends=answer_ends(tokenizer),
+        temperature=recipe.alignment.temperature,
+        max_tokens=recipe.alignment.max_tokens,
+        tokens_per_pass=recipe.tokens_per_pass,
+    )
+    return Watch(measure, reference, console.say)
 
 
-def show_answers(model: GPT, *, tokenizer: Tokenizer, prompts: Prompts, ends: frozenset[int], count: int) -> list[str]:
-    shown = [prompts[number] for number in range(min(count, len(prompts)))]
-    answers = roll_out(model, shown, ends).answers
+def begin_notes(recipe: Recipe, watch: Watch) -> tuple[str, str]:
+    return (
+        f"reference  {recipe.base}, step {recipe.base_step}",
+        f"begins at  {'  '.join(measure_parts(watch.begin))}, on held-out prompts",
+    )
+
+
+def show_answers(model: GPT, *, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    answers = roll_out(model, prompts, answer_ends(tokenizer)).answers
     return [
         f"> {tokenizer.decode(prompt.ids)}\n\n{tokenizer.decode(answer)}"
-        for prompt, answer in zip(shown, answers, strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.model import GPT
+from rlhf.frontier import describe_scores
 from rlhf.rewards import Prompt, Reward
 from rlhf.rollout import roll_out
 
@@ -16,7 +17,7 @@ from rlhf.rollout import roll_out
 class BestOfN:
     n: int
     kl: float  # to the model that drew them, in nats per answer, at most
-    rewards: dict[str, float]  # means over prompts, by the name of the reward
+    rewards: dict[str, float]  # by the name of the reward, as of rlhf.frontier.describe_scores
 
 
 def best_of_n_kl(n: int) -> float:
@@ -41,12 +42,15 @@ def best_of_n(
     """
     scores = {name: reward(prompts, answers).view(-1, most) for name, reward in rewards.items()}
     sizes = [2**power for power in range(most.bit_length())]
-    return [BestOfN(n, best_of_n_kl(n), _means(scores, by, n)) for n in sizes if n <= most]
+    return [BestOfN(n, best_of_n_kl(n), _worth(scores, by, n)) for n in sizes if n <= most]
 
 
-def _means(scores: dict[str, Tensor], by: str, n: int) -> dict[str, float]:
+def _worth(scores: dict[str, Tensor], by: str, n: int) -> dict[str, float]:
     def draws(name: str) -> Tensor:
         return scores[name][:, : scores[name].shape[1] // n * n].unflatten(1, (-1, n))
 
     best = draws(by).argmax(dim=2, keepdim=True)
-    return {name: float(torch.gather(draws(name), 2, best).mean()) for name in scores}
+    found: dict[str, float] = {}
+    for name in scores:
+        found |= describe_scores(name, torch.gather(draws(name), 2, best)[..., 0])
+    return found

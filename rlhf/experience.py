@@ -109,10 +109,17 @@ class Rollouts:
     """
 
     def __init__(
-        self, recipe: Recipe, prompts: Prompts, reference: GPT, reward: Reward, method: Method, ends: frozenset[int]
+        self,
+        recipe: Recipe,
+        prompts: Prompts,
+        reference: GPT,
+        rewards: Mapping[str, Reward],
+        method: Method,
+        ends: frozenset[int],
     ) -> None:
+        """The policy learns from the one of `rewards` that is called "reward"; the others are for the log."""
         self.recipe, self.config, self.prompts = recipe, recipe.alignment, prompts
-        self.reference, self.reward, self.method, self.ends = reference, reward, method, ends
+        self.reference, self.rewards, self.method, self.ends = reference, rewards, method, ends
         self.policy = reference  # until there is one
         self.micro = recipe.loop.micro_batch or recipe.loop.batch
         if self.config.answers % recipe.loop.batch:
@@ -179,13 +186,14 @@ class Rollouts:
         tokens = self.recipe.tokens_per_pass
         old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
         reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
-        scores = self.reward(prompts, rollout.answers)
+        scores = {name: reward(prompts, rollout.answers) for name, reward in self.rewards.items()}
         kl_N = k1(old, reference)
         kl = answer_kl(kl_N, rollout.mask)
         self.method.measures.add(
             {
-                "reward": float(scores.mean()),
-                "reward_std": float(scores.std()),
+                "round": self.rounds + 1,
+                **{name: float(each.mean()) for name, each in scores.items()},
+                "reward_std": float(scores["reward"].std()),
                 "kl": kl,
                 "kl_k3": answer_kl(k3(old, reference), rollout.mask),
                 "beta": self.coefficient.value,
@@ -195,7 +203,7 @@ class Rollouts:
             }
         )
         self._watch(kl)
-        advantages, values, returns = self.method.judge(rollout, kl_N, scores, self.coefficient.value)
+        advantages, values, returns = self.method.judge(rollout, kl_N, scores["reward"], self.coefficient.value)
         self.coefficient.update(kl, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)

@@ -3,6 +3,7 @@
 chosen and rejected   texts beside a prompt (a text, or turns in prompt, messages or conversations)
                       a turn each, or lists of turns: the answer alone beside a prompt, or the whole conversation
                       texts with "\\n\\nHuman:" and "\\n\\nAssistant:", as in hh-rlhf
+gold                  where there is one: true where the chosen answer is truly the better one, false, or null
 """
 
 import dataclasses
@@ -45,12 +46,15 @@ def read_preferences(rows: Iterable[Row]) -> Iterator[Preference | None]:
     for where, row in rows:
         if not isinstance(row, Mapping) or not row.keys() >= {"chosen", "rejected"}:
             raise InputError(f"{where}: a preference has columns chosen and rejected; there are {column_names(row)}")
+        gold = row.get("gold")
+        if not (gold is None or isinstance(gold, bool)):
+            raise InputError(f"{where}: gold is {gold!r}; it must be true, false or null")
         prompt = _turns(next((row[name] for name in ("prompt", *MESSAGES) if row.get(name)), None), "user", where)
         chosen, rejected = (_whole(prompt, _turns(row[name], "assistant", where)) for name in ("chosen", "rejected"))
         if chosen[:-1] != rejected[:-1] or len(chosen) < 2 or {chosen[-1].role, rejected[-1].role} != {"assistant"}:
             yield None
         else:
-            yield Preference(tuple(chosen[:-1]), chosen[-1].content, rejected[-1].content)
+            yield Preference(tuple(chosen[:-1]), chosen[-1].content, rejected[-1].content, gold)
 
 
 def _turns(value: object, role: str, where: str) -> Conversation:
@@ -86,7 +90,7 @@ class StoryPreferences(Source):
         for number, request in enumerate(islice(requests, count), start):
             rng = Random(f"preference {split} {number}")
             first, second = (answer(request, other, rng) for _ in range(2))
-            scores = (score_story(request.facts, first).total, score_story(request.facts, second).total)
+            scores = (score_story(request.facts, first).points, score_story(request.facts, second).points)
             yield judge([Message("user", request.text)], (first, second), scores, rng)
             other = request
 

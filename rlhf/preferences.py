@@ -33,7 +33,7 @@ class Preference:
 
 
 def judge(prompt: Sequence[Message], answers: tuple[str, str], scores: tuple[float, float], rng: Random) -> Preference:
-    """What a noisy judge says of two answers whose true scores are known."""
+    """What a noisy judge says of two answers whose true scores are known, in points: one more fact met is one more."""
     difference = scores[0] - scores[1]
     first = (rng.random() < 1 / (1 + math.exp(-difference / NOISE))) != (rng.random() < FLIPPED)
     chosen, rejected = answers if first else answers[::-1]

@@ -1,6 +1,6 @@
 """Rollouts: answers that a policy draws, from the batcher that serves users, with nothing cut off its distribution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from engine.batcher import Batcher, Request
-from engine.generate import SLOTS
 from engine.model import GPT
 from engine.runtime import inference
 from engine.sampling import Sampling
@@ -19,6 +18,10 @@ from train.data.loader import Batch
 # How far the sampler's log-probabilities may be from the trainer's in fp32: on average, and anywhere.
 TOLERANCE = 1e-5
 WORST = 1e-4
+# Answers drawn at a time: the more the faster, as far as their keys and values find room (in bytes, and on a GPU as a
+# share of its memory).
+SLOTS = 256
+CPU_CACHE, GPU_SHARE = 2**31, 8
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ def roll_out(
     temperature: float = 1.0,
     max_tokens: int | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Rollout:
-    """One answer to each prompt, drawn from softmax(logits / temperature), up to one of `ends` or max_tokens."""
+    """One answer to each prompt, drawn from softmax(logits / temperature), up to one of `ends` or max_tokens.
+
+    `progress` hears now and then how many answers are whole, and how many tokens there are.
+    """
     sampling = Sampling(temperature=temperature, seed=seed)
-    batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
+    batcher = Batcher(model, slots=min(len(prompts), most_slots(model)), queue=len(prompts))
     most = max_tokens or model.config.context
     numbers = {
         batcher.submit(Request(prompt.ids, sampling.of_row(row), most, ends, top_logprobs=0)): row
@@ -58,13 +65,26 @@ def roll_out(
     }
     answers: list[list[int]] = [[] for _ in prompts]
     sampled: list[list[float]] = [[] for _ in prompts]
+    whole = tokens = 0
     while not batcher.idle:
         for step in batcher.step():
             assert step.logprob is not None
             answers[numbers[step.request]].append(step.token)
             sampled[numbers[step.request]].append(step.logprob)
+            whole, tokens = whole + (step.finish is not None), tokens + 1
+        progress(whole, tokens)
     ended = torch.tensor([answer[-1] in ends for answer in answers])
     return Rollout(prompts, answers, ended, torch.tensor([each for own in sampled for each in own]))
+
+
+def most_slots(model: GPT) -> int:
+    """The same for every run on a machine: what is drawn together may differ in its last bits."""
+    config, weight = model.config, model.embedding.weight
+    room = CPU_CACHE
+    if weight.device.type == "cuda":
+        room = torch.cuda.get_device_properties(weight.device).total_memory // GPU_SHARE
+    size = (model.compute_dtype or weight.dtype).itemsize
+    return max(1, min(SLOTS, room // (4 * config.blocks * config.width * config.context * size)))
 
 
 def rollout_log_probs(model: GPT, rollout: Rollout, temperature: float, tokens_per_pass: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from engine.chat_template import END, answer_ends
 from engine.checkpoint import Checkpoint, write_atomically
-from engine.config import DataConfig, ModelConfig, Recipe, override
+from engine.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, override
 from engine.errors import InputError
 from engine.generate import generate
 from engine.run import Run
@@ -25,6 +25,8 @@ from train.finetune import finetuning_recipe, load_base
 from train.loop import Outcome
 from train.pretrain import Console, Data, Stage, run_stage
 
+# Of nano; Muon at a rate of its own tells no more pairs right and takes longer.
+RATE = 5e-4
 # Answers of the finetuned model that set the scale of the rewards: their mean is 0 and their deviation 1.
 ANSWERS = 128
 
@@ -58,15 +60,20 @@ class PairLoader(PackedLoader):
         return PairBatch(batch.tokens, batch.targets, bounds, self.context)
 
 
-def reward_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float | None = None) -> Recipe:
-    """The recipe of a reward model that begins with a finetuned run: one epoch, its learning rates times `rate`.
+def adamw(rate: float) -> OptimizerConfig:
+    """What feedback is learnt with: it is too little and too noisy for more daring steps."""
+    return OptimizerConfig("adamw", rate, rate, rate, rate, beta2=0.999, weight_decay=0.0, eps=1e-5)
+
+
+def reward_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float = RATE) -> Recipe:
+    """The recipe of a reward model that begins with a finetuned run: one epoch of AdamW.
 
     Raises InputError where the run is no chat model, or `data` names nothing.
     """
     if not base.read_recipe().chat:
         raise InputError(f"{base.path} has not learnt conversations; finetune it first: gpt finetune {base.path}")
     open_preferences(data)
-    recipe = finetuning_recipe(base, checkpoint, data, rate)
+    recipe = dataclasses.replace(finetuning_recipe(base, checkpoint, data), optimizer=adamw(rate))
     return override(recipe, "model.scalar_head", True)
 
 

@@ -104,6 +104,8 @@ def evaluate(
         )
     judges = {**({"story_score": story_score} if cases and cases[0].facts else {}), **(judges or {})}
     references = [case.reference for case in cases]
+    # Before the texts are written, which takes long: a judge may refuse what it is asked about.
+    judged = {name: judge(cases, references) for name, judge in judges.items()} if cases else {}
     chats, signature = isinstance(documents[0], list), ""
     runs, texts, scores = [], [], []
     for each in contestants:
@@ -128,7 +130,7 @@ def evaluate(
             f"BLEU is sacrebleu's {signature}; ROUGE is F1 of stemmed words, by rouge-score. In brackets: 95% of "
             f"{RESAMPLES:,} bootstrap resamples of the documents.",
         ]
-        result["reference"] = summary(references, {name: judge(cases, references) for name, judge in judges.items()})
+        result["reference"] = summary(references, judged)
         result["cases"] = [{**vars(case), "texts": own} for case, *own in zip(cases, *texts, strict=True)]
     if cases and len(contestants) == 2:
         result["comparison"] = {name: compare(scores[0][name], scores[1][name]) for name in ("rougeL", *judges)}

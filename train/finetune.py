@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.chat_template import answer_ends
 from engine.checkpoint import Checkpoint
-from engine.config import BudgetConfig, DataConfig, OptimizerConfig, Recipe, override
+from engine.config import AlignmentConfig, BudgetConfig, DataConfig, OptimizerConfig, Recipe, override
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
@@ -40,6 +40,7 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
         budget=BudgetConfig(epochs=1),
         data=data,
         optimizer=optimizer,
+        alignment=AlignmentConfig(),
         precision="auto",
         chat=before.chat or open_conversations(data) is not None,
         # Whole: a run may be resumed from another folder.

@@ -74,7 +74,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, *, matmul_dtype: torch.dtype) -> None:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": []}
+        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": [], "critic": []}
         for name, parameter in model.named_parameters():
             groups[_role(name, parameter)].append(parameter)
         rates = {
@@ -82,8 +82,9 @@ class Optimizer:
             "embedding": config.embedding_rate,
             "head": config.head_rate,
             "norm": config.norm_rate,
+            "critic": config.critic_rate,
         }
-        adam_roles = ["embedding", "head", "norm"] + (["matrix"] if config.kind == "adamw" else [])
+        adam_roles = ["embedding", "head", "norm", "critic"] + (["matrix"] if config.kind == "adamw" else [])
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [
@@ -151,7 +152,9 @@ class Optimizer:
 
 
 def _role(name: str, parameter: nn.Parameter) -> str:
+    # Where two models are trained together, their names stand before those of their parameters.
+    if name.startswith("critic."):
+        return "critic"
     if parameter.ndim < 2:
         return "norm"
-    # Where two models are trained together, their names stand before these.
     return "matrix" if "blocks." in name else name.split(".")[-2]

@@ -118,7 +118,10 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
         high = sorted(line["loss"] for line in trained)[int(0.97 * (len(trained) - 1))]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"loss (nats per {'token' if 'bits_per_byte' in trained[0] else 'pair'})" if trained else "loss")
+    first = trained[0] if trained else {}
+    # What a policy minimises has no unit: it is nats and rewards together.
+    unit = "" if "round" in first else f" (nats per {'token' if 'bits_per_byte' in first else 'pair'})"
+    axes.set_ylabel(f"loss{unit}")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -25,6 +25,8 @@ MEASURES = {
     ("reward",): "reward {:.3f}",
     ("gold",): "gold {:.3f}",
     ("kl",): "KL {:.2f}",
+    ("length",): "length {:.0f}",
+    ("ended",): "ended {:.2f}",
     ("chosen_mean", "chosen_std"): "chosen {:.2f} ± {:.2f}",
     ("rejected_mean", "rejected_std"): "rejected {:.2f} ± {:.2f}",
 }
@@ -33,8 +35,13 @@ MEASURES = {
 def evaluation_parts(metrics: Metrics, prefix: str = "") -> list[str]:
     """What was measured, loss first, in words."""
     values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return [f"loss {values['loss']:.4f}", *measure_parts(values)]
+
+
+def measure_parts(values: Metrics) -> list[str]:
+    """What was measured beside the loss, in words."""
     found = ((names, form) for names, form in MEASURES.items() if values.keys() >= set(names))
-    return [f"loss {values['loss']:.4f}", *(form.format(*(values[name] for name in names)) for names, form in found)]
+    return [form.format(*(values[name] for name in names)) for names, form in found]
 
 
 class Tracker(Protocol):

@@ -1,5 +1,6 @@
 """Run `gpt` in this process, as the shell would."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,12 @@ SMALL = [
     *("--set", "model.vocab_size=400", "--set", "loop.batch=4", "--set", "data.documents=40"),
     *("--set", "data.final_evaluation_tokens=500", "--set", "loop.samples=1"),
 ]
+
+# A reward model of two steps.
+LEARN = (
+    *("--steps", "2", "--set", "loop.samples=1"),
+    *("--set", "data.documents=40", "--set", "data.final_evaluation_tokens=2000"),
+)
 
 
 class Result(NamedTuple):
@@ -49,3 +56,18 @@ def trained(gpt: Gpt) -> Path:
     """A run of two steps."""
     assert gpt("train", "nano", "--steps", "2", "--out", "runs/small", *SMALL).code == 0
     return Path("runs/small")
+
+
+@pytest.fixture
+def chat(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A chat model of a step, which has not learnt a thing, and pairs.jsonl beside it."""
+    monkeypatch.setattr("rlhf.train_reward.ANSWERS", 4)
+    small = [*SMALL, "--set", "model.context=64"]
+    assert gpt("train", "nano", "--steps", "1", "--out", "runs/small", *small).code == 0
+    rows = [{"prompt": f"say {n}", "response": f"{n}!"} for n in range(200)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = gpt("finetune", "runs/small", "--data", "chats.jsonl", "--steps", "1", "--batch", "2")
+    assert tuned.code == 0, tuned.err
+    pairs = [{"prompt": f"say {n}", "chosen": f"{n}!", "rejected": f"{n}?"} for n in range(80)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return "runs/small-chat"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Gpt
+from tests.cli.conftest import LEARN, Gpt
 
 FEW = ("-n", "2", "--tokens", "500")
 
@@ -32,6 +32,18 @@ def test_another_run_and_other_data(gpt: Gpt, trained: Path) -> None:
     result = gpt("evaluate", str(trained), "--data", "words.txt", "--against", str(trained), *FEW)
     assert result.code == 0 and "win rate 0.5000" in result.out and "story score" not in result.out
     assert (trained / "evaluation-words.txt-validation-against-small.json").exists()
+
+
+def test_a_reward_model_judges_answers_of_two_runs(gpt: Gpt, chat: str) -> None:
+    assert gpt("reward", chat, "--data", "pairs.jsonl", *LEARN).code == 0
+    Path("asks.jsonl").write_text("".join(f'{{"ask": "say {n}", "reply": "{n}!"}}\n' for n in range(200)))
+    data = ("--data", "asks.jsonl", "--prompt-column", "ask", "--response-column", "reply")
+    result = gpt("evaluate", chat, *data, "--reward", f"{chat}-reward", "--against", chat, "-n", "4", "--tokens", "500")
+    assert result.code == 0 and "By reward runs/small-chat wins 0, ties 4" in result.out, result.err
+    written = json.loads(next(Path(chat).glob("evaluation-asks*")).read_text())
+    assert {"value", "low", "high"} <= written["runs"][0]["measures"]["reward"].keys()
+    documents = gpt("evaluate", "runs/small", "--reward", f"{chat}-reward", *FEW)
+    assert documents.code == 2 and "scores answers in conversations" in documents.err
 
 
 def test_wandb_learns_the_measures(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

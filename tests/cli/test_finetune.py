@@ -74,6 +74,7 @@ def test_mistakes_are_named_and_leave_the_base_alone(gpt: Gpt, base: str, chats:
         ((base, "--checkpoint", "7"), "has no checkpoint '7'"),
         ((base, "--set", "model.blocks=3", *TUNE), "of another model"),
         ((base, "--steps", "1", "--epochs", "2"), "exactly one of"),
+        ((base, "--set", "model.scalar_head=true"), "gpt reward"),
     ):
         refused = gpt("finetune", *arguments)
         assert refused.code == 2 and expected in refused.err, refused

@@ -1,6 +1,11 @@
 """gpt export and gpt import, as a person types them."""
 
+import io
+import json
+import sys
 from pathlib import Path
+
+import pytest
 
 from engine.run import Run
 from tests.cli.conftest import SMALL, Gpt
@@ -23,6 +28,20 @@ def test_a_run_goes_out_and_comes_back_and_says_the_same(gpt: Gpt, trained: Path
     words = ("Once upon", "--temperature", "0", "--max-tokens", "8", "--precision", "fp32")
     assert gpt("generate", "runs/back", *words).out == gpt("generate", str(trained), *words).out
     assert "<|assistant|>" in gpt("tokenizer", "show", "runs/back").out
+
+
+def test_an_imported_model_is_finetuned_and_chats(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpt("export", str(trained), "--out", "hf").code == 0 and gpt("import", "hf", "--out", "back").code == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello.\n"), encoding="utf-8"))
+    said = gpt("chat", "back", "--max-tokens", "3")
+    assert said.code == 0 and "base model" in said.err
+    rows = [{"prompt": f"say {n}", "response": f"{n}!"} for n in range(100)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = gpt("finetune", "back", "--data", "chats.jsonl", "--steps", "1", "--batch", "2")
+    assert tuned.code == 0 and Run(Path("back-chat")).tokenizer.name == "tokenizer.json", tuned.err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"say 7\n"), encoding="utf-8"))
+    said = gpt("chat", "back-chat", "--max-tokens", "3")
+    assert said.code == 0 and "base model" not in said.err
 
 
 def test_nothing_is_written_into_a_folder_that_holds_something(gpt: Gpt, trained: Path) -> None:

@@ -1,36 +1,8 @@
 """`gpt reward` as a person types it."""
 
-import json
 from pathlib import Path
 
-import pytest
-
-from tests.cli.conftest import SMALL, Gpt
-
-LEARN = (
-    "--steps",
-    "2",
-    "--set",
-    "loop.samples=1",
-    "--set",
-    "data.documents=40",
-    "--set",
-    "data.final_evaluation_tokens=2000",
-)
-
-
-@pytest.fixture
-def chat(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("rlhf.train_reward.ANSWERS", 4)
-    small = [*SMALL, "--set", "model.context=64"]
-    assert gpt("train", "nano", "--steps", "1", "--out", "runs/small", *small).code == 0
-    rows = [{"prompt": f"say {n}", "response": f"{n}!"} for n in range(200)]
-    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tuned = gpt("finetune", "runs/small", "--data", "chats.jsonl", "--steps", "1", "--batch", "2")
-    assert tuned.code == 0, tuned.err
-    pairs = [{"prompt": f"say {n}", "chosen": f"{n}!", "rejected": f"{n}?"} for n in range(80)]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return "runs/small-chat"
+from tests.cli.conftest import LEARN, Gpt
 
 
 def test_a_reward_model_is_trained_measured_and_resumed(gpt: Gpt, chat: str) -> None:
@@ -41,8 +13,9 @@ def test_a_reward_model_is_trained_measured_and_resumed(gpt: Gpt, chat: str) -> 
     assert "accuracy" in told
     resumed = gpt("reward", chat, "--resume", "--steps", "3")
     assert resumed.code == 0 and "after step 2" in resumed.out
-    talked = gpt("chat", "runs/small-chat-reward")
-    assert talked.code == 2 and "is a reward model: it scores texts" in talked.err
+    for command in ("chat", "generate", "serve", "evaluate"):
+        refused = gpt(command, "runs/small-chat-reward")
+        assert refused.code == 2 and "is a reward model: it scores texts" in refused.err
 
 
 def test_built_in_preferences_too_long_for_the_model_are_named(gpt: Gpt, chat: str) -> None:

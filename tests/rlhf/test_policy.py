@@ -144,6 +144,7 @@ def test_the_reward_rises_and_everything_worth_watching_is_logged(
     expected = {"beta", "entropy", "length", "ended", "distinct_2", "clipped", "approx_kl", "reward_std"}
     assert expected | ({"explained", "value_loss"} if method == "ppo" else {"undecided_groups"}) <= logged.keys()
     assert outcome.evaluation["kl"] > 0 and outcome.evaluation["reward"] > found[0]
+    assert outcome.evaluation["suspect_length"] == 0 and any(line.startswith("begins at") for line in recorder.said)
     run.load_model(CPU)
 
 
@@ -220,6 +221,23 @@ def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_pol
     assert torch.equal(trained["blocks.0.mlp.expand.weight"], begin["blocks.0.mlp.expand.weight"])
     assert not torch.equal(trained["head.weight"], begin["head.weight"])
     assert weights(run)["head.weight"].shape != trained["head.weight"].shape
+
+
+def test_a_reward_that_is_no_number_ends_the_run_with_weights_that_are(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = recipe("ppo"), iter(range(100))
+
+    def broken(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tensor:
+        # Asked before the first round, then once in each.
+        return likes_small_ids(prompts, answers) * (float("nan") if next(asked) > 1 else 1.0)
+
+    monkeypatch.setattr(alignment, "open_reward", lambda *_: (broken, None))
+    run = Run(tmp_path / "run")
+    with pytest.raises(TrainingError, match="without a finite gradient"):
+        align(override(plan, "loop.evaluate_every", 100), run, CPU, Recorder())
+    for name in ("model", "critic"):
+        assert all(value.isfinite().all() for value in weights(run, name).values())
 
 
 def test_what_cannot_be_aligned_is_said(recipe: Callable[..., Recipe], chat: Run, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def cpu() -> Runtime:
 def learn(tmp_path: Path, chat: Run, likes_foxes: DataConfig, cpu: Runtime) -> Learn:
     """Train a reward model on those who like foxes, in tmp_path/NAME."""
 
-    def run(name: str = "reward", *, steps: int = 4, rate: float = 1.0, **options: Any) -> tuple[Outcome, Recorder]:
+    def run(name: str = "reward", *, steps: int = 4, rate: float = 0.01, **options: Any) -> tuple[Outcome, Recorder]:
         recipe = reward_recipe(chat, chat.find_checkpoint(), likes_foxes, rate)
         recipe = dataclasses.replace(recipe, budget=BudgetConfig(steps=steps))
         recorder = Recorder()

@@ -33,9 +33,13 @@ class StoryScore:
     sound: dict[str, float]
 
     @property
+    def points(self) -> float:
+        """One for each fact met, times the soundness."""
+        return sum(self.met.values()) * math.prod(self.sound.values())
+
+    @property
     def total(self) -> float:
-        asked = sum(self.met.values()) / len(self.met) if self.met else 1.0
-        return asked * math.prod(self.sound.values())
+        return self.points / len(self.met) if self.met else math.prod(self.sound.values())
 
 
 def score_story(facts: AskedFacts | StoryFacts, text: str) -> StoryScore:

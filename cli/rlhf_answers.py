@@ -1,0 +1,190 @@
+"""gpt rlhf best-of-n, gpt rlhf pairs: what a chat model's own answers are good for, without training it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import CheckpointName, Device, Precision, RunArgument, Temperature
+from cli.training import located
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.config import DataConfig
+    from engine.run import Run
+
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        help="The run of a reward model, or `program`, which checks the built-in stories; RUN-reward unless given."
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Conversations, as for gpt finetune, for their prompts; those that RUN was finetuned on unless given.",
+    ),
+]
+
+
+def named_reward(run: Path, reward: str | None) -> str:
+    """The reward that was asked for, or the reward model that stands beside the run. Raises InputError."""
+    if reward is not None:
+        return located(reward)
+    beside = run.with_name(f"{run.name}-reward")
+    if not beside.exists():
+        raise InputError(
+            f"there is no {beside}: train a reward model with `gpt reward {run}`, name one with --reward, or let the "
+            "program judge with --reward program"
+        )
+    return located(str(beside))
+
+
+def prompt_data(run: "Run", data: str | None) -> "DataConfig":
+    """The conversations that were asked for, or those that a run was finetuned on, or the built-in ones."""
+    from engine.config import DataConfig
+    from rlhf.prompts import prompts_of
+    from train.data.conversations import STORIES_INSTRUCT
+
+    if data is not None:
+        return DataConfig(source=located(data))
+    return prompts_of(run.read_recipe()) or DataConfig(source=STORIES_INSTRUCT)
+
+
+def best_of_n(
+    run: RunArgument,
+    policies: Annotated[
+        list[Path] | None, typer.Argument(help="Aligned runs to measure on the same prompts.", show_default=False)
+    ] = None,
+    reward: Reward = None,
+    data: Prompts = None,
+    n: Annotated[int, typer.Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
+    prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts.")] = 64,
+    temperature: Temperature = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    checkpoint: CheckpointName = "latest",
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Of n answers take the one that the reward likes best: what that is worth, and runs aligned by training beside it.
+
+    Example: gpt rlhf best-of-n runs/nano-chat runs/nano-chat-ppo runs/nano-chat-dpo
+
+    Scores, KL and their picture are written to best-of-n.json and best-of-n.png in RUN.
+    """
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine import runtime
+    from engine.chat_template import answer_ends
+    from engine.checkpoint import write_atomically
+    from engine.run import Run
+    from engine.tokenizer import Tokenizer
+    from rlhf.align import gold_reward, load_frozen
+    from rlhf.best_of_n import best_of_n, draw_answers
+    from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD, measure_policy, plot_frontier
+    from rlhf.prompts import encode_prompts, open_prompts
+    from rlhf.rewards import open_reward
+
+    base, machine = Run(run), runtime.choose(device, precision)
+    recipe, tokenizer = base.read_recipe(), Tokenizer.load(base.tokenizer)
+    model = load_frozen(base, machine, checkpoint)
+    source = open_prompts(prompt_data(base, data))
+    asked = encode_prompts(source, "validation", tokenizer, recipe.model.context, prompts).first(prompts)
+    gold, ends = gold_reward(asked, tokenizer), answer_ends(tokenizer)
+    rewards = {"reward": open_reward(named_reward(run, reward), tokenizer, machine, bool(gold))[0], **gold}
+    aligned = {}
+    for path in policies or []:
+        if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
+            raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
+        aligned[path] = load_frozen(Run(path), machine, "latest")
+    repeated, answers = draw_answers(model, asked, n, ends, seed=seed, temperature=temperature)
+    curves = {}
+    for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items():
+        if by in rewards:
+            found = best_of_n(repeated, answers, n, by, rewards)
+            curves[name] = [{"n": each.n, "kl": each.kl, **each.rewards} for each in found]
+    for path, policy in aligned.items():
+        measured = measure_policy(policy, model, asked, rewards, ends, answers=4, temperature=temperature, seed=seed)
+        curves[path.name] = [measured]
+    table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
+    for name, points in curves.items():
+        for point in points:
+            label = name.replace("of n", f"of {point['n']}") if "n" in point else name
+            scores = (f"{point[each]:.3f} ± {point[f'{each}_error']:.3f}" for each in rewards)
+            table.add_row(label, *scores, f"{point['kl']:.2f}" if "kl_error" in point else f"at most {point['kl']:.2f}")
+    Console(highlight=False).print(table)
+    path = base.path / "best-of-n.json"
+    write_atomically(
+        path, json.dumps({"data": source.name, "prompts": len(asked), "curves": curves}, indent=1).encode()
+    )
+    picture = path.with_suffix(".png")
+    typer.echo(f"written to {path}" + (f" and {picture}" if plot_frontier(curves, picture) else ""))
+
+
+def pairs(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
+    data: Prompts = None,
+    judge: Annotated[
+        str, typer.Option(help="Who scores the answers: `program`, or the run of a reward model.")
+    ] = "program",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts of the training split.")] = 2_000,
+    answers: Annotated[int, typer.Option(min=2, help="Answers to each; every two of them make a pair.")] = 2,
+    temperature: Temperature = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
+    checkpoint: CheckpointName = "latest",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Draw answers from a chat model and let a judge, who sometimes errs, say which of two is better.
+
+    Example: gpt rlhf pairs runs/nano-chat, then gpt reward runs/nano-chat --data runs/nano-chat/pairs.jsonl
+
+    Each line has prompt, chosen, rejected, and as gold whether the judge was right.
+    """
+    import time
+
+    from cli.console import Console
+    from engine import runtime
+    from engine.checkpoint import write_atomically
+    from engine.run import Run
+    from rlhf.prompts import encode_prompts, open_prompts
+    from rlhf.rewards import open_reward
+    from rlhf.sampled_pairs import sample_pairs, to_json_line
+
+    base, machine, console = Run(run), runtime.choose(device, precision), Console()
+    path = out or base.path / "pairs.jsonl"
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")
+    source = open_prompts(prompt_data(base, data))
+    model, tokenizer = base.load_model(machine, checkpoint, console.say)
+    asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
+    reward, _ = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
+    begin, drawn = time.perf_counter(), 0
+
+    def progress(whole: int, tokens: int) -> None:
+        nonlocal drawn
+        drawn = tokens
+        speed = tokens / (time.perf_counter() - begin)
+        console.progress(f"{whole:,} answers, {speed:,.0f} tokens/s", whole / (answers * len(asked)))
+
+    try:
+        found = sample_pairs(
+            model, asked, reward, answers=answers, temperature=temperature, seed=seed, progress=progress
+        )
+    finally:
+        console.close()
+    console.say(f"{len(asked):,} prompts of {source.name}: {drawn:,} tokens in {time.perf_counter() - begin:,.0f} s")
+    console.say(found.describe())
+    if not found.pairs:
+        raise InputError("no two answers to a prompt differ: nothing is written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(map(to_json_line, found.pairs)).encode())
+    console.say(f"written to {path}")
+    console.say(f"use it     gpt reward {run} --data {path}")
+    console.say(f"           gpt rlhf dpo {run} --data {path}")

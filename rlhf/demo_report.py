@@ -1,0 +1,126 @@
+"""What `gpt demo` has shown: each method's true and proxy score against its KL, over seeds, and samples."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.chat_template import answer_ends
+from engine.checkpoint import write_atomically
+from engine.run import Run, versions
+from engine.runtime import choose
+from engine.tokenizer import Tokenizer
+from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD, plot_frontier
+from rlhf.prompts import encode_prompts, open_prompts
+from rlhf.rewards import ProgramReward
+from rlhf.rollout import roll_out
+
+SHOWN = 3
+REPORTED = ("gold_accuracy", "accuracy", "calibration_error", "pairs")
+RESULT = "result.json"
+
+
+def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """The figures of one demo, from what its commands have written; kept in its result.json."""
+    curves = json.loads((folder / "chat" / "best-of-n.json").read_text())["curves"]
+    (begin, *_, most), gold = curves[BEST_OF_N], curves[BEST_OF_N_GOLD][-1]["gold"]
+    methods = {name: points[0] for name, points in curves.items() if not name.startswith(BEST_OF_N)}
+    for point in methods.values():
+        gain = point["gold"] - begin["gold"]
+        point["gain_in_deviations"] = gain / begin["gold_std"]
+        point["share_of_best_of_n"] = gain / (most["gold"] - begin["gold"])
+        point["share_of_best_of_n_by_gold"] = gain / (gold - begin["gold"])
+    reward = Run(folder / "chat-reward").find_checkpoint().evaluation() or {}
+    result = {
+        "seed": seed,
+        "seconds": dict(seconds),
+        "finetuned": begin,
+        "reward_model": {
+            name: reward.get(name) for name in ("gold_accuracy", "accuracy", "calibration_error", "pairs")
+        },
+        "methods": methods,
+        BEST_OF_N: curves[BEST_OF_N],
+        BEST_OF_N_GOLD: curves[BEST_OF_N_GOLD],
+        "versions": versions(),
+    }
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    return result
+
+
+def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], samples: Path) -> list[str]:
+    """Write report.md and frontier.png; `samples` is the demo whose models are asked. Returns the table's lines."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for name in (BEST_OF_N, BEST_OF_N_GOLD):
+        curves[name] = [_mean(points) for points in zip(*(result[name] for result in results), strict=True)]
+    for name in results[0]["methods"]:
+        curves[name] = [result["methods"][name] for result in results]
+    begin, most, gold = curves[BEST_OF_N][0], curves[BEST_OF_N][-1], curves[BEST_OF_N_GOLD][-1]
+    table = [
+        "| | gold | reward | KL | gain, deviations | gain, of best-of-n's |",
+        "|---|---|---|---|---|---|",
+        f"| finetuned | {begin['gold']:.3f} | {begin['reward']:.2f} | 0 | | |",
+        _row(f"best of {most['n']:.0f}", most),
+        _row(f"best of {gold['n']:.0f} by gold", gold),
+        *(_method(name, curves[name]) for name in results[0]["methods"]),
+    ]
+    told = [result["reward_model"]["gold_accuracy"] for result in results]
+    seconds = [sum(result["seconds"].values()) for result in results]
+    lines = [
+        "# From stories to an aligned chat model",
+        "",
+        f"{len(results)} {'seed' if len(results) == 1 else 'seeds'}, {statistics.mean(seconds) / 60:.1f} minutes each. "
+        "Gold is the program's score of answers to held-out requests, 0 to 1; reward is the reward model's (0 and 1: "
+        "mean and deviation of the finetuned model's answers); KL is to the finetuned model, in nats per answer. "
+        f"The reward model puts {_spread(told)} of held-out pairs in gold order.",
+        "",
+        *table,
+        "",
+        *(["![score against KL](frontier.png)", ""] if plot_frontier(curves, folder / "frontier.png") else []),
+        "## Before and after",
+        "",
+        *_samples(samples, list(results[0]["methods"])),
+        "## Seconds",
+        "",
+        *(f"- {name}: {_spread([each['seconds'][name] for each in results], 0)}" for name in results[0]["seconds"]),
+        "",
+    ]
+    (folder / "report.md").write_text("\n".join(lines))
+    return table
+
+
+def _row(name: str, point: Mapping[str, float]) -> str:
+    return f"| {name} | {point['gold']:.3f} | {point['reward']:.2f} | at most {point['kl']:.2f} | | |"
+
+
+def _method(name: str, points: Sequence[Mapping[str, float]]) -> str:
+    columns = [
+        _spread([point[key] for point in points], digits)
+        for key, digits in (("gold", 3), ("reward", 2), ("kl", 2), ("gain_in_deviations", 2), ("share_of_best_of_n", 2))
+    ]
+    return f"| {name} | {' | '.join(columns)} |"
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.mean(point[key] for point in points) for key in points[0]}
+
+
+def _samples(folder: Path, methods: Sequence[str]) -> list[str]:
+    machine = choose("cpu", "fp32")
+    tokenizer = Tokenizer.load(Run(folder / "chat").tokenizer)
+    recipe = Run(folder / "chat").read_recipe()
+    prompts = encode_prompts(open_prompts(recipe.data), "validation", tokenizer, recipe.model.context, SHOWN)
+    asked, gold, ends = prompts.first(SHOWN), ProgramReward(tokenizer), answer_ends(tokenizer)
+    lines = [[f"> {messages[-1].content}", ""] for messages in prompts.asked]
+    for name in ("chat", *methods):
+        model, _ = Run(folder / name).load_model(machine)
+        answers = roll_out(model, asked, ends).answers
+        for own, answer, score in zip(lines, answers, gold(asked, answers).tolist(), strict=True):
+            text = tokenizer.decode([token for token in answer if token not in ends])
+            own += [f"**{name}** ({score:.2f}): {text}", ""]
+    return [line for own in lines for line in own]

@@ -1,0 +1,68 @@
+"""gpt demo: its commands are such as gpt knows, they run at the same time, and its report says what came of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from cli.demo import commands, run_together
+from cli.main import app
+from engine.errors import InputError
+from rlhf import demo_report
+from rlhf.demo_report import write_demo_report
+from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD
+
+
+def parse(words: list[str]) -> str:
+    """The name of a command, whose options are all known and of their types."""
+    command: Any = get_command(app)
+    names: list[str] = []
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(command.context_class(command), words)
+        names.append(name)
+    command.make_context(names[-1], list(words))
+    return " ".join(names)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_demo_is_made_of_commands_that_gpt_knows(tmp_path: Path, short: bool) -> None:
+    found = [
+        [parse(words) for words in group.values()] for group in commands(tmp_path, 3, short=short, control=not short)
+    ]
+    assert found[:4] == [["train"], ["finetune"], ["rlhf pairs"], ["reward", "rlhf dpo"]]
+    assert found[4] == ["rlhf ppo", "rlhf grpo", *([] if short else ["rlhf ppo"])] and found[5] == ["rlhf best-of-n"]
+
+
+def test_commands_run_together_and_one_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_together({"one": ["info", "--help"], "two": ["train", "--help"]}, tmp_path) > 0
+    assert "Say what a run is" in (tmp_path / "one.log").read_text() and "gpt train --help" in capsys.readouterr().out
+    with pytest.raises(InputError, match="gpt info nowhere failed"):
+        run_together({"one": ["train", "--help"], "bad": ["info", "nowhere"]}, tmp_path)
+
+
+def test_the_report_holds_every_method_over_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_report, "_samples", lambda *_: ["> Tell me a story", "", "**chat**: no"])
+
+    def point(gold: float, **more: Any) -> dict[str, Any]:
+        return {"gold": gold, "reward": 1.0, "kl": 0.5, **more}
+
+    def result(seed: int) -> dict[str, Any]:
+        gain = {"gain_in_deviations": 0.5 + seed, "share_of_best_of_n": 0.3}
+        curve = [point(0.5, n=1), point(0.8, n=2)]
+        return {
+            "seconds": {"train": 60.0, "reward and dpo": 30.0},
+            "reward_model": {"gold_accuracy": 0.7 + seed / 10},
+            "methods": {"chat-ppo": point(0.6, **gain)},
+            BEST_OF_N: curve,
+            BEST_OF_N_GOLD: curve,
+        }
+
+    table = write_demo_report(tmp_path, [result(0), result(1)], tmp_path)
+    assert (
+        "| chat-ppo | 0.600 (0.600 to 0.600) | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) | 1.00 (0.50 to 1.50) |"
+        in ("\n".join(table))
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert "2 seeds, 1.5 minutes each" in report and "0.750 (0.700 to 0.800)" in report and "Tell me" in report
+    assert (tmp_path / "frontier.png").exists()
