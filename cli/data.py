@@ -1,5 +1,6 @@
 """gpt data prepare, gpt data show"""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -52,10 +53,12 @@ def prepare(
     limits = {"train": None if max_tokens is None else int(max_tokens), "validation": None}
     try:
         for split, limit in limits.items():
-            progress = console.preparing(split)
+            progress, begin, fresh = console.preparing(split), time.perf_counter(), not (out / split).exists()
             shards = prepare(source, pieces, out, split, workers=workers, max_tokens=limit, progress=progress)
+            speed = f", {shards.bytes / 1e6 / (time.perf_counter() - begin):.1f} MB/s" if fresh else ""
             console.say(
                 f"{split}: {shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
+                + speed
             )
     finally:
         console.close()

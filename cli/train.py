@@ -24,6 +24,9 @@ def train(
         ),
     ] = None,
     column: Column = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read and tokenize while training, instead of preparing all data first.")
+    ] = False,
     steps: training.Steps = None,
     tokens: training.Tokens = None,
     epochs: training.Epochs = None,
@@ -54,7 +57,7 @@ def train(
         raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
     run = Run(out or Path("runs") / str(preset))
     if resume:
-        training.refuse_changes(data, column, seed, setting, overwrite, precision)
+        training.refuse_changes(data, column, stream, seed, setting, overwrite, precision)
     recipe = run.read_recipe() if resume else config.preset(str(preset))
     if recipe.base is not None:
         raise InputError(f"{run.path} is a finetuned run: gpt finetune {recipe.base} --out {run.path} --resume")
@@ -65,7 +68,7 @@ def train(
     recipe = training.adjust(
         recipe,
         {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
-        {"data.column": column, "loop.seed": seed, "precision": precision},
+        {"data.column": column, "data.stream": stream or None, "loop.seed": seed, "precision": precision},
         setting,
     )
 

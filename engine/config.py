@@ -99,6 +99,10 @@ class DataConfig:
     prompt_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
+    # Read and tokenize while training, in the order of the data, and prepare nothing but what is held out.
+    stream: bool = False
+    # A run, or a file, to take the tokenizer from where the data has none yet; None trains one.
+    tokenizer: str | None = None
     # How many documents at most; None is all. The built-in stories never end, so they need a number.
     documents: int | None = None
     # How many tokens to prepare at most; None is as many as the budget can use.
@@ -277,6 +281,10 @@ class Recipe:
     # Of a finetuned or a reward model: the run, and the step of its checkpoint, that it began with.
     base: str | None = None
     base_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.stream and self.budget.epochs is not None:
+            raise InputError("nobody knows the length of a stream: give --tokens, --steps or --minutes, not epochs")
 
     @property
     def tokens_per_step(self) -> int:

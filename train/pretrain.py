@@ -21,6 +21,7 @@ from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data.loader import Batch, PackedLoader, PieceSource
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
+from train.data.stream import StreamLoader
 from train.evaluate import evaluate_loss
 from train.loop import Batches, Loop, Outcome, Task, should_compile
 from train.report import write_report
@@ -57,7 +58,8 @@ class Corpus(PieceSource, Protocol):
 @dataclasses.dataclass(frozen=True)
 class Data:
     tokenizer: Tokenizer
-    train: Corpus
+    # None where it is a stream, whose length nobody knows.
+    train: Corpus | None
     validation: Corpus
 
 
@@ -106,8 +108,13 @@ def pretrain(
 
 def read_documents(recipe: Recipe, run: Run, console: Console, *, resume: bool) -> tuple[Recipe, Stage]:
     """The stage that learns documents, and the recipe with what the data decided."""
-    recipe, data = prepare_data(recipe, run, console, resume=resume)
-    batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
+    batches: Supply
+    if recipe.data.stream:
+        recipe, data, batches = stream_data(recipe, run, console)
+    else:
+        recipe, data = prepare_data(recipe, run, console, resume=resume)
+        assert data.train is not None
+        batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
     return recipe, Stage(data, batches, lambda model: begin_documents(model, data.tokenizer, recipe.loop.samples))
 
 
@@ -216,16 +223,43 @@ def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) ->
     return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
 
 
-def prepare_source(recipe: Recipe, source: Source, run: Run, console: Console) -> None:
-    """Train the run's tokenizer, unless it has one, and tokenize the source into its folder."""
+def stream_data(
+    recipe: Recipe, run: Run, console: Console, rank: int = 0, world_size: int = 1
+) -> tuple[Recipe, Data, StreamLoader]:
+    """As `prepare_data`, but only the held-out documents are prepared; the others come as one rank's batches."""
+    if is_prepared(recipe.data.source):
+        raise InputError(f"{recipe.data.source} is prepared already: train on it without --stream")
+    recipe, source = find_source(recipe, console)
     console.say(source.describe())
+    tokenizer = find_tokenizer(recipe, source, run, console)
+    most = recipe.data.final_evaluation_tokens
+    progress = console.preparing("validation")
+    validation = prepare(source, tokenizer, run.data, "validation", max_tokens=most, progress=progress)
+    recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
+    batches = StreamLoader(
+        source, tokenizer, validation, recipe.tokens_per_pass, recipe.model.context, rank=rank, world_size=world_size
+    )
+    return recipe, Data(tokenizer, None, validation), batches
+
+
+def find_tokenizer(recipe: Recipe, source: Source, run: Run, console: Console) -> Tokenizer:
+    """The run's tokenizer; where it has none yet, the one that the recipe names, or else one trained on the source."""
     if run.tokenizer.exists():
-        tokenizer = Tokenizer.load(run.tokenizer)
+        return Tokenizer.load(run.tokenizer)
+    if recipe.data.tokenizer is not None:
+        tokenizer = Tokenizer.load(recipe.data.tokenizer)
     else:
         sample_bytes = SAMPLE_BYTES_PER_PIECE * recipe.model.vocab_size
         documents = source.documents("train")
         tokenizer = train_tokenizer(documents, recipe.model.vocab_size, sample_bytes=sample_bytes, notice=console.say)
-        tokenizer.save(run.tokenizer)
+    tokenizer.save(run.path / tokenizer.file_name)
+    return tokenizer
+
+
+def prepare_source(recipe: Recipe, source: Source, run: Run, console: Console) -> None:
+    """Tokenize the source into the run's folder."""
+    console.say(source.describe())
+    tokenizer = find_tokenizer(recipe, source, run, console)
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     for split, limit in limits.items():
         prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
@@ -274,13 +308,15 @@ def describe(recipe: Recipe, runtime: Runtime, data: Data, budget: Budget, peak:
     if budget.steps:
         tokens = budget.steps * recipe.tokens_per_step
         hours = tokens * model.flops_per_token / peak / 3600
-        extent += f", {tokens:,} tokens, {tokens / data.train.tokens:.2f} epochs"
+        extent += f", {tokens:,} tokens" + (f", {tokens / data.train.tokens:.2f} epochs" if data.train else "")
         extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
+    amount = f"{data.train.tokens:,} tokens to train on" if data.train else "streamed"
+    text = data.train or data.validation
     return [
         f"model      {model.parameters / 1e6:,.1f}M parameters: {model.blocks} blocks, {model.width} wide, "
         f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size:,}",
-        f"data       {recipe.data.source}: {data.train.tokens:,} tokens to train on, "
-        f"{data.validation.tokens:,} to validate; {data.train.bytes / data.train.tokens:.2f} bytes per token",
+        f"data       {recipe.data.source}: {amount}, {data.validation.tokens:,} tokens to validate; "
+        f"{text.bytes / text.tokens:.2f} bytes per token",
         f"batch      {loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
         + (f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""),
         f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",

@@ -5,12 +5,15 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 # What a worker is dealt at a time; and below how much text starting workers costs more than they save.
 CHUNK_CHARACTERS = 1 << 20
 SMALL_CHARACTERS = 4 << 20
+# Documents in one call into the tokenizer: enough to be fast, few enough to say where it failed.
+GROUP = 16
 
 
 class Chunk(NamedTuple):
@@ -37,30 +42,54 @@ class Chunk(NamedTuple):
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer: "Tokenizer", dtype: str, workers: int
+    chunks: Iterable[Sequence[str]], tokenizer: "Tokenizer", dtype: str, workers: int, first: int = 0
 ) -> Generator[Chunk, None, None]:
-    """The documents encoded, in order, by so many processes; by this one alone where there is little to do."""
-    chunks = _chunks(documents)
-    head = list(islice(chunks, SMALL_CHARACTERS // CHUNK_CHARACTERS + 1))
+    """The documents encoded, in order, by so many processes; by this one alone where there is little to do.
+
+    Raises InputError with the number of the document, counted on from `first`, where encoding fails or a worker dies.
+    """
+    numbered = _numbered(chunks, first)
+    head = list(islice(numbered, SMALL_CHARACTERS // CHUNK_CHARACTERS + 1))
     if workers == 1 or len(head) <= SMALL_CHARACTERS // CHUNK_CHARACTERS:
-        yield from (_encode(chunk, tokenizer, dtype) for chunk in chain(head, chunks))
+        yield from (_encode(number, chunk, tokenizer, dtype) for number, chunk in chain(head, numbered))
         return
     # Spawned, not forked: a fork of a process that runs torch's or CUDA's threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype))
+    # The document that each worker has come to, counted from 1; 0 while it is idle.
+    places, begun = spawn.RawArray("q", workers), spawn.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype, places, begun))
     waiting: deque[Future[Chunk]] = deque()
     try:
-        for chunk in chain(head, chunks):
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+        for number, chunk in chain(head, numbered):
+            waiting.append(pool.submit(_encode_in_worker, number, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        # The pool ends the other workers, and they take back their places: what remains is the dead one's.
+        pool.shutdown()
+        where = " or ".join(f" at {_span(place - 1, GROUP)}" for place in places if place)
+        raise InputError(
+            f"a tokenizing process died{where}, perhaps for want of memory; run again with fewer workers: it goes on "
+            "from here"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+def _numbered(chunks: Iterable[Sequence[str]], first: int) -> Iterator[tuple[int, Sequence[str]]]:
+    for chunk in chunks:
+        yield first, chunk
+        first += len(chunk)
+
+
+def _span(first: int, count: int) -> str:
+    return f"document {first + 1:,}" if count == 1 else f"one of the documents {first + 1:,} to {first + count:,}"
+
+
+def in_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents as workers are dealt them."""
     chunk: list[str] = []
     size = 0
     for document in documents:
@@ -73,22 +102,47 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _encode(texts: Sequence[str], tokenizer: "Tokenizer", dtype: str) -> Chunk:
-    ids = tokenizer.encode_batch(texts)
+def _encode(
+    first: int,
+    texts: Sequence[str],
+    tokenizer: "Tokenizer",
+    dtype: str,
+    arrive: Callable[[int], None] = lambda number: None,
+) -> Chunk:
+    ids: list[list[int]] = []
+    sizes: list[int] = []
+    rest = iter(texts)
+    while group := list(islice(rest, GROUP)):
+        number = first + len(ids)
+        arrive(number)
+        try:
+            ids += tokenizer.encode_batch(group)
+        except (InputError, MemoryError, RuntimeError) as error:
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{_span(number, len(group))} cannot be tokenized: {reason}") from error
+        sizes += [len(text.encode()) for text in group]
     lengths = np.array([len(document) + 1 for document in ids], np.int64)
     stream = chain.from_iterable(chain((tokenizer.eod,), document) for document in ids)
-    tokens = np.fromiter(stream, dtype, int(lengths.sum()))
-    return Chunk(tokens, lengths, np.array([len(text.encode()) for text in texts], np.int64))
+    return Chunk(np.fromiter(stream, dtype, int(lengths.sum())), lengths, np.array(sizes, np.int64))
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: "Tokenizer", dtype: str) -> None:
-    _worker.update(tokenizer=tokenizer, dtype=dtype)
+def _start_worker(tokenizer: "Tokenizer", dtype: str, places: Any, begun: Any) -> None:
+    with begun.get_lock():
+        own = begun.value
+        begun.value += 1
+    _worker.update(tokenizer=tokenizer, dtype=dtype, arrive=lambda number: places.__setitem__(own, number + 1))
     # Ctrl-C is the parent's to handle; and a killed parent takes its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def end(*_: object) -> None:
+        places[own] = 0
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _end_with_parent() -> None:
@@ -97,5 +151,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> Chunk:
-    return _encode(texts, **_worker)
+def _encode_in_worker(first: int, texts: Sequence[str]) -> Chunk:
+    chunk = _encode(first, texts, **_worker)
+    _worker["arrive"](-1)
+    return chunk

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from engine.errors import InputError
 from train.data.permutation import Permutation
 
 IGNORE_INDEX = -100
+Item = TypeVar("Item")
 # Pieces looked up at a time: enough that numpy's calls cost little, few enough that a resume wastes little.
 LOOKAHEAD = 1024
 
@@ -143,13 +144,13 @@ class PackedLoader:
     def __next__(self) -> Batch:
         if self._producer is None:
             batches = self._batches(self._handed_out)
-            self._producer = _Prefetcher(batches, self.prefetch) if self.prefetch else batches
+            self._producer = Prefetcher(batches, self.prefetch) if self.prefetch else batches
         batch, self._handed_out = next(self._producer)
         return batch
 
     def close(self) -> None:
         """Stop prefetching. Iterating again goes on after the batch handed out last."""
-        if isinstance(self._producer, _Prefetcher):
+        if isinstance(self._producer, Prefetcher):
             self._producer.close()
         self._producer = None
 
@@ -233,17 +234,17 @@ def pack(sequences: list[tuple[np.ndarray, np.ndarray]], context: int) -> Batch:
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(bounds), context)
 
 
-class _Prefetcher(Iterator[tuple[Batch, Cursor]]):
+class Prefetcher(Iterator[Item]):
     """Runs an iterator ahead in a thread. Its exceptions, and its end, reach whoever asks for the next item."""
 
-    def __init__(self, items: Iterator[tuple[Batch, Cursor]], depth: int) -> None:
-        self.queue: queue.Queue[tuple[Batch, Cursor] | BaseException] = queue.Queue(depth)
+    def __init__(self, items: Iterator[Item], depth: int) -> None:
+        self.queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
         self.closed = False
         self.end: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(items,), daemon=True)
         self.thread.start()
 
-    def _run(self, items: Iterator[tuple[Batch, Cursor]]) -> None:
+    def _run(self, items: Iterator[Item]) -> None:
         try:
             for item in items:
                 self.queue.put(item)
@@ -253,7 +254,7 @@ class _Prefetcher(Iterator[tuple[Batch, Cursor]]):
         except BaseException as error:
             self.queue.put(error)
 
-    def __next__(self) -> tuple[Batch, Cursor]:
+    def __next__(self) -> Item:
         if self.end is None:
             item = self.queue.get()
             if not isinstance(item, BaseException):

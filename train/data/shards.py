@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHARD_TOKENS = 64_000_000
+# A mapped file stays open, and 10^11 tokens are in more files than a process may open.
+MAPPED_FILES = 256
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 Progress = Callable[[int, int, int], None]
 
@@ -81,10 +83,6 @@ def prepare(
         raise InputError(
             f"the disk of {place} is full; make room and run the same command again: it goes on from here"
         ) from None
-    except BrokenProcessPool:
-        raise InputError(
-            "a tokenizing process died, perhaps for want of memory; run again with fewer workers: it goes on from here"
-        ) from None
     return TokenShards.open(root, split)
 
 
@@ -108,8 +106,9 @@ def _write_shards(
             if progress:
                 progress(totals["documents"], totals["tokens"], totals["bytes"])
 
-    texts = source.documents(index["split"], totals["documents"]) if room > 0 else iter(())
-    with closing(encode_documents(texts, tokenizer, dtype, workers)) as encoded:
+    done = totals["documents"]
+    chunks = source.chunks(index["split"], done) if room > 0 else iter(())
+    with closing(encode_documents(chunks, tokenizer, dtype, workers, done)) as encoded:
         dealt = _deal(_first_tokens(encoded, room), index["shard_tokens"])
         for _, parts in groupby(dealt, key=itemgetter(0)):
             shards.append(_write_shard(place / f"{len(shards):05d}", counted(parts), np.array([tokenizer.eod], dtype)))
@@ -219,7 +218,10 @@ def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:
 
 
 class TokenShards:
-    """The token files of one split, memory-mapped. `documents`, `tokens` and `bytes` (of text) count all shards."""
+    """The token files of one split. `documents`, `tokens` and `bytes` (of text) count all shards.
+
+    A file is mapped when something in it is read, the most recent MAPPED_FILES at a time.
+    """
 
     def __init__(self, place: Path, index: dict[str, Any]) -> None:
         self.place, self.index = place, index
@@ -232,8 +234,10 @@ class TokenShards:
         # All tokens and boundaries in one number: what a loader's cursor remembers its data by.
         self.fingerprint = hashlib.sha256(json.dumps([index["tokenizer_fingerprint"], shards]).encode()).hexdigest()
         self._first = np.cumsum([0, *(shard["documents"] for shard in shards)], dtype=np.int64)
-        maps = [[self._map(number, kind) for kind in ("tokens", "starts")] for number in range(len(shards))]
-        self._tokens, self._starts = zip(*maps, strict=True)
+        for number in range(len(shards)):
+            self._check(number, "tokens")
+            self._check(number, "starts")
+        self._map = lru_cache(MAPPED_FILES)(self._map_file)
 
     @classmethod
     def open(
@@ -255,16 +259,20 @@ class TokenShards:
     def _path(self, number: int, kind: str) -> Path:
         return self.place / f"{number:05d}.{kind}"
 
-    def _map(self, number: int, kind: str) -> np.ndarray:
-        shard, path = self.index["shards"][number], self._path(number, kind)
-        dtype = np.dtype("<i8" if kind == "starts" else self.index["dtype"])
-        count = shard["documents" if kind == "starts" else "tokens"] + 1
+    def _dtype(self, kind: str) -> np.dtype:
+        return np.dtype("<i8" if kind == "starts" else self.index["dtype"])
+
+    def _check(self, number: int, kind: str) -> None:
+        path, shard = self._path(number, kind), self.index["shards"][number]
         if not path.exists():
             raise InputError(f"{path} is missing; delete {self.place} and prepare the data again")
-        if (size := path.stat().st_size) != count * dtype.itemsize:
-            message = f"{path} is damaged: {size:,} bytes long where the index says {count * dtype.itemsize:,}"
+        expected = (shard["documents" if kind == "starts" else "tokens"] + 1) * self._dtype(kind).itemsize
+        if (size := path.stat().st_size) != expected:
+            message = f"{path} is damaged: {size:,} bytes long where the index says {expected:,}"
             raise InputError(f"{message}; delete {self.place} and prepare the data again")
-        return np.memmap(path, dtype, mode="r")
+
+    def _map_file(self, number: int, kind: str) -> np.ndarray:
+        return np.asarray(np.memmap(self._path(number, kind), self._dtype(kind), mode="r"))
 
     def verify(self) -> None:
         """Read everything and compare it with the index. Raises InputError with the name of a file that has changed."""
@@ -278,20 +286,21 @@ class TokenShards:
     @property
     def lengths(self) -> np.ndarray:
         """The tokens that every document trains on. int64 [documents], made anew each time."""
-        return np.concatenate([np.diff(starts) for starts in self._starts])
+        return np.concatenate([np.diff(self._map(number, "starts")) for number in range(len(self.index["shards"]))])
 
     def _at(self, document: int) -> tuple[np.ndarray, int, int]:
         number = int(np.searchsorted(self._first, document, "right")) - 1
-        starts, local = self._starts[number], document - int(self._first[number])
-        return self._tokens[number], int(starts[local]), int(starts[local + 1])
+        starts, local = self._map(number, "starts"), document - int(self._first[number])
+        return self._map(number, "tokens"), int(starts[local]), int(starts[local + 1])
 
     def document(self, document: int) -> np.ndarray:
         """The ids of one document of n tokens, the eods around it included. [n + 2]"""
         tokens, start, stop = self._at(document)
-        return tokens[start : stop + 1]
+        return tokens[start : stop + 1].copy()
 
     def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a part of a document, which must lie within it. Two [length] views of the files."""
+        """Inputs and targets of a part of a document, which must lie within it. [length] each"""
         tokens, start, _ = self._at(document)
-        ids = tokens[start + offset : start + offset + length + 1]
+        # Copied: a view would keep its file open.
+        ids = tokens[start + offset : start + offset + length + 1].copy()
         return ids[:-1], ids[1:]

@@ -6,16 +6,17 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.errors import InputError
+from train.data import encoding
 from train.data.files import CUT_CHARACTERS, EXTENSIONS, Row, find_files, pick_texts, read_rows, sample_hash
-from train.data.stories import SPLITS, stories
+from train.data.stories import SPLITS, stories, write_story
 
 # What splits are called out there.
 SPLIT_WORDS = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -26,10 +27,21 @@ HUB_SHORT_NAMES = {
 PROBE_SECONDS = 8
 # There are stories without end; so many are enough to say that a model has not seen them twice, and fit on any disk.
 STORIES = {"train": 1_000_000, "validation": 5_000, "test": 5_000}
+STORY_CHARACTERS = 800  # more or less
 
 Streams = dict[str, Callable[[], Iterable[Any]]]
 # Makes documents of rows, None of an empty one.
 Pick = Callable[[Iterable[Row]], Iterator[Any]]
+
+
+class Stream(Protocol):
+    """Documents, None for an empty one, that are read once, and the place that has been reached in them (JSON-able)."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class HubUnreachable(InputError):  # noqa: N818
@@ -130,6 +142,17 @@ class Source:
             raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
         return chain(first, documents)
 
+    def chunks(self, split: str, start: int = 0) -> Iterator[Sequence[str]]:
+        """The same documents, where they are texts, as they are dealt to the processes that encode them."""
+        return encoding.in_chunks(self.documents(split, start))
+
+    def share(self, rank: int, world_size: int) -> Stream:
+        """One of `world_size` shares of the documents to train on: each is in one. Held-out ones are among them."""
+        return CountedStream(self._every, rank, world_size)
+
+    def _every(self, start: int, step: int) -> Iterator[Any]:
+        return islice(self.streams()["train"](), start, self.limit, step)
+
     def _split(self, split: str) -> Iterator[Any]:
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
@@ -151,6 +174,41 @@ class Source:
                 yield document
 
 
+@dataclass
+class CountedStream:
+    """Every `step`-th document, from number `first` on. The place is their count."""
+
+    every: Callable[[int, int], Iterable[Any]]
+    first: int
+    step: int
+    read: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for document in self.every(self.first + self.read * self.step, self.step):
+            self.read += 1
+            yield document
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read = state["read"]
+
+
+@dataclass(frozen=True)
+class StoryRange(Sequence[str]):
+    """Stories that are written when they are read: by the process that encodes them."""
+
+    split: str
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return write_story(self.numbers[index], self.split).text
+
+
 class StoriesSource(Source):
     """The stories that the program writes itself."""
 
@@ -164,8 +222,18 @@ class StoriesSource(Source):
     def documents(self, split: str, start: int = 0) -> Iterator[str]:
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
-        count = max(0, (self.limit or STORIES[split]) - start)
-        return (story.text for story in stories(split, start, count))
+        return iter(StoryRange(split, range(start, self._count(split))))
+
+    def chunks(self, split: str, start: int = 0) -> Iterator[Sequence[str]]:
+        size = max(1, encoding.CHUNK_CHARACTERS // STORY_CHARACTERS)
+        numbers = range(start, self._count(split))
+        return (StoryRange(split, numbers[at : at + size]) for at in range(0, len(numbers), size))
+
+    def _every(self, start: int, step: int) -> Iterator[str]:
+        return iter(StoryRange("train", range(start, self._count("train"), step)))
+
+    def _count(self, split: str) -> int:
+        return self.limit or STORIES[split]
 
 
 @dataclass
@@ -212,7 +280,22 @@ class HubSource(Source):
     def identity(self) -> list[Any]:
         return [self.path, self.config]
 
+    def share(self, rank: int, world_size: int) -> Stream:
+        if self.limit is not None:
+            # The first so many documents of all, whichever file they are in: only counting finds them.
+            return super().share(rank, world_size)
+        rows = self._splits()["train"]
+        from datasets import Dataset
+        from datasets.distributed import split_dataset_by_node
+
+        if isinstance(rows, Dataset):
+            rows = rows.to_iterable_dataset()
+        return HubStream(self, split_dataset_by_node(rows, rank, world_size))
+
     def streams(self) -> Streams:
+        return {split: partial(self.read, rows) for split, rows in self._splits().items()}
+
+    def _splits(self) -> dict[str, Any]:
         try:
             import datasets
             from huggingface_hub import constants
@@ -228,14 +311,15 @@ class HubSource(Source):
         with self._plain_errors():
             splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
         names = {name: name.removesuffix(f"_{self.stage}") for name in splits}
-        streams: Streams = {SPLIT_WORDS.get(names[key], key): partial(self._rows, splits[key]) for key in splits}
-        if len(streams) == 1:
-            return {"train": next(iter(streams.values()))}
-        if "train" not in streams:
-            raise InputError(f"{self.name} has no training split, only {', '.join(streams)}; choose other --data")
-        return streams
+        found = {SPLIT_WORDS.get(names[key], key): rows for key, rows in splits.items()}
+        if len(found) == 1:
+            return {"train": next(iter(found.values()))}
+        if "train" not in found:
+            raise InputError(f"{self.name} has no training split, only {', '.join(found)}; choose other --data")
+        return found
 
-    def _rows(self, rows: Iterable[Any]) -> Iterator[Any]:
+    def read(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """The documents in rows of this data set, None for an empty one."""
         with self._plain_errors():
             yield from self.pick((f"{self.name}, row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -264,6 +348,23 @@ class HubSource(Source):
             raise InputError(f"{self.path} cannot be read ({reason}); choose other --data") from error
 
 
+@dataclass
+class HubStream:
+    """Rows of a data set that keeps its own place (datasets.IterableDataset), as documents."""
+
+    source: HubSource
+    rows: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.source.read(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.rows.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.load_state_dict(state)
+
+
 def _unreachable(name: str, reason: str) -> HubUnreachable:
     from huggingface_hub import constants
 
@@ -274,20 +375,25 @@ def _unreachable(name: str, reason: str) -> HubUnreachable:
 
 
 def _probe_hub(name: str) -> None:
-    """Raise HubUnreachable within seconds: the hub's own client goes on trying for half a minute, or for more."""
+    """Raise HubUnreachable where the hub does not answer."""
+    if failure := hub_failure(PROBE_SECONDS):
+        raise _unreachable(name, failure)
+
+
+def hub_failure(seconds: float) -> str | None:
+    """Why the hub does not answer, so soon: its own client goes on trying for half a minute, or for more."""
     from huggingface_hub import constants, get_session
 
-    failure = [f"no answer in {PROBE_SECONDS} s"]
+    failure = [f"no answer in {seconds} s"]
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            get_session().head(constants.ENDPOINT, timeout=seconds)
             failure.clear()
         except Exception as error:
             failure[0] = str(error) or type(error).__name__
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    if failure:
-        raise _unreachable(name, failure[0])
+    thread.join(seconds)
+    return failure[0] if failure else None

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import pytest
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data import encoding, shards
+from train.data.loader import Cursor, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
 from train.data.sources import FileSource, Source, open_source
+from train.data.stories import write_story
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [" ".join(f"word{n * k % 97} ünd" for k in range(n % 23 + 1)) for n in range(400)]
@@ -214,7 +217,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, source: Source, tok
         TokenShards.open(tmp_path / "good", "validation", tokenizer.fingerprint)
 
 
-def test_a_full_disk_and_a_dead_worker_say_how_to_go_on(
+def test_a_full_disk_says_how_to_go_on(
     tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -224,16 +227,80 @@ def test_a_full_disk_and_a_dead_worker_say_how_to_go_on(
     with pytest.raises(InputError, match="is full; make room and run the same command again"):
         prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
 
-    def dead(*_: object) -> None:
-        raise BrokenProcessPool
 
-    monkeypatch.setattr(shards, "_write_array", dead)
-    with pytest.raises(InputError, match="run again with fewer workers"):
-        prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
+FAILING = """
+import os
+from pathlib import Path
+from engine.errors import InputError
+from engine.tokenizer import Tokenizer
+from train.data import encoding
+from train.data.shards import prepare
+from train.data.sources import open_source
+encoding.CHUNK_CHARACTERS, encoding.SMALL_CHARACTERS = 2000, 4000
+class Failing(Tokenizer):
+    def encode_batch(self, texts):
+        if Path("bad").read_text() in texts:
+            FAIL
+        return super().encode_batch(texts)
+if __name__ == "__main__":
+    tokenizer = Failing.load("model")
+    try:
+        prepare(open_source("texts.jsonl"), tokenizer, "out", "train", workers=2, shard_tokens=1000)
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("os._exit(9)", r"a tokenizing process died at one of the documents (\d+) to (\d+), .*run again with fewer"),
+        ("raise MemoryError", r"one of the documents (\d+) to (\d+) cannot be tokenized: MemoryError"),
+    ],
+)
+def test_a_worker_that_fails_names_its_documents(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, failure: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tokenizer.save("model")
+    Path("bad").write_text(list(source.documents("train"))[200])
+    Path("failing.py").write_text(FAILING.replace("FAIL\n", failure + "\n"))
+    failed = subprocess.run([sys.executable, "failing.py"], capture_output=True, text=True, timeout=60)
+    found = re.match(message, failed.stdout)
+    assert found and int(found[1]) <= 201 <= int(found[2]) < int(found[1]) + 16, failed.stdout + failed.stderr
+
+
+def test_stories_are_written_by_the_workers_and_are_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = open_source("stories", limit=90)
+    for workers in (1, 2):
+        prepared = prepare(
+            source, tokenizer, tmp_path / str(workers), "train", workers=workers, shard_tokens=2000, max_tokens=9000
+        )
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    last = prepared.documents - 1
+    assert tokenizer.decode(prepared.document(last).tolist()) == write_story(last).text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux says which files are open")
+def test_no_more_files_are_open_than_are_being_read(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(open_source(source.name, limit=60), tokenizer, tmp_path, "train", workers=1, shard_tokens=20)
+    monkeypatch.setattr(shards, "MAPPED_FILES", 6)
+
+    def opened() -> int:
+        return sum(str(tmp_path) in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
+
+    prepared = TokenShards.open(tmp_path, "train")
+    assert len(prepared.index["shards"]) > 50 and opened() == 0
+    read = [prepared.read(document, 0, 1) for document in range(prepared.documents)]
+    assert opened() <= 6
+    assert all(inputs[0] == tokenizer.eod for inputs, _ in read)
 
 
 def test_positions_beyond_32_bits_are_read_right(tmp_path: Path) -> None:
-    length, count = 2**31 + 11, 3
+    length, count = 4 * 10**10 + 11, 3
     place = tmp_path / "train"
     place.mkdir()
     with (place / "00000.tokens").open("wb") as file:
@@ -248,3 +315,15 @@ def test_positions_beyond_32_bits_are_read_right(tmp_path: Path) -> None:
     assert prepared.lengths.tolist() == [length] * count
     assert [int(prepared.read(document, 0, 1)[0][0]) for document in range(count)] == [7, 8, 9]
     assert int(prepared.read(2, length - 1, 1)[1][0]) == 10
+    # The batches at the two ends of the epoch, and where they say that they stand.
+    loader = PackedLoader(prepared, 1024, 512, seed=0, shuffle=False, prefetch=0)
+    pieces = count * -(-length // 512)
+    assert next(loader).tokens[0] == 7 and loader.tokens_per_epoch == count * length > 10**11
+    loader.load_state_dict(loader.state_dict() | {"position": pieces - 1, "tokens": count * length - length % 512})
+    batch = next(loader)
+    assert batch.targets[length % 512 - 1] == 10 and batch.tokens[length % 512] == 7
+    assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (1, 1)
+    # A shuffled epoch deals pieces from everywhere.
+    shuffled = PackedLoader(prepared, 1024, 512, seed=0, prefetch=0)
+    places = [(document * length + start) for _, _, _, (document, start, _) in islice(shuffled._pieces(Cursor()), 1000)]
+    assert min(places) < 10**9 and max(places) > 119 * 10**9
