@@ -16,11 +16,13 @@ from cli import (
     chat,
     data,
     demo,
+    doctor,
     evaluate,
     finetune,
     generate,
     huggingface,
     info,
+    plan,
     reward,
     rlhf,
     serve,
@@ -46,6 +48,8 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 app.command("export")(huggingface.export_run)
 app.command("import")(huggingface.import_folder)
 app.command("bench-train")(bench.bench_train)

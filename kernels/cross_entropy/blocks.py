@@ -90,12 +90,13 @@ def _per_row(hidden_NC: Tensor) -> Tensor:
     return torch.empty(hidden_NC.shape[0], dtype=accumulator(hidden_NC), device=hidden_NC.device)
 
 
-def block_rows(hidden_NC: Tensor, vocab: int) -> int:
-    if not hidden_NC.is_cuda:
+def block_rows(rows: int, vocab: int, element_size: int, *, gpu: bool) -> int:
+    """How many of the rows of logits are made at a time, at most."""
+    if not gpu:
         return max(SMALLEST_BLOCK, BLOCK_BYTES // (4 * vocab))
     fewest, most = GPU_BLOCK_BYTES
-    row_bytes = hidden_NC.element_size() * vocab
-    fitting = min(most, max(fewest, hidden_NC.shape[0] * row_bytes // 8)) // row_bytes
+    row_bytes = element_size * vocab
+    fitting = min(most, max(fewest, rows * row_bytes // 8)) // row_bytes
     return max(SMALLEST_BLOCK, fitting // 128 * 128)  # whole tiles of the products
 
 
@@ -108,7 +109,7 @@ def _walk(
         wrong = targets_N[(targets_N != options.ignore_index) & ((targets_N < 0) | (targets_N >= vocab))]
         if len(wrong):
             raise ValueError(f"targets holds {int(wrong[0])}; expected 0 to {vocab - 1}, or {options.ignore_index}")
-    rows = block_rows(hidden_NC, vocab)
+    rows = block_rows(len(hidden_NC), vocab, hidden_NC.element_size(), gpu=hidden_NC.is_cuda)
     # Rows begin at multiples of 16 logits, whatever the vocabulary: a GPU's products need that to be fast.
     padded = -(-vocab // 16) * 16
     buffer = torch.empty(min(rows, len(targets_N)), padded, dtype=hidden_NC.dtype, device=hidden_NC.device)[:, :vocab]

@@ -31,7 +31,7 @@ LOG_PROBS_OPTIONS: list[dict[str, Any]] = [{}, {"temperature": 1.5, "softcap": 3
 @pytest.fixture(autouse=True)
 def small_blocks(triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several blocks, the last one smaller, and rows of several steps, the last one masked.
-    monkeypatch.setattr(blocks, "block_rows", lambda *arguments: 4)
+    monkeypatch.setattr(blocks, "block_rows", lambda *arguments, **options: 4)
     monkeypatch.setattr("kernels.cross_entropy.triton_backend.tile", lambda vocab: (16, 4))
 
 

@@ -1,0 +1,210 @@
+"""What `gpt doctor` looks at: each check tells what is there, and what that means for a run."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.config import PRESETS
+from engine.estimate import Setup, peak_memory, step_memory
+
+GIB = 2**30
+HUB_SECONDS = 2.0
+# Room for anything at all: below that not even a tokenizer is written.
+LEAST_DISK = 100 * 2**20
+# Without these nothing runs; of the others, what is missing without them.
+NEEDED = ("torch", "numpy", "sentencepiece", "safetensors", "typer", "rich")
+OPTIONAL = {
+    "triton": "the kernels run as plain PyTorch",
+    "datasets": "no data sets of the hub: built-in stories and local files",
+    "matplotlib": "no plots",
+    "wandb": "no --wandb",
+    "sacrebleu": "gpt evaluate without BLEU",
+    "rouge-score": "gpt evaluate without ROUGE",
+    "fastapi": "no gpt serve",
+    "uvicorn": "no gpt serve",
+    "tokenizers": "no gpt import",
+    "transformers": "an exported model cannot be tried here",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    found: str
+    meaning: str
+    state: Literal["good", "note", "broken"] = "good"
+
+
+def findings(runs: Path) -> Iterator[Finding]:
+    for check in (gpus, links, nccl, kernels, cpu, memory, lambda: disk(runs), hub, packages, compiler):
+        yield from check()
+
+
+def gpus() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            meaning = "install a torch whose CUDA the driver knows; until then --device cpu"
+            yield Finding("GPU", f"one is here that this torch ({built}) cannot use", meaning, "broken")
+        else:
+            yield Finding("GPU", "none", "training runs on the CPU: gpt train nano is made for that", "note")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        native = capability >= (8, 0)
+        yield Finding(
+            f"GPU {index}",
+            f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {capability[0]}.{capability[1]}",
+            ("bf16; " if native else "fp16 with loss scaling: no bf16 before 8.0; ") + fitting(properties.total_memory),
+            "good" if native else "note",
+        )
+
+
+def links() -> Iterator[Finding]:
+    """Between GPUs. NCCL goes through the host's memory where they cannot reach each other's."""
+    count = torch.cuda.device_count()
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    if not pairs:
+        return
+    direct = sum(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+    all_direct = direct == len(pairs)
+    yield Finding(
+        "links",
+        f"{direct} of {len(pairs)} ordered pairs of GPUs reach each other's memory",
+        "gradients go straight from GPU to GPU" if all_direct else "gradients go through the host: expect slow steps",
+        "good" if all_direct else "note",
+    )
+
+
+def nccl() -> Iterator[Finding]:
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        number = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding("NCCL", number, "several GPUs and machines work together")
+    elif torch.distributed.is_available() and torch.distributed.is_gloo_available():
+        yield Finding("NCCL", "none; gloo is there", "several processes work together on CPUs, slowly")
+    else:
+        yield Finding("NCCL", "none, and no gloo", "one process only", "note")
+
+
+def kernels() -> Iterator[Finding]:
+    from kernels.backend import backend, why_not_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = backend(device)
+    if asked := os.environ.get("GPT_KERNELS"):
+        why = f"GPT_KERNELS={asked} says so"
+    elif device.type == "cpu":
+        why = "no GPU"
+    else:
+        why = why_not_triton(device) or "a probe kernel ran and gave the right answer"
+    if chosen == "triton":
+        meaning = "attention, norms and loss run in this project's kernels"
+    else:
+        meaning = "the same functions in plain PyTorch" + (": slower" if device.type == "cuda" else "")
+    yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if device.type == "cuda" and asked else "good")
+
+
+def cpu() -> Iterator[Finding]:
+    from bench.results import device_name
+    from engine.runtime import Runtime, cpu_multiplies_bf16
+
+    vectors, native = torch.backends.cpu.get_cpu_capability(), cpu_multiplies_bf16()
+    name = device_name(Runtime(torch.device("cpu"), "fp32"))
+    found = f"{name} of {os.cpu_count()} cores, {vectors}, {'bf16 units' if native else 'no bf16 units'}"
+    if native:
+        yield Finding("CPU", found, "bf16, about 3.5x as fast as fp32")
+    else:
+        yield Finding("CPU", found, "fp32 only: bf16 would be emulated, 90x slower")
+
+
+def memory() -> Iterator[Finding]:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    yield Finding("memory", f"{total / GIB:.0f} GiB, {free / GIB:.0f} free", "on the CPU " + fitting(total, gpu=False))
+
+
+def fitting(room: int, *, gpu: bool = True) -> str:
+    """Which presets train there with a whole batch at once, and which in several passes, by the estimate."""
+
+    def fits(name: str, rows: int) -> bool:
+        recipe = PRESETS[name]
+        tokens = rows * recipe.model.context
+        return peak_memory(Setup(recipe.model, recipe.optimizer.kind, tokens, 2 if gpu else 4, gpu)) < 0.9 * room
+
+    whole = [name for name in PRESETS if fits(name, PRESETS[name].loop.batch)]
+    parts = [name for name in PRESETS if name not in whole and fits(name, 1)]
+    said = [f"{', '.join(whole)} with the whole batch at once"] if whole else []
+    said += [f"{', '.join(parts)} in smaller parts"] if parts else []
+    return " and ".join(said) + " fit" if said else "no preset fits"
+
+
+def disk(runs: Path) -> Iterator[Finding]:
+    folder = next(parent for parent in (runs, *runs.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    recipe = PRESETS["large"]
+    state = step_memory(Setup(recipe.model, recipe.optimizer.kind, 1))["optimizer step"]
+    # One more than are kept: the next is whole before the oldest goes.
+    needed = (state["weights"] + state["optimizer"]) * (recipe.loop.keep + 1)
+    found = f"{free / GIB:,.0f} GiB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        yield Finding(
+            "disk", f"{folder} cannot be written to", "no run can be kept there: choose another --out", "broken"
+        )
+    elif free < LEAST_DISK:
+        yield Finding("disk", found, "no run fits: make room, or choose another --out", "broken")
+    else:
+        room = "room for" if free > needed else "TOO LITTLE for"
+        meaning = f"{room} the checkpoints of large ({needed / GIB:.0f} GiB), data apart"
+        yield Finding("disk", found, meaning, "good" if free > needed else "note")
+
+
+def hub() -> Iterator[Finding]:
+    meaning = "built-in stories, local files, and what was downloaded before"
+    try:
+        from huggingface_hub import constants
+
+        from train.data.sources import hub_failure
+
+        failure = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_failure(HUB_SECONDS)
+        place = constants.ENDPOINT
+    except ImportError:
+        failure, place = "huggingface_hub is not installed", "Hugging Face"
+    if failure is None:
+        yield Finding("hub", f"{place} answers", "data sets of the hub can be streamed")
+    else:
+        yield Finding("hub", f"{place} is not reached: {failure.splitlines()[0]}", meaning, "note")
+
+
+def packages() -> Iterator[Finding]:
+    there = {name: found for name in (*NEEDED, *OPTIONAL) if (found := _version(name))}
+    torch_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+    yield Finding("packages", ", ".join(f"{name} {found}" for name, found in there.items()), f"torch for {torch_for}")
+    for name in (*NEEDED, *OPTIONAL):
+        if name not in there:
+            loss = OPTIONAL.get(name, "nothing runs without it: pip install .")
+            yield Finding(name, "not installed", loss, "broken" if name in NEEDED else "note")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def compiler() -> Iterator[Finding]:
+    for name, variable, commands, use in (
+        ("C compiler", "CC", ("gcc", "clang", "cc"), "Triton's launchers"),
+        ("C++ compiler", "CXX", ("g++", "clang++"), "torch.compile on a CPU (--set loop.compile=true)"),
+    ):
+        choices = (os.environ.get(variable), *commands)
+        path = next((path for each in choices if each and (path := shutil.which(each))), None)
+        meaning = f"builds {use}" if path else f"needed for {use}"
+        yield Finding(name, path or "none", meaning, "good" if path else "note")

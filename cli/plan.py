@@ -1,0 +1,138 @@
+"""gpt plan"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import training
+from cli.options import Precision
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from bench.plan import Machine, Plan, Rate
+    from engine.config import Recipe
+
+
+def plan(
+    preset: Annotated[str, typer.Argument(help="nano, tiny or large.", show_default=False)],
+    gpus: Annotated[int, typer.Option(min=1, help="How many in all.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="In how many machines.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
+    shard: Annotated[bool, typer.Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
+    batch: training.Batch = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens in a row.")] = None,
+    tokens: training.Tokens = None,
+    precision: Precision = "auto",
+    price: Annotated[float | None, typer.Option(min=0, help="US dollars for a GPU and an hour.")] = None,
+    setting: training.Setting = None,
+    results: Annotated[Path, typer.Option(help="Measured rates, where there are any.")] = Path("bench/results"),
+) -> None:
+    """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
+
+    Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
+    """
+    from bench import plan as planning
+    from engine import config
+
+    if gpus % nodes:
+        raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
+    if gpu not in (*planning.MACHINES, "cpu"):
+        raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(planning.MACHINES)}, cpu")
+    values: dict[str, object] = {"loop.batch": batch, "model.context": context, "precision": precision}
+    recipe = training.adjust(config.preset(preset), {"tokens": tokens}, values, setting)
+    notice = ""
+    if rest := recipe.loop.batch % gpus:
+        if batch is not None:
+            raise InputError(f"--batch {batch} does not divide among {gpus} GPUs")
+        notice = f"; its own {recipe.loop.batch} do not divide among {gpus}: --batch sets how many"
+        recipe = config.override(recipe, "loop.batch", recipe.loop.batch + gpus - rest)
+    machine, rate, chosen = _machine(gpu, recipe, results)
+    found = planning.plan(recipe, machine, rate, chosen, gpus=gpus, nodes=nodes, shard=shard)
+    where = f"{gpus} x {machine.name}" + (f" in {nodes} nodes" if nodes > 1 else "")
+    how = ("FSDP2" if shard else "DDP") + ", " if gpus > 1 else ""
+    print(f"{recipe.name}     {recipe.model.parameters / 1e6:,.1f}M parameters on {where}: {how}{chosen}")
+    print(
+        f"batch     {recipe.loop.batch} x {recipe.model.context} = {recipe.tokens_per_step:,} tokens a step"
+        f"{notice}; on each GPU {found.passes} x {found.setup.tokens:,}"
+    )
+    _print_memory(found, machine)
+    _print_speed(found, recipe, machine, rate, gpus, price)
+
+
+def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate, str]":
+    """The machine, how fast it trains this model, and in which precision."""
+    from bench import plan as planning
+
+    if gpu != "cpu":
+        precision = "bf16" if recipe.precision == "auto" else recipe.precision
+        machine = planning.MACHINES[gpu]
+        measured = planning.measured_rate(recipe, precision, gpu, results)
+        return machine, measured or planning.assumed_rate(machine, precision), precision
+    from bench.results import device_name
+    from engine import runtime
+
+    here = runtime.choose("cpu", recipe.precision)
+    rate = planning.measured_rate(recipe, here.precision, device_name(here), results)
+    if rate is None:
+        peak, share = runtime.measured_peak(here), planning.EFFICIENCY
+        rate = planning.Rate(share * peak, f"{share:.0%}, ASSUMED, of {peak / 1e12:.2f} TFLOP/s, measured just now")
+    return planning.this_cpu(), rate, here.precision
+
+
+def _print_memory(found: "Plan", machine: "Machine") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from bench.plan import GIB, RESERVED
+    from engine.estimate import peak_memory, step_memory, total
+
+    moments = step_memory(found.setup)
+    table = Table("GiB", *moments, box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
+        sizes = [parts.get(part, 0) for parts in moments.values()]
+        if any(sizes):
+            table.add_row(part, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
+    table.add_row("in all", *(f"{total(parts) / GIB:.2f}" for parts in moments.values()))
+    Console(highlight=False, soft_wrap=True).print(table)
+    peak = f"{peak_memory(found.setup) / GIB:.1f} of {machine.memory / GIB:.0f} GiB"
+    rest = f"{RESERVED / GIB:.0f} left to CUDA and its allocator, ASSUMED"
+    way_out = "; --shard, more GPUs, or a smaller model or context" if not found.setup.shard else ""
+    print(f"memory    {peak}, {rest}: {'fits' if found.fits else 'DOES NOT FIT' + way_out}")
+
+
+def _print_speed(
+    found: "Plan", recipe: "Recipe", machine: "Machine", rate: "Rate", gpus: int, price: float | None
+) -> None:
+    from bench.plan import LINK_EFFICIENCY
+
+    step, tokens = found.step_seconds, recipe.tokens_per_step
+    print(
+        f"step      {1e3 * step:,.1f} ms: model {1e3 * found.model_seconds:,.1f}, "
+        f"optimizer {1e3 * found.optimizer_seconds:,.1f}, communication {1e3 * found.communication_seconds:,.1f}, "
+        f"of which {1e3 * found.exposed_seconds:,.1f} not hidden ({found.exposed_seconds / step:.0%} of the step)"
+    )
+    print(f"speed     {tokens / step:,.0f} tokens/s, {tokens / step / gpus:,.0f} on each GPU")
+    budget = recipe.budget
+    wanted = budget.tokens or (budget.steps and budget.steps * tokens)
+    named, seconds = "budget    ", 60 * (budget.minutes or 0)
+    if budget.epochs is not None:
+        print(f"budget    {budget.epochs:g} epochs, as long as the data is: --tokens plans for a number")
+        named, wanted = "          of each ", 10**9
+    if wanted:
+        named, seconds = f"{named}{wanted:,} tokens: {-(-wanted // tokens):,} steps, ", -(-wanted // tokens) * step
+    hours = seconds * gpus / 3600
+    cost = f", ${hours * price:,.2f}" if price is not None else ""
+    print(f"{named}{seconds / 3600:,.2f} hours, {hours:,.1f} GPU hours{cost}")
+    print(f"rate      {rate.source}")
+    print(f"data      {machine.source}")
+    if gpus > 1:
+        print(
+            f"links     {found.link_speed / 1e9:,.1f} GB/s: {LINK_EFFICIENCY:.0%} of the slower of node and network, "
+            "ASSUMED; rings without latency"
+        )
+        muon = "each GPU does its share of Muon's matrices, ASSUMED" if found.setup.shard else "each GPU repeats Muon"
+        hidden = "the whole pass" if found.setup.shard else "the backward pass"
+        print(f"overlap   communication hides behind {hidden}, ASSUMED; {muon}")

@@ -1,0 +1,98 @@
+"""gpt plan: what it prints, and that its arithmetic is that of the sources it names."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.plan import MACHINES, Rate, assumed_rate, measured_rate, muon_flops, plan, ring_seconds
+from engine.config import Recipe, override, preset
+from tests.cli.conftest import Gpt
+
+
+def large(batch: int = 512) -> Recipe:
+    return override(preset("large"), "loop.batch", batch)
+
+
+def test_sixty_four_gpus_get_memory_speed_communication_time_and_cost(gpt: Gpt) -> None:
+    done = gpt("plan", "large", "--gpus", "64", "--nodes", "8", "--shard", "--batch", "512", "--price", "2.5")
+    assert done.code == 0, done.err
+    for part in ("64 x H100 SXM in 8 nodes: FSDP2, bf16", "weights", "gradients", "optimizer", "activations", "logits"):
+        assert part in done.out
+    for part in ("communication", "tokens/s", "GPU hours, $", "not hidden", "ASSUMED", "data sheet", "fits"):
+        assert part in done.out
+
+
+def test_a_batch_that_does_not_divide_is_rounded_up_and_said_or_refused_where_it_was_asked_for(gpt: Gpt) -> None:
+    assert "64 x 512 = 32,768 tokens a step; its own 30 do not" in gpt("plan", "large", "--gpus", "64").out
+    refused = gpt("plan", "large", "--gpus", "64", "--batch", "30")
+    assert refused.code == 2 and "30 does not divide among 64" in refused.err
+
+
+def test_what_does_not_fit_says_the_way_out(gpt: Gpt) -> None:
+    huge = ("--set", "model.width=8192", "--set", "model.blocks=80", "--gpus", "8")
+    assert "DOES NOT FIT; --shard" in gpt("plan", "large", *huge).out
+    assert "1 x H200 SXM: bf16" in gpt("plan", "tiny", "--gpu", "h200").out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [(["--gpus", "9", "--nodes", "2"], "--nodes 2"), (["--gpu", "h800"], "h100"), (["--precision", "int8"], "bf16")],
+)
+def test_a_mistake_is_named(gpt: Gpt, wrong: list[str], expected: str) -> None:
+    refused = gpt("plan", "large", *wrong)
+    assert refused.code == 2 and expected in refused.err
+
+
+def test_a_measured_rate_is_taken_before_an_assumed_one(gpt: Gpt) -> None:
+    variants = {"ours": {"mfu": 0.3}, "ours, AdamW": {"mfu": 0.5}, "plain": {"mfu": 0.9}}
+    content = {"device": "NVIDIA H100 80GB HBM3", "precision": "bf16", "peak_flops": 7e14, "variants": variants}
+    Path("figures").mkdir()
+    Path("figures/training-large-nvidia-h100.json").write_text(json.dumps(content))
+    rate = measured_rate(preset("large"), "bf16", "h100", Path("figures"))
+    assert rate is not None and rate.flops == pytest.approx(0.5 * 7e14)
+    assert measured_rate(preset("large"), "fp32", "h100", Path("figures")) is None
+    assert measured_rate(preset("tiny"), "bf16", "h100", Path("figures")) is None
+    assert "measured on NVIDIA H100" in gpt("plan", "large", "--results", "figures").out
+
+
+def test_a_ring_sends_what_the_textbook_says() -> None:
+    assert ring_seconds(8e9, 4, 2, 1e9) == pytest.approx(12.0)
+    assert ring_seconds(8e9, 4, 1, 1e9) == pytest.approx(6.0)
+    assert ring_seconds(8e9, 1, 2, 1e9) == 0
+
+
+def test_muons_products_are_counted_one_by_one() -> None:
+    recipe = preset("nano")
+    products = 0
+    for rows, columns in [(128, 128)] * 4 + [(512, 128)] * 2:
+        short, long = min(rows, columns), max(rows, columns)
+        products += 5 * (2 * short * long * short + 2 * short**3 + 2 * short * short * long)
+    assert muon_flops(recipe) == 4 * products
+    assert muon_flops(override(recipe, "optimizer.kind", "adamw")) == 0
+
+
+def test_a_step_adds_up() -> None:
+    h100 = MACHINES["h100"]
+    rate = assumed_rate(h100, "bf16")
+    alone = plan(large(8), h100, rate, "bf16", gpus=1, nodes=1, shard=False)
+    assert alone.communication_seconds == 0
+    assert alone.model_seconds == pytest.approx(8 * 512 * preset("large").model.flops_per_token / (0.4 * 989e12))
+    near, far = (plan(large(), h100, rate, "bf16", gpus=16, nodes=nodes, shard=False) for nodes in (1, 16))
+    assert near.communication_seconds < far.communication_seconds
+    assert far.step_seconds == pytest.approx(far.model_seconds + far.optimizer_seconds + far.exposed_seconds)
+    # Slow links cannot be hidden; a slower computation hides more.
+    slow = plan(large(), h100, Rate(rate.flops / 100, ""), "bf16", gpus=16, nodes=16, shard=False)
+    assert far.exposed_seconds > slow.exposed_seconds == 0
+
+
+def test_a_batch_too_large_for_memory_goes_in_several_passes() -> None:
+    small = dataclasses.replace(MACHINES["4090"], memory=10 * 2**30)
+    found = plan(large(32), small, assumed_rate(small, "bf16"), "bf16", gpus=1, nodes=1, shard=False)
+    assert found.fits and found.passes > 1 and found.setup.accumulate
+    asked = plan(
+        override(large(32), "loop.micro_batch", 2), small, assumed_rate(small, "bf16"), "bf16",
+        gpus=1, nodes=1, shard=False,
+    )  # fmt: skip
+    assert asked.passes == 16

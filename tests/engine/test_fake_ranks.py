@@ -1,0 +1,121 @@
+"""Meshes of 8, 64 and 512 ranks in one process: PyTorch's fake process group runs rank 0's part, and sends nothing."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from engine.config import ModelConfig, OptimizerConfig, preset
+from engine.estimate import Setup, peak_memory, step_memory
+from engine.model import GPT
+from tests.engine.memory import Step, packed, peak_bytes
+from train.optimizer import Optimizer
+
+MODEL = ModelConfig(512, 64, 3, 4, 64)
+RANKS = [8, 64, 512]
+
+
+@contextmanager
+def mesh(ranks: int) -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: GPT, mesh: DeviceMesh) -> GPT:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+class Loss(nn.Module):
+    """DDP listens to `forward` alone."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> Tensor:
+        return self.model.loss(**batch)
+
+
+def replicated(loss: Loss) -> DistributedDataParallel:
+    """DDP, whose own all-reduce finds no result in the fake group: the sum of one rank's gradients is the gradient."""
+
+    def keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    parallel.register_comm_hook(None, keep)
+    return parallel
+
+
+def optimizer_of(model: nn.Module) -> Optimizer:
+    return Optimizer(model, dataclasses.replace(OptimizerConfig(), kind="adamw"), matmul_dtype=torch.float32)
+
+
+def step_of(loss: nn.Module, optimizer: Optimizer, tokens: int) -> Step:
+    def step() -> None:
+        loss(**packed(tokens, MODEL.vocab_size, MODEL.context)).backward()
+        nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def local_bytes(tensors: list[Tensor]) -> int:
+    shards = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(shard.numel() * shard.element_size() for shard in shards if shard.ndim)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_sharded_step_runs_and_a_rank_keeps_what_the_estimate_says(ranks: int) -> None:
+    with mesh(ranks) as devices:
+        model = shard(GPT(MODEL), devices)
+        optimizer = optimizer_of(model)
+        before = [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
+        step_of(Loss(model), optimizer, 128)()
+        after = [parameter.to_local() for parameter in model.parameters()]  # type: ignore[attr-defined]
+        assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+        state = step_memory(Setup(MODEL, "adamw", 128, gpu=False, ranks=ranks, shard=True))["optimizer step"]
+        assert local_bytes(list(model.parameters())) == state["weights"]
+        moments = chain.from_iterable(each.state.values() for each in optimizer.optimizers)
+        assert local_bytes([tensor for each in moments for tensor in each.values()]) == state["optimizer"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_large_model_is_sharded_as_estimated(ranks: int) -> None:
+    with mesh(ranks) as devices, torch.device("meta"):
+        model = shard(GPT(preset("large").model), devices)
+        setup = Setup(preset("large").model, "muon", 512, ranks=ranks, shard=True)
+        assert local_bytes(list(model.parameters())) == step_memory(setup)["loss"]["weights"]
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["FSDP2", "DDP"])
+def test_the_peak_of_a_step_on_eight_ranks_is_within_a_tenth_of_the_estimate(sharded: bool) -> None:
+    with mesh(8) as devices:
+
+        def build() -> Step:
+            model = shard(GPT(MODEL), devices) if sharded else GPT(MODEL)
+            return step_of(Loss(model) if sharded else replicated(Loss(model)), optimizer_of(model), 256)
+
+        measured = peak_bytes(build, steps=3)
+    setup = Setup(MODEL, "adamw", 256, gpu=False, ranks=8, shard=sharded)
+    assert peak_memory(setup) == pytest.approx(measured, rel=0.1)
