@@ -7,7 +7,7 @@ const DEFAULTS = { temperature: 0.8, top_p: 0.95, length: null, seed: null, them
 export const settings = { ...DEFAULTS, ...store.loadSettings() };
 
 /** Where nothing else is said, an answer may take half the context. */
-const ordinaryLength = () => Math.min(512, Math.floor(context / 2));
+const ordinaryLength = () => Math.min(512, Math.floor(context * 0.7));
 let context = 0;
 
 /** For a model that reads so many tokens. */
