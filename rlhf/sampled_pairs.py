@@ -52,10 +52,12 @@ def sample_pairs(
     asked = [prompt for prompt in prompts.first(len(prompts)) for _ in range(answers)]
     rollout = roll_out(model, asked, ends, temperature=temperature, seed=seed, progress=progress)
     texts = [tokenizer.decode([token for token in answer if token not in ends]) for answer in rollout.answers]
-    ended, scores = rollout.ended.tolist(), reward(asked, rollout.answers).tolist()
-    worth = scores
+    ended = rollout.ended.tolist()
     if isinstance(reward, ProgramReward):
-        worth = [score.points for score in reward.scores(asked, rollout.answers)]
+        judged = reward.scores(asked, rollout.answers)
+        scores, worth = [score.total for score in judged], [score.points for score in judged]
+    else:
+        scores = worth = reward(asked, rollout.answers).tolist()
     rng, pairs, same, ties = Random(f"pairs {seed}"), [], 0, 0
     for number, messages in enumerate(prompts.asked):
         # Cut short and then closed, an answer would be another one.

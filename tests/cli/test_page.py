@@ -99,7 +99,7 @@ def test_tokens_arrive_one_after_another(page: Any, server: PageServer) -> None:
     expect(page.locator("#announce")).to_have_text("Once there was a fox.")
     (request,) = server.requests
     assert request["messages"] == [{"role": "user", "content": "A story, please."}]
-    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.8, 0.95, 128)
+    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.8, 0.95, 179)
     assert "seed" not in request
 
 

@@ -59,7 +59,7 @@ def recipe(chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         config = AlignmentConfig(method=method, **values)  # type: ignore[arg-type]
         data = DataConfig(source=str(tmp_path / "prompts.jsonl"), holdout=0.2)
         found = alignment_recipe(chat, chat.find_checkpoint(), data, config, rounds=rounds, rate=rate, batch=8)
-        return override(found, "precision", "fp32")
+        return override(override(found, "optimizer.critic_rate", rate), "precision", "fp32")
 
     return make
 
@@ -213,14 +213,12 @@ def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_pol
     critic = RewardModel(dataclasses.replace(plan.model, scalar_head=True))
     begin = {name: value.clone() for name, value in critic.state_dict().items()}
     monkeypatch.setattr(alignment, "open_reward", lambda *_: (likes_small_ids, critic))
-    run = Run(tmp_path / "run")
-    align(
-        dataclasses.replace(plan, optimizer=dataclasses.replace(plan.optimizer, matrix_rate=0.0)), run, CPU, Recorder()
-    )
-    trained = weights(run, "critic")
-    assert torch.equal(trained["blocks.0.mlp.expand.weight"], begin["blocks.0.mlp.expand.weight"])
-    assert not torch.equal(trained["head.weight"], begin["head.weight"])
-    assert weights(run)["head.weight"].shape != trained["head.weight"].shape
+    for rate in (0.0, 0.03):
+        run = Run(tmp_path / f"run {rate}")
+        align(override(plan, "optimizer.critic_rate", rate), run, CPU, Recorder())
+        trained = weights(run, "critic")
+        assert all(torch.equal(trained[name], value) for name, value in begin.items()) == (rate == 0)
+        assert not torch.equal(weights(run)["head.weight"], chat.find_checkpoint().tensors("model")["head.weight"])
 
 
 def test_a_reward_that_is_no_number_ends_the_run_with_weights_that_are(

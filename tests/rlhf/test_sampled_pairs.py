@@ -18,6 +18,7 @@ from rlhf.prompts import Prompts
 from rlhf.rewards import ProgramReward, Prompt
 from rlhf.rollout import Rollout
 from rlhf.sampled_pairs import sample_pairs, to_json_line
+from train.data.story_score import StoryScore
 
 ASKED = [Message("system", "Be brief."), Message("user", "say fox")]
 
@@ -27,6 +28,9 @@ class Length(ProgramReward):
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([float(len(answer)) for answer in answers])
+
+    def scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[StoryScore]:
+        return [StoryScore({str(place): True for place in range(len(answer))}, {}) for answer in answers]
 
 
 @pytest.fixture
