@@ -88,11 +88,12 @@ def test_a_larger_budget_goes_on_where_the_smaller_ended(small: Recipe, train: T
 
 def test_minutes_fit_the_schedule_to_the_time(small: Recipe, train: Train) -> None:
     begin = time.perf_counter()
-    outcome, recorder = train(dataclasses.replace(small, budget=BudgetConfig(minutes=0.03)))
-    assert time.perf_counter() - begin > 1.5
-    rates = [line["rate"] for line in recorder.logged if "loss" in line]
-    # How many steps that is, and how far down the last of them is, depends on what else the machine does.
-    assert outcome.step > 1 and rates[-1] < max(rates)
+    # Long beside a step, which nothing comes between: also where the machine is busy, the last begins near the end.
+    small = override(override(small, "loop.evaluate_every", 10**6), "loop.save_every", 10**6)
+    outcome, recorder = train(dataclasses.replace(small, budget=BudgetConfig(minutes=0.1)))
+    assert 5.5 < time.perf_counter() - begin < 19
+    trained = [line for line in recorder.logged if "loss" in line]
+    assert outcome.step > 6 and trained[-1]["rate"] < 0.1 < trained[len(trained) // 2]["rate"]
 
 
 def test_accumulated_micro_batches_train_like_the_whole_batch(small: Recipe, train: Train, tmp_path: Path) -> None:
