@@ -26,12 +26,11 @@ from rlhf.frontier import measure_policy
 from rlhf.grpo import GRPO
 from rlhf.ppo import PPO
 from rlhf.preference_sources import open_preferences
-from rlhf.preferences import encode_preferences
 from rlhf.prompts import encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import RewardModel
 from rlhf.rewards import ProgramReward, Prompt, Reward, open_reward
 from rlhf.rollout import roll_out
-from rlhf.train_reward import PairLoader, adamw
+from rlhf.train_reward import adamw, read_pairs, require_room_for_pairs
 from rlhf.watch import Watch
 from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import finetuning_recipe, load_base
@@ -100,17 +99,10 @@ def align(
 
 
 def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
+    require_room_for_pairs(recipe)
     base = load_base(recipe, run)
     tokenizer, context = Tokenizer.load(run.tokenizer), recipe.model.context
-    if recipe.tokens_per_pass < 2 * context:
-        raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
-    source = open_preferences(recipe.data)
-    console.say(source.describe())
-    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
-    train, validation = (
-        encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
-        for split, most in limits.items()
-    )
+    train, validation, batches = read_pairs(recipe, tokenizer, console)
     reference = load_reference(recipe, runtime)
     dpo = DPO(recipe.alignment, reference, tokenizer)
     # Their program tells more than their likelihood, where the base has learnt from the built-in requests.
@@ -127,7 +119,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
 
     stage = Stage(
         Data(tokenizer, train, validation),
-        PairLoader(train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, whole=True),
+        batches,
         partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
         base=base,
         loss=dpo.loss,

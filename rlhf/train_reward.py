@@ -83,19 +83,10 @@ def train_reward(
     """Train a reward model as the recipe says, from recipe.base. Otherwise as `pretrain`."""
 
     def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
-        context = recipe.model.context
-        if recipe.tokens_per_pass < 2 * context:
-            raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
+        require_room_for_pairs(recipe)
         base = None if resume and run.has_checkpoint() else load_base(recipe, run)
         tokenizer = Tokenizer.load(run.tokenizer)
-        source = open_preferences(recipe.data)
-        console.say(source.describe())
-        limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
-        train, validation = (
-            encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
-            for split, most in limits.items()
-        )
-        batches = PairLoader(train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, whole=True)
+        train, validation, batches = read_pairs(recipe, tokenizer, console)
         answers = own_answers(recipe, run, validation, runtime)
         stage = Stage(
             Data(tokenizer, train, validation),
@@ -114,6 +105,25 @@ def train_reward(
         return recipe, stage
 
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
+
+
+def require_room_for_pairs(recipe: Recipe) -> None:
+    """Raises InputError where a pass may not hold a pair. To be asked before anything is written."""
+    if recipe.tokens_per_pass < 2 * recipe.model.context:
+        raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
+
+
+def read_pairs(recipe: Recipe, tokenizer: Tokenizer, console: Console) -> tuple[Pairs, Pairs, PairLoader]:
+    """The pairs to train on and those held out, and the batches of the former."""
+    source, context = open_preferences(recipe.data), recipe.model.context
+    console.say(source.describe())
+    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
+    train, validation = (
+        encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
+        for split, most in limits.items()
+    )
+    batches = PairLoader(train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, whole=True)
+    return train, validation, batches
 
 
 def begin(base: Checkpoint | None, config: ModelConfig) -> RewardModel:
