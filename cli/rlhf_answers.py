@@ -95,7 +95,7 @@ def best_of_n(
     source = open_prompts(prompt_data(base, data))
     asked = encode_prompts(source, "validation", tokenizer, recipe.model.context, prompts).first(prompts)
     gold, ends = gold_reward(asked, tokenizer), answer_ends(tokenizer)
-    rewards = {"reward": open_reward(named_reward(run, reward), tokenizer, machine, bool(gold))[0], **gold}
+    rewards = {"reward": open_reward(named_reward(run, reward), tokenizer, machine, bool(gold)), **gold}
     aligned = {}
     for path in policies or []:
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
@@ -164,7 +164,7 @@ def pairs(
     source = open_prompts(prompt_data(base, data))
     model, tokenizer = base.load_model(machine, checkpoint, console.say)
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
-    reward, _ = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
+    reward = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
     begin, drawn = time.perf_counter(), 0
 
     def progress(whole: int, tokens: int) -> None:

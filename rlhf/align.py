@@ -28,7 +28,7 @@ from rlhf.ppo import PPO
 from rlhf.preference_sources import open_preferences
 from rlhf.prompts import encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import RewardModel
-from rlhf.rewards import ProgramReward, Prompt, Reward, open_reward
+from rlhf.rewards import PROGRAM, ProgramReward, Prompt, Reward, open_reward
 from rlhf.rollout import roll_out
 from rlhf.train_reward import adamw, read_pairs, require_room_for_pairs
 from rlhf.watch import Watch
@@ -144,17 +144,8 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
     prompts = held_out.first(HELD_OUT)
     reference = load_reference(recipe, runtime)
     gold = gold_reward(prompts, tokenizer)
-    reward, critic = open_reward(config.reward, tokenizer, runtime, bool(gold))
-    rewards = {"reward": reward, **gold}
-    ppo = None
-    if config.method == "ppo":
-        if critic is None:
-            critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
-            critic.take_backbone(base.tensors("model"))
-            # Expecting nothing is wiser than expecting anything.
-            critic.head.weight.data.zero_()
-        critic.to(runtime.device).compute_dtype = runtime.dtype
-        ppo = PPO(config, critic, recipe.tokens_per_pass)
+    rewards = {"reward": open_reward(config.reward, tokenizer, runtime, bool(gold)), **gold}
+    ppo = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass) if config.method == "ppo" else None
     rollouts = Rollouts(recipe, train, reference, rewards, ppo or GRPO(config), answer_ends(tokenizer))
     watch = watch_over(recipe, reference, prompts, rewards, tokenizer, console)
 
@@ -183,6 +174,18 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         ),
     )
     return recipe, stage
+
+
+def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardModel:
+    """PPO's critic as it begins: a copy of the reward model, or without one the policy's body under a head of zeros."""
+    if recipe.alignment.reward != PROGRAM:
+        return RewardModel.load(Run(Path(recipe.alignment.reward)), runtime)
+    critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
+    critic.take_backbone(base.tensors("model"))
+    # Expecting nothing is wiser than expecting anything.
+    critic.head.weight.data.zero_()
+    critic.compute_dtype = runtime.dtype
+    return critic.to(runtime.device)
 
 
 def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:

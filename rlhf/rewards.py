@@ -65,20 +65,20 @@ class ModelReward:
         return self.model.score([[*prompt.ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
 
 
-def open_reward(name: str, tokenizer: Tokenizer, runtime: Runtime, facts: bool) -> tuple[Reward, RewardModel | None]:
-    """A reward by its name, and for a critic to begin with a second copy of its model.
+def open_reward(name: str, tokenizer: Tokenizer, runtime: Runtime, facts: bool) -> Reward:
+    """A reward by its name: `program`, or the run of a reward model.
 
     Raises InputError where the program has no facts to go by, or the model reads other tokens.
     """
     if name == PROGRAM:
         if not facts:
             raise InputError("the program knows the built-in requests alone: use it with --data stories-instruct")
-        return ProgramReward(tokenizer), None
+        return ProgramReward(tokenizer)
     run = Run(Path(name))
-    model, critic = (RewardModel.load(run, runtime) for _ in range(2))
+    model = RewardModel.load(run, runtime)
     if Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{run.path} has another tokenizer than the policy; train a reward model from the same run")
-    return ModelReward(model.requires_grad_(False)), critic
+    return ModelReward(model.requires_grad_(False))
 
 
 def judge_by(run: Run, runtime: Runtime) -> Judge:

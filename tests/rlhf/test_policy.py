@@ -44,7 +44,7 @@ def recipe(chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Six rounds of 16 answers of 8 tokens, with a reward that is easy to have."""
     rows = [{"prompt": f"say {n}", "response": "fox"} for n in range(30)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(alignment, "open_reward", lambda *_: (likes_small_ids, None))
+    monkeypatch.setattr(alignment, "open_reward", lambda *_: likes_small_ids)
 
     def make(method: str, *, rounds: int = 6, rate: float = 0.03, **settings: Any) -> Recipe:
         values = {
@@ -209,10 +209,10 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
 def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_policy(
     recipe: Callable[..., Recipe], chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = recipe("ppo", rounds=1)
+    plan = recipe("ppo", rounds=1, reward="the run of a reward model")
     critic = RewardModel(dataclasses.replace(plan.model, scalar_head=True))
     begin = {name: value.clone() for name, value in critic.state_dict().items()}
-    monkeypatch.setattr(alignment, "open_reward", lambda *_: (likes_small_ids, critic))
+    monkeypatch.setattr(RewardModel, "load", lambda *_: critic)
     for rate in (0.0, 0.03):
         run = Run(tmp_path / f"run {rate}")
         align(override(plan, "optimizer.critic_rate", rate), run, CPU, Recorder())
@@ -230,7 +230,7 @@ def test_a_reward_that_is_no_number_ends_the_run_with_weights_that_are(
         # Asked before the first round, then once in each.
         return likes_small_ids(prompts, answers) * (float("nan") if next(asked) > 1 else 1.0)
 
-    monkeypatch.setattr(alignment, "open_reward", lambda *_: (broken, None))
+    monkeypatch.setattr(alignment, "open_reward", lambda *_: broken)
     run = Run(tmp_path / "run")
     with pytest.raises(TrainingError, match="without a finite gradient"):
         align(override(plan, "loop.evaluate_every", 100), run, CPU, Recorder())
