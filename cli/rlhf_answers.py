@@ -108,7 +108,7 @@ def best_of_n(
             found = best_of_n(repeated, answers, n, by, rewards)
             curves[name] = [{"n": each.n, "kl": each.kl, **each.rewards} for each in found]
     for path, policy in aligned.items():
-        measured = measure_policy(policy, model, asked, rewards, ends, answers=4, temperature=temperature, seed=seed)
+        measured = measure_policy(policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed)
         curves[path.name] = [measured]
     table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
     for name, points in curves.items():

@@ -17,8 +17,8 @@ from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
 
 # How likely a request says each of these.
 ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
-# A mood is sooner learnt than any word that may be asked for: what is learnt from brief stories, is in minutes.
-ASKED_BRIEF = ASKED | {"words": 0.3, "mood": 1.0, "length": 1.0}
+# Brief stories are for what is learnt in minutes: to use any word that is asked for is not, to keep to a mood is.
+ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
 
 
 @dataclass(frozen=True)
