@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import Recipe
-from engine.estimate import Setup, matrices, peak_memory
+from engine.estimate import GIB, RESERVED, Setup, matrices, peak_memory
 
-GB, GIB, TERA = 10**9, 2**30, 10**12
+GB, TERA = 10**9, 10**12
 
 # Of the data sheet, where nothing was measured. Llama 3 reports 38-43% on H100s (arXiv:2407.21783, table 4).
 EFFICIENCY = 0.4
 # Of a link's speed that a collective reaches.
 LINK_EFFICIENCY = 0.7
-# Held by CUDA, by NCCL, and by the allocator beyond what tensors take.
-RESERVED = 2 * GIB
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ def finetune(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    shard: training.Shard = False,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Finetune a run: to a chat model with conversations, or to other text with documents. One epoch unless told else.
 
@@ -57,6 +61,7 @@ def finetune(
 
     Example: gpt finetune runs/tiny --data chats.jsonl --prompt-column ask --response-column reply
     """
+    training.distribute(gpus, nodes, rendezvous)
     from engine.config import DataConfig
     from engine.run import Run
     from train.data.conversations import STORIES_INSTRUCT
@@ -82,7 +87,7 @@ def finetune(
     recipe = training.adjust(
         recipe,
         {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
-        {"loop.batch": batch, "loop.seed": seed, "precision": precision},
+        {"loop.batch": batch, "loop.seed": seed, "precision": precision, "loop.shard": shard or None},
         setting,
     )
     typer.echo(f"{run} is finetuned into {target.path}")

@@ -1,5 +1,6 @@
 """The door: one Typer app, and the place where an InputError becomes a sentence and exit code 2."""
 
+import os
 import sys
 
 import typer
@@ -67,10 +68,14 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
+    main_process = os.environ.get("RANK", "0") == "0"
+    if not main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader of a pipe, `head` say, has seen enough.

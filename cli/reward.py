@@ -35,6 +35,10 @@ def reward(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    shard: training.Shard = False,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Train a reward model, which scores answers as people would, from a chat model. One epoch unless told else.
 
@@ -44,6 +48,7 @@ def reward(
 
     Its rewards are scaled such that the chat model's own answers have mean 0 and standard deviation 1.
     """
+    training.distribute(gpus, nodes, rendezvous)
     from engine.config import DataConfig
     from engine.run import Run
     from rlhf.preference_sources import STORIES_PREFERENCES
@@ -61,7 +66,13 @@ def reward(
     recipe = training.adjust(
         recipe,
         {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
-        {"loop.batch": batch, "loop.seed": seed, "reward.margin": margin, "precision": precision},
+        {
+            "loop.batch": batch,
+            "loop.seed": seed,
+            "reward.margin": margin,
+            "precision": precision,
+            "loop.shard": shard or None,
+        },
         setting,
     )
     typer.echo(f"{target.path} learns to score what {run} may say")

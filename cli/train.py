@@ -38,6 +38,10 @@ def train(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    shard: training.Shard = False,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Train a model from text.
 
@@ -47,6 +51,7 @@ def train(
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on from there.
     """
+    training.distribute(gpus, nodes, rendezvous)
     from engine import config
     from engine.run import Run
     from train.data.shards import is_prepared
@@ -68,7 +73,13 @@ def train(
     recipe = training.adjust(
         recipe,
         {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
-        {"data.column": column, "data.stream": stream or None, "loop.seed": seed, "precision": precision},
+        {
+            "data.column": column,
+            "data.stream": stream or None,
+            "loop.seed": seed,
+            "loop.shard": shard or None,
+            "precision": precision,
+        },
         setting,
     )
 

@@ -1,13 +1,16 @@
 """What the commands that train share: the options that change a recipe, the folder, and how a run ends."""
 
 import dataclasses
+import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.launch import GO_ON, launch
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +28,17 @@ Setting = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=1, help="Train on so many GPUs of this machine; on a CPU, in so many processes.")
+]
+Shard = Annotated[
+    bool, typer.Option("--shard", help="Each GPU holds a share of the model, as where it would not fit (FSDP).")
+]
+Nodes = Annotated[
+    str | None,
+    typer.Option(help="Machines, or MIN:MAX that may come and go; a run that is already in the folder goes on."),
+]
+Rendezvous = Annotated[str | None, typer.Option(help="Where machines meet: HOST:PORT, the same for all.")]
 WandB = Annotated[bool, typer.Option("--wandb", help="Also record to Weights & Biases (offline without a login).")]
 
 REWARD_MODEL, FINETUNED = "a reward model", "a finetuned run"
@@ -96,6 +110,12 @@ def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
     shutil.rmtree(run.path)
 
 
+def distribute(gpus: int | None, nodes: str | None, rendezvous: str | None) -> None:
+    """Go on in as many processes as were asked for, unless this is one of them; this one then ends when they do."""
+    if (gpus or nodes) and "RANK" not in os.environ:
+        raise typer.Exit(launch(gpus or 1, nodes, rendezvous))
+
+
 def start(
     stage: "Callable[..., Outcome]",
     recipe: "Recipe",
@@ -109,13 +129,26 @@ def start(
     wandb: bool,
 ) -> None:
     """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
+    import torch
+
     from cli.console import Console
-    from engine import runtime
+    from engine import processes, runtime
     from train.loop import TrainingError
 
     machine = runtime.choose(device, recipe.precision)
-    if not resume:
-        make_room(run, overwrite, check)
+    together = processes.join(machine.device, recipe.loop.timeout_minutes)
+    machine = dataclasses.replace(machine, processes=together)
+
+    def begin() -> "tuple[Recipe, bool]":
+        # Processes that were started anew, or joined by another machine, go on with what they began.
+        again = GO_ON in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if again and run.config.exists():
+            return run.read_recipe(), True
+        if not resume:
+            make_room(run, overwrite, check)
+        return recipe, resume
+
+    recipe, resume = together.from_main(begin)
     console = Console()
     go_on = f"go on with: {command} --out {run.path} --resume"
     try:
@@ -126,8 +159,18 @@ def start(
     except KeyboardInterrupt:
         console.say(f"stopped at once, what came after the last checkpoint is lost; {go_on}")
         raise typer.Exit(130) from None
+    except InputError:
+        raise
+    except Exception:
+        if together.count == 1:
+            raise
+        # To end in good order is to wait for the others, who may be waiting for this one, or gone.
+        traceback.print_exc()
+        os._exit(1)
     finally:
         console.close()
+    if together.count > 1:
+        torch.distributed.destroy_process_group()
     if outcome.stopped_by is not None:
         console.say(f"saved {outcome.checkpoint.path}; {go_on}")
         raise typer.Exit(128 + outcome.stopped_by)

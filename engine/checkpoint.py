@@ -3,6 +3,9 @@
 A checkpoint is a folder `step-00001000` of safetensors and JSON files with a `manifest.json` that holds the size and
 SHA-256 of each. It is written beside its final name, synced to disk and then renamed, so that a crash at any moment
 leaves either the old state or the new one. Loading verifies it. Nothing is ever unpickled.
+
+Many processes write the same format: what one alone puts into `optimizer.safetensors` they put, each its share, into
+`optimizer-00001-of-00002.safetensors` and so on, by torch.distributed.checkpoint, which any number of processes reads.
 """
 
 import hashlib
@@ -12,13 +15,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"
@@ -53,10 +59,22 @@ class Checkpoint:
                 raise DamagedCheckpointError(f"{file} is missing, cut short or changed")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `name`.safetensors, on the CPU."""
+        """The tensors called `name`, whole and on the CPU, whether they lie in one file or in the shares of many."""
         from safetensors.torch import load_file
 
-        return load_file(self.path / f"{name}.safetensors")
+        file = self.path / f"{name}.safetensors"
+        if file.is_file():
+            return load_file(file)
+        # Here alone: to import it takes longer than to read the checkpoint of a small model.
+        from torch.distributed import checkpoint as distributed
+
+        reader = distributed.HuggingFaceStorageReader(str(self.path))
+        listed: Any = reader.read_metadata()
+        keys = {at.fqn for at, share in listed.storage_data.items() if Path(share.relative_path).match(f"{name}-*")}
+        kinds = {key: listed.state_dict_metadata[key] for key in keys}
+        found = {key: torch.empty(kind.size, dtype=kind.properties.dtype) for key, kind in kinds.items()}
+        distributed.load(found, storage_reader=reader, no_dist=True)
+        return found
 
     def values(self, name: str) -> dict[str, Any]:
         """The contents of `name`.json."""
@@ -76,17 +94,56 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Mapping[str, Any]],
+    optimizer: Mapping[str, Tensor] | None = None,
+    processes: Processes = ALONE,
 ) -> Checkpoint:
-    """Write checkpoint `step` into folder: each entry of tensors as NAME.safetensors, each of values as NAME.json."""
-    from safetensors.torch import save_file
+    """Write checkpoint `step` into folder: each entry of tensors as NAME.safetensors, each of values as NAME.json.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.glob(".writing-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
+    The main process writes these; of the optimizer's state each of many writes a share.
+    """
     final = folder / f"step-{step:08d}"
     writing = folder / f".writing-{final.name}"
-    writing.mkdir()
+    if processes.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for abandoned in folder.glob(".writing-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        writing.mkdir()
+    if optimizer is not None and processes.count > 1:
+        _save_shares(writing, optimizer, processes)
+    elif optimizer is not None:
+        tensors = {**tensors, "optimizer": optimizer}
+    if processes.main:
+        _save_rest(writing, step, tensors, values)
+        if final.exists():
+            # The same step again, after resuming from before it: the old one was damaged.
+            _remove(final)
+        os.rename(writing, final)
+        sync(folder)
+    return Checkpoint(final, step)
+
+
+def _save_shares(writing: Path, optimizer: Mapping[str, Tensor], processes: Processes) -> None:
+    from torch.distributed import checkpoint as distributed
+
+    processes.gather(0)  # the folder is there: to gather nothing would wait for nobody
+    # Safetensors, as all else: the usual format of torch.distributed.checkpoint is read by unpickling.
+    writer = distributed.HuggingFaceStorageWriter(str(writing), save_distributed=True)
+    distributed.save(dict(optimizer), storage_writer=writer, process_group=processes.group)
+    if processes.main:
+        files = sorted(writing.iterdir())
+        for number, file in enumerate(files, 1):
+            file.rename(writing / f"optimizer-{number:05d}-of-{len(files):05d}.safetensors")
+
+
+def _save_rest(
+    writing: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]
+) -> None:
+    from safetensors.torch import save_file
+
     for name, group in tensors.items():
         # Shared or strided storage would be written twice or refused.
         save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, writing / f"{name}.safetensors")
@@ -97,12 +154,45 @@ def save(
     for file in writing.iterdir():
         sync(file)
     sync(writing)
-    if final.exists():
-        # The same step again, after resuming from before it: the old one was damaged.
-        _remove(final)
-    os.rename(writing, final)
-    sync(folder)
-    return Checkpoint(final, step)
+
+
+class Saver:
+    """Saves in a thread while training goes on, one checkpoint at a time, and prunes the folder to `keep` of them."""
+
+    def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
+        self.folder, self.keep, self.processes = folder, keep, processes.apart()
+        self.pool = ThreadPoolExecutor(1)
+        self.writing: Future[Checkpoint] | None = None
+        self.saved: Checkpoint | None = None
+
+    def start(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        values: Mapping[str, Mapping[str, Any]],
+        optimizer: Mapping[str, Tensor],
+    ) -> None:
+        """Begin to `save` this, whose tensors nobody may change any more."""
+        self.collect()
+
+        def write() -> Checkpoint:
+            saved = save(self.folder, step, tensors, values, optimizer, self.processes)
+            if self.processes.main:
+                prune(self.folder, self.keep)
+            return saved
+
+        self.writing = self.pool.submit(write)
+
+    def collect(self) -> Checkpoint | None:
+        """The newest checkpoint, on disk. Raises what went wrong with it."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            self.saved = writing.result()
+        return self.saved
+
+    def close(self) -> None:
+        self.collect()
+        self.pool.shutdown()
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

@@ -199,6 +199,12 @@ class LoopConfig:
     samples: int = 3
     # torch.compile; None decides by the device.
     compile: bool | None = None
+    # Of many processes: a share of the model on each (FSDP) instead of all of it; None decides by the memory.
+    shard: bool | None = None
+    # Compute what is inside a block again in the backward pass instead of keeping it: less memory, a third more work.
+    checkpoint_activations: bool = False
+    # How long a process waits for another one before it gives up.
+    timeout_minutes: float = 10.0
     seed: int = 0
     # Refuse operations that vary from run to run (only on a GPU are there any); some are slower without them.
     deterministic: bool = False
@@ -207,7 +213,7 @@ class LoopConfig:
         counts = ("batch", "micro_batch", "log_every", "evaluate_every", "save_every", "keep")
         _require(self, "loop", counts, lambda n: n >= 1, "at least 1")
         _require(self, "loop", ("samples",), lambda n: n >= 0, "at least 0")
-        _require(self, "loop", ("save_minutes",), lambda x: x > 0, "above 0")
+        _require(self, "loop", ("save_minutes", "timeout_minutes"), lambda x: x > 0, "above 0")
         _require(self, "loop", ("seed",), lambda n: 0 <= n < 2**62, "at least 0 and below 2**62")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InputError(f"loop.batch {self.batch} is not a multiple of loop.micro_batch {self.micro_batch}")

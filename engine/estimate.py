@@ -11,6 +11,9 @@ from engine.config import ModelConfig
 from kernels.cross_entropy.blocks import block_rows
 
 Parts = dict[str, int]
+GIB = 2**30
+# Of a GPU's memory, held by CUDA, by NCCL, and by the allocator beyond what tensors take.
+RESERVED = 2 * GIB
 
 
 @dataclass(frozen=True)

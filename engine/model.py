@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.cache import KVCache
 from engine.config import ModelConfig
@@ -144,6 +145,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.decode_int8 = False  # see engine/cpu_decode.py
+        self.checkpoint_activations = False  # see LoopConfig
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.final_norm = LayerNorm(config)
@@ -181,7 +183,10 @@ class GPT(nn.Module):
         branch = branch.to(self.compute_dtype or branch.dtype)
         residual = None
         for layer, block in enumerate(self.blocks):
-            branch, residual = block(branch, residual, places, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                branch, residual = checkpoint(block, branch, residual, places, layer, use_reentrant=False)
+            else:
+                branch, residual = block(branch, residual, places, layer)
         return self.final_norm.add(branch, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

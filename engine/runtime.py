@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.processes import ALONE, Processes
 
 # int8: fp32, but for the weights of decoding steps on a CPU (engine/cpu_decode.py).
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
@@ -25,6 +26,7 @@ class Runtime:
 
     device: torch.device
     precision: str
+    processes: Processes = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,6 +57,12 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     Raises InputError for a device that is not there or a precision that it cannot do.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cuda" and here > 1:
+        if here > torch.cuda.device_count():
+            raise InputError(f"{here} processes need as many GPUs; this machine has {torch.cuda.device_count()}")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)

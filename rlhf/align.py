@@ -88,6 +88,8 @@ def align(
 
     Raises KLAlarmError, a TrainingError, where the policy leaves the reference behind; its last good checkpoint stays.
     """
+    if runtime.processes.count > 1:
+        raise InputError("a policy is aligned in one process: start it without torchrun")
     prepare = partial(prepare_policy, run=run, runtime=runtime, console=console)
     if recipe.alignment.method in ("dpo", "ipo"):
         prepare = partial(prepare_pairs, run=run, runtime=runtime, console=console)
@@ -102,7 +104,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
     require_room_for_pairs(recipe)
     base = load_base(recipe, run)
     tokenizer, context = Tokenizer.load(run.tokenizer), recipe.model.context
-    train, validation, batches = read_pairs(recipe, tokenizer, console)
+    train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
     reference = load_reference(recipe, runtime)
     dpo = DPO(recipe.alignment, reference, tokenizer)
     # Their program tells more than their likelihood, where the base has learnt from the built-in requests.

@@ -86,7 +86,7 @@ def train_reward(
         require_room_for_pairs(recipe)
         base = None if resume and run.has_checkpoint() else load_base(recipe, run)
         tokenizer = Tokenizer.load(run.tokenizer)
-        train, validation, batches = read_pairs(recipe, tokenizer, console)
+        train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
         answers = own_answers(recipe, run, validation, runtime)
         stage = Stage(
             Data(tokenizer, train, validation),
@@ -113,7 +113,9 @@ def require_room_for_pairs(recipe: Recipe) -> None:
         raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
 
 
-def read_pairs(recipe: Recipe, tokenizer: Tokenizer, console: Console) -> tuple[Pairs, Pairs, PairLoader]:
+def read_pairs(
+    recipe: Recipe, tokenizer: Tokenizer, runtime: Runtime, console: Console
+) -> tuple[Pairs, Pairs, PairLoader]:
     """The pairs to train on and those held out, and the batches of the former."""
     source, context = open_preferences(recipe.data), recipe.model.context
     console.say(source.describe())
@@ -122,7 +124,9 @@ def read_pairs(recipe: Recipe, tokenizer: Tokenizer, console: Console) -> tuple[
         encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
         for split, most in limits.items()
     )
-    batches = PairLoader(train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, whole=True)
+    batches = PairLoader(
+        train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, processes=runtime.processes, whole=True
+    )
     return train, validation, batches
 
 

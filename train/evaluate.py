@@ -79,7 +79,6 @@ def score_stories(
     return [score_story(request.facts, answer.text) for request, answer in zip(requests, answers, strict=True)]
 
 
-def bits_per_byte(nats: float, targets: torch.Tensor, byte_lengths: torch.Tensor) -> float:
-    """Bits per UTF-8 byte of a summed loss over these targets (-100 does not count)."""
-    spelled = byte_lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)
-    return nats / math.log(2) / max(int(spelled.sum()), 1)
+def spelled_bytes(targets: torch.Tensor, byte_lengths: torch.Tensor) -> int:
+    """The UTF-8 bytes that these targets spell (-100 spells none)."""
+    return int((byte_lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)).sum())

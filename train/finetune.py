@@ -60,9 +60,9 @@ def finetune(
         source = open_conversations(recipe.data)
         shape = recipe.model
         if source is None:
-            recipe, stage = read_documents(recipe, run, console, resume=resume)
+            recipe, stage = read_documents(recipe, run, runtime, console, resume=resume)
         else:
-            stage = read_conversations(recipe, source, Tokenizer.load(run.tokenizer), console)
+            stage = read_conversations(recipe, source, Tokenizer.load(run.tokenizer), runtime, console)
         if recipe.model != shape:
             raise InputError(f"{recipe.data.source} has a vocabulary of {recipe.model.vocab_size}, not the model's")
         origin = f"base       {recipe.base}, step {recipe.base_step}"
@@ -80,11 +80,14 @@ def load_base(recipe: Recipe, run: Run) -> Checkpoint:
     if dataclasses.replace(base.read_recipe().model, **free) != recipe.model:
         raise InputError(f"the weights of {base.path} are of another model: leave --set model... but model.context")
     tokenizer = Tokenizer.load(base.tokenizer)
-    tokenizer.save(run.path / tokenizer.file_name)
+    if not run.tokenizer.exists():
+        tokenizer.save(run.path / tokenizer.file_name)
     return checkpoint
 
 
-def read_conversations(recipe: Recipe, source: Source, tokenizer: Tokenizer, console: Console) -> Stage:
+def read_conversations(
+    recipe: Recipe, source: Source, tokenizer: Tokenizer, runtime: Runtime, console: Console
+) -> Stage:
     """The stage that learns the assistant's part of conversations."""
     console.say(source.describe())
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
@@ -94,7 +97,14 @@ def read_conversations(recipe: Recipe, source: Source, tokenizer: Tokenizer, con
         )
         for split, limit in limits.items()
     )
-    batches = PackedLoader(train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed, whole=True)
+    batches = PackedLoader(
+        train,
+        recipe.tokens_per_pass,
+        recipe.model.context,
+        seed=recipe.loop.seed,
+        processes=runtime.processes,
+        whole=True,
+    )
     return Stage(
         Data(tokenizer, train, validation),
         batches,

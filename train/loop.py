@@ -1,6 +1,7 @@
 """The one training loop: what every stage of training runs, whatever its data and its loss."""
 
 import contextlib
+import copy
 import math
 import signal
 import statistics
@@ -16,10 +17,22 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.config import Recipe
 from engine.run import Run
-from engine.runtime import Runtime, random_state, set_random_state
+from engine.runtime import Runtime, random_state, set_random_state, synchronize
 from train.data.loader import IGNORE_INDEX, Batch
-from train.evaluate import bits_per_byte
+from train.evaluate import spelled_bytes
 from train.optimizer import Optimizer
+from train.parallel import (
+    Helm,
+    Layout,
+    Objective,
+    blocks,
+    distribute,
+    share_like,
+    shares_on_host,
+    synchronised,
+    whole,
+    whole_on_host,
+)
 from train.schedule import Budget, rate_factor
 from train.tracking import Tracker
 
@@ -36,7 +49,7 @@ class TrainingError(Exception):
 
 
 class Batches(Protocol):
-    """An endless stream of micro-batches, and a cursor that says exactly what has been handed out."""
+    """An endless stream of micro-batches, of this process's part of each, and a cursor: what has been handed out."""
 
     @property
     def epoch(self) -> float: ...
@@ -90,74 +103,116 @@ class Loop:
         tracker: Tracker,
         peak_flops: float,
         flops_per_token: int,
+        layout: Layout | None = None,
     ) -> None:
         self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
         self.run, self.runtime, self.tracker = run, runtime, tracker
+        self.processes, self.layout = runtime.processes, layout or Layout()
         self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
+        # Nobody can evaluate a share of a model: the main process fills this one with the weights it has just saved.
+        self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
         self.trained = nn.ModuleDict({"policy": model, "critic": task.critic}) if task.critic else model
-        self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.byte_lengths = None if task.byte_lengths is None else task.byte_lengths.to(runtime.device)
-        self.loss = task.loss
+        loss = task.loss
+        self.compiled_blocks: list[nn.Module] = []
         if should_compile(recipe, runtime):
             # Where compiling fails (no C compiler, say), run that part as it is.
             torch._dynamo.config.suppress_errors = True
-            self.loss = torch.compile(task.loss)
+            if self.processes.count == 1:
+                loss = torch.compile(loss)
+            else:
+                # One by one, so that their gradients travel while those of the next are computed.
+                self.compiled_blocks = blocks(self.trained)
+        for block in self.compiled_blocks:
+            block.compile()
+        self.objective = distribute(Objective(self.trained, model, loss), runtime, self.layout)
+        self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.byte_lengths = None if task.byte_lengths is None else task.byte_lengths.to(runtime.device)
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
-        self.parts = 1  # into how many each micro-batch is cut, because memory ran out
+        self.parts = self.layout.parts  # into how many each micro-batch is cut, for want of memory
         self.step = 0
+        self.under_way = 0  # the step that is done, or was done last
+        self.busy_seconds = 0.0  # of that step, until gradients were exchanged
         self.earlier_seconds = 0.0
         self.began: float | None = None
-        self.last_save = time.perf_counter()
+        self.helm = Helm(self.processes)
+        self.last_save = self.helm.now()
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.announced = False
         self.evaluation_seconds = 0.0
-        self.saved: checkpoint.Checkpoint | None = None
+        self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
-        self.model.load_state_dict(found.tensors("model"))
-        if self.task.critic:
-            self.task.critic.load_state_dict(found.tensors("critic"))
+        for name, module in self._modules().items():
+            room = module.state_dict()
+            weights = found.tensors(name)
+            module.load_state_dict({key: share_like(room.get(key, weight), weight) for key, weight in weights.items()})
         self.optimizer.load_state(found.tensors("optimizer"))
         set_random_state(found.tensors("random"), self.runtime.device)
         state = found.values("state")
-        self.step, self.skipped, self.parts = (state[key] for key in ("step", "skipped", "parts"))
+        self.step, self.skipped, parts = (state[key] for key in ("step", "skipped", "parts"))
+        self.parts = parts if self.processes.count == 1 else self.layout.parts
         self.earlier_seconds = state["seconds"]
         self.task.batches.load_state_dict(state["batches"])
-        checkpoint.set_aside_newer(self.run.checkpoints, found.step)
+        if self.processes.main:
+            checkpoint.set_aside_newer(self.run.checkpoints, found.step)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.saved = found
+        self.saver.saved = found
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """All that is trained, by the names of its files."""
+        return {"model": self.model, **({"critic": self.task.critic} if self.task.critic else {})}
 
     @property
     def seconds(self) -> float:
         """Of training so far: evaluations and checkpoints included, over all resumes."""
-        return self.earlier_seconds + (0.0 if self.began is None else time.perf_counter() - self.began)
+        return self.earlier_seconds + (0.0 if self.began is None else self.helm.now() - self.began)
 
     def train(self) -> Outcome:
-        """Run to the end of the budget, or until Ctrl-C or SIGTERM. Raises TrainingError where the loss is lost."""
+        """Run to the end of the budget, or until Ctrl-C or SIGTERM.
+
+        Raises TrainingError where the loss is lost, LostProcessError where another process is.
+        """
+        try:
+            with contextlib.closing(self.saver), _stop_on_signal(self.helm):
+                return self._train()
+        except RuntimeError as error:
+            if self.processes.count == 1 or _is_out_of_memory(error):
+                raise
+            raise self.processes.lost(error) from error
+
+    def _train(self) -> Outcome:
         self.model.train()
-        self.began = time.perf_counter()
-        with _stop_on_signal() as stop:
-            while (before := self._progress()) < 1 and stop.signal is None:
-                self._train_step(before)
-                after = self._progress()
-                evaluate = after < 1 and stop.signal is None and self._evaluation_due(before, after)
-                if evaluate or self._checkpoint_due():
-                    # Saved first: whatever goes wrong in an evaluation, the training is not lost.
-                    self._save()
-                if evaluate:
-                    self._evaluate(final=False)
-        if stop.signal is not None:
-            self.tracker.say(f"{stop.signal.name}: stopping after step {self.step:,}, saving")
-        if self.saved is None or self.saved.step != self.step:
+        self._agree()
+        self.began = self.last_save = self.helm.now()
+        while (before := self._progress()) < 1 and self.helm.stop is None:
+            self._train_step(before)
+            after = self._progress()
+            evaluate = after < 1 and self.helm.stop is None and self._evaluation_due(before, after)
+            if evaluate or self._checkpoint_due():
+                # Saved first: whatever goes wrong in an evaluation, the training is not lost.
+                self._save()
+            if evaluate:
+                self._evaluate(final=False)
+        if self.helm.stop is not None:
+            self.tracker.say(f"{self.helm.stop.name}: stopping after step {self.step:,}, saving")
+        saved = self.saver.collect()
+        if saved is None or saved.step != self.step:
             self._save()
-        evaluation = self._evaluate(final=True) if stop.signal is None else {}
-        assert self.saved is not None
-        return Outcome(self.step, stop.signal, evaluation, self.saved)
+        evaluation = self._evaluate(final=True) if self.helm.stop is None else {}
+        return Outcome(self.step, self.helm.stop, evaluation, self._saved())
+
+    def _agree(self) -> None:
+        self.processes.at(f"step {self.under_way}, all-gather of clocks and signals")
+        self.helm.agree()
+
+    def _gather(self, what: str, *numbers: float) -> list[list[float]]:
+        self.processes.at(f"step {self.under_way}, all-gather of {what}")
+        return self.processes.gather(*numbers)
 
     def _progress(self) -> float:
         return self.budget.progress(self.step, self.seconds)
@@ -172,13 +227,16 @@ class Loop:
     def _checkpoint_due(self) -> bool:
         if self.recipe.loop.save_every is not None:
             return self.step % self.recipe.loop.save_every == 0
-        return time.perf_counter() - self.last_save > 60 * self.recipe.loop.save_minutes
+        return self.helm.now() - self.last_save > 60 * self.recipe.loop.save_minutes
 
     def _train_step(self, progress: float) -> None:
         begin = time.perf_counter()
+        self.under_way = self.step + 1
         batches = [next(self.task.batches) for _ in range(self.accumulation)]
         # Counted before they travel: on a GPU it would make the CPU wait.
-        learnt = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        mine = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        self.busy_seconds = time.perf_counter() - begin
+        learnt = int(sum(count for (count,) in self._gather("counts of targets", mine)))
         batches = [batch.to(self.runtime.device) for batch in batches]
         loss, norm = self._gradients(batches, learnt)
         self.optimizer.set_rate(rate_factor(self.recipe.schedule, progress))
@@ -191,12 +249,22 @@ class Loop:
             self._announce_long_run()
 
     def _log(self, batches: list[Batch], learnt: int, loss: float, norm: float, rate: float) -> None:
-        tokens = sum(len(batch.tokens) for batch in batches)
-        typical = statistics.median(self.step_seconds)
-        of_text = {}
+        spelled = 0
         if self.byte_lengths is not None:
-            targets = torch.cat([batch.targets for batch in batches])
-            of_text["bits_per_byte"] = bits_per_byte(loss * learnt, targets, self.byte_lengths)
+            spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
+        mine = sum(len(batch.tokens) for batch in batches)
+        everyone = self._gather("measures", mine, spelled, self.busy_seconds)
+        tokens, spelled = (int(sum(each[column] for each in everyone)) for column in (0, 1))
+        of_text = {} if self.byte_lengths is None else {"bits_per_byte": loss * learnt / math.log(2) / max(spelled, 1)}
+        typical = statistics.median(self.step_seconds)
+        of_processes = {}
+        if self.processes.count > 1:
+            busy = [seconds for _, _, seconds in everyone]
+            of_processes = {
+                "process_tokens_per_second": [share / seconds for share, _, seconds in everyone],
+                # 1 where all are as fast as the typical one, which waits for what is above.
+                "straggling": max(busy) / statistics.median(busy),
+            }
         self.tracker.log(
             {
                 "step": self.step,
@@ -213,6 +281,7 @@ class Loop:
                 "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
                 "progress": self._progress(),
                 "skipped": self.skipped,
+                **of_processes,
             }
         )
 
@@ -225,8 +294,10 @@ class Loop:
                 "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
             )
 
-    def _gradients(self, batches: list[Batch], learnt: int) -> tuple[float, float]:
+    def _gradients(self, batches: list[Batch], learnt: float) -> tuple[float, float]:
         """Leaves the gradient of the mean loss in the parameters. Returns that loss and the gradient's norm."""
+        # Of one process, on average: theirs are the gradients and the losses that are averaged.
+        learnt /= self.processes.count
         total = self._passes(batches, learnt)
         while total is None:
             self._halve(batches)
@@ -234,20 +305,31 @@ class Loop:
         for optimizer in self.optimizer.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip)
-        return float(total), float(norm)
+        # Before anything waits for the GPU, which would wait without a word for a process that does not come.
+        self._agree()
+        return float(self.processes.sum(total)) / self.processes.count, float(whole(norm))
 
-    def _passes(self, batches: list[Batch], learnt: int) -> Tensor | None:
+    def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
         """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
+        begin = time.perf_counter()
         total = torch.zeros((), device=self.runtime.device)
+        parts = [part for batch in batches for part in batch.split(self.parts)]
         try:
-            for batch in batches:
-                for part in batch.split(self.parts):
+            for number, part in enumerate(parts, 1):
+                last = number == len(parts)
+                with synchronised(self.objective, last):
                     # Normalised by the count of the whole step, so that the cut into parts does not matter.
-                    loss = self.loss(self.model, part) / learnt
+                    loss = self.objective(part) / learnt
+                    if last and self.processes.count > 1:
+                        self.processes.at(f"step {self.under_way}, reduction of gradients")
+                        # From here on each is as fast as the slowest.
+                        synchronize(self.runtime.device)
+                        self.busy_seconds += time.perf_counter() - begin
                     self.scaler.scale(loss).backward()
                     total += loss.detach()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            # Of many processes one cannot begin again alone: the others wait for its gradients.
+            if not _is_out_of_memory(error) or self.processes.count > 1:
                 raise
             return None
         return total
@@ -281,7 +363,8 @@ class Loop:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= NONFINITE_LIMIT:
-            good = "none was saved yet" if self.saved is None else str(self.saved.path)
+            saved = self.saver.collect()
+            good = "none was saved yet" if saved is None else str(saved.path)
             raise TrainingError(
                 f"{NONFINITE_LIMIT} steps in a row without a finite gradient; the last good checkpoint is kept "
                 f"({good}). Lower the learning rates (--set optimizer.matrix_rate=..., optimizer.embedding_rate=...) "
@@ -297,31 +380,45 @@ class Loop:
             "batches": self.task.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state(),
-            "random": random_state(self.runtime.device),
-            **({"critic": self.task.critic.state_dict()} if self.task.critic else {}),
-        }
-        self.saved = checkpoint.save(self.run.checkpoints, self.step, tensors, {"state": state})
-        self.last_save = time.perf_counter()
-        checkpoint.prune(self.run.checkpoints, self.recipe.loop.keep)
+        tensors = {name: whole_on_host(module, self.processes) for name, module in self._modules().items()}
+        tensors["random"] = random_state(self.runtime.device)
+        self.saver.start(self.step, tensors, {"state": state}, shares_on_host(self.optimizer.state()))
+        self.last_save = self.helm.now()
+
+    def _saved(self) -> checkpoint.Checkpoint:
+        saved = self.saver.collect()
+        assert saved is not None
+        return saved
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
-        assert self.saved is not None
-        begin = time.perf_counter()
+        """What the main process measures of the checkpoint that was saved last."""
+        begin = self.helm.now()
+        self.processes.at(f"step {self.under_way}, evaluation")
+        evaluation = self.processes.from_main(lambda: self._measure(final))
+        self._agree()
+        self.evaluation_seconds += self.helm.now() - begin
+        return evaluation
+
+    def _measure(self, final: bool) -> dict[str, float]:
+        model, evaluation = self.evaluated, {}
         try:
-            evaluation = self.task.evaluate(self.model, final)
-            self.saved.record_evaluation(evaluation)
-            measured = {f"validation_{name}": value for name, value in evaluation.items()}
-            self.tracker.log({"step": self.step, "tokens": self.step * self.recipe.tokens_per_step, **measured})
-            self.task.sample(self.model, self.step)
+            if self.layout.shard:
+                model.load_state_dict(self._saved().tensors("model"))
+                model.to(self.runtime.device)
+            # Compiled blocks know the shapes of training alone.
+            with torch.compiler.set_stance("force_eager") if self.compiled_blocks else contextlib.nullcontext():
+                evaluation = self.task.evaluate(model, final)
+                self._saved().record_evaluation(evaluation)
+                measured = {f"validation_{name}": value for name, value in evaluation.items()}
+                self.tracker.log({"step": self.step, "tokens": self.step * self.recipe.tokens_per_step, **measured})
+                self.task.sample(model, self.step)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             evaluation = {}
             self.tracker.say("out of memory while evaluating: left out; the checkpoint is saved")
-        self.evaluation_seconds += time.perf_counter() - begin
+        if self.layout.shard:
+            model.to("cpu")
         return evaluation
 
 
@@ -339,24 +436,18 @@ def muon_dtype(runtime: Runtime) -> torch.dtype:
     return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 
 
-@dataclass
-class _Stop:
-    signal: "signal.Signals | None" = None
-
-
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
+def _stop_on_signal(helm: Helm) -> Iterator[None]:
     """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one stops at once.
 
     The handler only takes note: printing from it could break into a print that is under way.
     """
-    stop = _Stop()
     watched = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {number: signal.getsignal(number) for number in watched}
 
         def request(number: int, frame: object) -> None:
-            stop.signal = signal.Signals(number)
+            helm.own_signal = signal.Signals(number)
             for each in watched:
                 signal.signal(each, before[each])
 
@@ -364,10 +455,10 @@ def _stop_on_signal() -> Iterator[_Stop]:
             signal.signal(number, request)
     except ValueError:
         # Not the main thread: nobody can interrupt here, and Python would not let us listen.
-        yield stop
+        yield
         return
     try:
-        yield stop
+        yield
     finally:
         for number in watched:
             signal.signal(number, before[number])

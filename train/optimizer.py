@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import OptimizerConfig
+from train.parallel import local, on_whole_matrices, share_like
 
 
 class Muon(torch.optim.Muon):
@@ -36,22 +37,23 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # Of sharded matrices each process updates its share; but only a whole one has singular values.
+        buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
         rows, columns = parameters[0].shape
         rows //= group.get("parts", 1)
-        directions = orthogonalise(
-            torch.stack(updates).view(-1, rows, columns),
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-            self.dtype,
-        ).reshape(len(parameters), -1, columns)
+
+        def direct(matrices: Tensor) -> Tensor:
+            how = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
+            return orthogonalise(matrices.view(-1, rows, columns), *how).reshape(matrices.shape)
+
+        directions = on_whole_matrices(direct, updates, parameters[0])
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, directions.unbind(), alpha=-rate)
+        shares = [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(shares, directions, alpha=-rate)
 
 
 def orthogonalise(
@@ -148,7 +150,8 @@ class Optimizer:
             name, _, entry = key.rpartition("/")
             optimizer, parameter = owners[name]
             # Fused AdamW counts its steps on the CPU's side unless the parameter is on a GPU, where it counts there.
-            optimizer.state[parameter][entry] = tensor.to(parameter.device, copy=True)
+            own = share_like(parameter, tensor) if tensor.shape == parameter.shape else tensor
+            optimizer.state[parameter][entry] = own.to(parameter.device, copy=True)
 
 
 def _role(name: str, parameter: nn.Parameter) -> str:

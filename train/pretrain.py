@@ -15,7 +15,7 @@ from engine.errors import InputError
 from engine.generate import document_prompt, generate
 from engine.model import GPT
 from engine.run import Run
-from engine.runtime import Runtime, measured_peak, seed_everything
+from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data.loader import Batch, PackedLoader, PieceSource
@@ -24,6 +24,7 @@ from train.data.sources import HubUnreachable, Source, open_source
 from train.data.stream import StreamLoader
 from train.evaluate import evaluate_loss
 from train.loop import Batches, Loop, Outcome, Task, should_compile
+from train.parallel import lay_out
 from train.report import write_report
 from train.schedule import Budget
 from train.tracking import MetricsFile, Tracker, Trackers, Wandb, require_wandb
@@ -101,20 +102,24 @@ def pretrain(
     """
 
     def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
-        return read_documents(recipe, run, console, resume=resume)
+        return read_documents(recipe, run, runtime, console, resume=resume)
 
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
 
 
-def read_documents(recipe: Recipe, run: Run, console: Console, *, resume: bool) -> tuple[Recipe, Stage]:
+def read_documents(
+    recipe: Recipe, run: Run, runtime: Runtime, console: Console, *, resume: bool
+) -> tuple[Recipe, Stage]:
     """The stage that learns documents, and the recipe with what the data decided."""
     batches: Supply
     if recipe.data.stream:
-        recipe, data, batches = stream_data(recipe, run, console)
+        recipe, data, batches = stream_data(recipe, run, runtime, console)
     else:
         recipe, data = prepare_data(recipe, run, console, resume=resume)
         assert data.train is not None
-        batches = PackedLoader(data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed)
+        batches = PackedLoader(
+            data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed, processes=runtime.processes
+        )
     return recipe, Stage(data, batches, lambda model: begin_documents(model, data.tokenizer, recipe.loop.samples))
 
 
@@ -131,45 +136,58 @@ def run_stage(
     """From a recipe to a finished run: what pretraining and finetuning share. `prepare` reads the data."""
     if wandb:
         require_wandb()
+    processes = runtime.processes
     seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
-    peak = measured_peak(runtime)
+    peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
     if not resume:
         # Settled here, so that a resumed run does not depend on the machine or its mood.
         recipe = override(recipe, "precision", runtime.precision)
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
-        run.write_recipe(recipe)
-    try:
-        recipe, stage = prepare(recipe)
-    except InputError:
-        if not resume:
-            run.discard_preparation()
-        raise
+    with processes.first():
+        if processes.main and not resume:
+            run.write_recipe(recipe)
+        try:
+            recipe, stage = prepare(recipe)
+        except InputError:
+            if processes.main and not resume:
+                run.discard_preparation()
+            raise
+        if processes.main:
+            run.write_recipe(recipe)
+    recipe = processes.collect(recipe)[0]
+    # The main process may have drawn random numbers where the others found what it had prepared.
+    set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
     data, batches = stage.data, stage.batches
-    run.write_recipe(recipe)
     model = stage.model(recipe.model)
-    found = run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
+    found = processes.from_main(
+        lambda: run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
+    )
     if stage.base and not found:
         model.load_state_dict(stage.base.tensors("model"))
-    model.to(runtime.device)
     model.compute_dtype = runtime.dtype
+    model.checkpoint_activations = recipe.loop.checkpoint_activations
     steps_per_epoch = batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
     budget = Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
-    trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
-    if wandb:
+    trackers: list[Tracker] = []
+    if processes.main:
+        trackers = [console, MetricsFile(run.metrics, found.step if found else 0)]
+    if processes.main and wandb:
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say))
     tracker = Trackers(trackers)
     task = stage_task(recipe, stage, run)
-    loop = Loop(model, task, recipe, budget, run, runtime, tracker, peak, recipe.model.flops_per_token)
+    layout = lay_out(recipe, runtime)
+    loop = Loop(model, task, recipe, budget, run, runtime, tracker, peak, recipe.model.flops_per_token, layout)
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")
     elif resume:
         console.say(f"{run.path} has no checkpoint yet: starting from the first step")
-    for line in (*describe(recipe, runtime, data, budget, peak), *stage.notes):
+    how = [layout.description] if processes.count > 1 else []
+    for line in (*describe(recipe, runtime, data, budget, peak), *how, *stage.notes):
         console.say(line)
     try:
         outcome = loop.train()
-        if outcome.stopped_by is None:
+        if outcome.stopped_by is None and processes.main:
             write_report(run, recipe, runtime.describe(), runtime.peak_memory())
         return outcome
     finally:
@@ -215,18 +233,17 @@ def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) ->
             recipe, source = find_source(recipe, console)
             prepare_source(recipe, source, run, console)
     tokenizer = Tokenizer.load(folder)
-    if run.tokenizer.exists() and Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
+    if not run.tokenizer.exists():
+        tokenizer.save(run.path / tokenizer.file_name)
+    elif Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} has another tokenizer than {run.path} began with; choose other --data")
     shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED]
-    tokenizer.save(run.path / tokenizer.file_name)
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
 
 
-def stream_data(
-    recipe: Recipe, run: Run, console: Console, rank: int = 0, world_size: int = 1
-) -> tuple[Recipe, Data, StreamLoader]:
-    """As `prepare_data`, but only the held-out documents are prepared; the others come as one rank's batches."""
+def stream_data(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Data, StreamLoader]:
+    """As `prepare_data`, but only the held-out documents are prepared; the others come as this process's batches."""
     if is_prepared(recipe.data.source):
         raise InputError(f"{recipe.data.source} is prepared already: train on it without --stream")
     recipe, source = find_source(recipe, console)
@@ -237,7 +254,7 @@ def stream_data(
     validation = prepare(source, tokenizer, run.data, "validation", max_tokens=most, progress=progress)
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
     batches = StreamLoader(
-        source, tokenizer, validation, recipe.tokens_per_pass, recipe.model.context, rank=rank, world_size=world_size
+        source, tokenizer, validation, recipe.tokens_per_pass, recipe.model.context, processes=runtime.processes
     )
     return recipe, Data(tokenizer, None, validation), batches
 

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,6 +19,7 @@ from engine.estimate import Setup, peak_memory, step_memory
 from engine.model import GPT
 from tests.engine.memory import Step, packed, peak_bytes
 from train.optimizer import Optimizer
+from train.parallel import Objective, replicate, shard
 
 MODEL = ModelConfig(512, 64, 3, 4, 64)
 RANKS = [8, 64, 512]
@@ -35,25 +34,11 @@ def mesh(ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def shard(model: GPT, mesh: DeviceMesh) -> GPT:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
+def objective_of(model: GPT) -> Objective:
+    return Objective(model, model, lambda model, batch: model.loss(**batch))
 
 
-class Loss(nn.Module):
-    """DDP listens to `forward` alone."""
-
-    def __init__(self, model: GPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Any) -> Tensor:
-        return self.model.loss(**batch)
-
-
-def replicated(loss: Loss) -> DistributedDataParallel:
+def replicated(objective: Objective) -> DistributedDataParallel:
     """DDP, whose own all-reduce finds no result in the fake group: the sum of one rank's gradients is the gradient."""
 
     def keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -61,7 +46,7 @@ def replicated(loss: Loss) -> DistributedDataParallel:
         future.set_result(bucket.buffer())
         return future
 
-    parallel = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    parallel = replicate(objective)
     parallel.register_comm_hook(None, keep)
     return parallel
 
@@ -70,10 +55,10 @@ def optimizer_of(model: nn.Module) -> Optimizer:
     return Optimizer(model, dataclasses.replace(OptimizerConfig(), kind="adamw"), matmul_dtype=torch.float32)
 
 
-def step_of(loss: nn.Module, optimizer: Optimizer, tokens: int) -> Step:
+def step_of(objective: nn.Module, optimizer: Optimizer, tokens: int) -> Step:
     def step() -> None:
-        loss(**packed(tokens, MODEL.vocab_size, MODEL.context)).backward()
-        nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+        objective(packed(tokens, MODEL.vocab_size, MODEL.context)).backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -88,10 +73,12 @@ def local_bytes(tensors: list[Tensor]) -> int:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_sharded_step_runs_and_a_rank_keeps_what_the_estimate_says(ranks: int) -> None:
     with mesh(ranks) as devices:
-        model = shard(GPT(MODEL), devices)
+        model = GPT(MODEL)
+        objective = objective_of(model)
+        shard(objective, devices)
         optimizer = optimizer_of(model)
         before = [parameter.to_local().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
-        step_of(Loss(model), optimizer, 128)()
+        step_of(objective, optimizer, 128)()
         after = [parameter.to_local() for parameter in model.parameters()]  # type: ignore[attr-defined]
         assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         state = step_memory(Setup(MODEL, "adamw", 128, gpu=False, ranks=ranks, shard=True))["optimizer step"]
@@ -103,7 +90,8 @@ def test_a_sharded_step_runs_and_a_rank_keeps_what_the_estimate_says(ranks: int)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_large_model_is_sharded_as_estimated(ranks: int) -> None:
     with mesh(ranks) as devices, torch.device("meta"):
-        model = shard(GPT(preset("large").model), devices)
+        model = GPT(preset("large").model)
+        shard(model, devices)
         setup = Setup(preset("large").model, "muon", 512, ranks=ranks, shard=True)
         assert local_bytes(list(model.parameters())) == step_memory(setup)["loss"]["weights"]
 
@@ -113,8 +101,11 @@ def test_the_peak_of_a_step_on_eight_ranks_is_within_a_tenth_of_the_estimate(sha
     with mesh(8) as devices:
 
         def build() -> Step:
-            model = shard(GPT(MODEL), devices) if sharded else GPT(MODEL)
-            return step_of(Loss(model) if sharded else replicated(Loss(model)), optimizer_of(model), 256)
+            model = GPT(MODEL)
+            objective = objective_of(model)
+            if sharded:
+                shard(objective, devices)
+            return step_of(objective if sharded else replicated(objective), optimizer_of(model), 256)
 
         measured = peak_bytes(build, steps=3)
     setup = Setup(MODEL, "adamw", 256, gpu=False, ranks=8, shard=sharded)

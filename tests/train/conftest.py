@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(prepared: Path) -> Recipe:
     """Six steps of a model that fits in a cache line, more or less."""
     recipe = dataclasses.replace(preset("nano"), budget=BudgetConfig(steps=6))

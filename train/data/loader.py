@@ -1,15 +1,15 @@
 """Batches of packed documents in a pseudo-random order, with a cursor that resumes to the bit.
 
 Documents are cut into pieces of at most `context` tokens. An epoch deals every piece once, in an order computed on the
-fly; the pieces, laid end to end, are cut into batches of exactly so many tokens, without padding. The stream of batches
-is one for all ranks, dealt in turn: it does not depend on how many there are.
+fly; the pieces, laid end to end, are cut into batches of exactly so many tokens, without padding. Many processes follow
+the same plan, and each reads its part of every batch: what is learnt does not depend on how many there are.
 """
 
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.processes import ALONE, Processes
 from train.data.permutation import Permutation
 
 IGNORE_INDEX = -100
@@ -50,18 +51,15 @@ class Batch:
     max_seqlen: int
 
     def split(self, parts: int) -> Sequence["Batch"]:
-        """Cut into parts of equal token counts. A sequence at a cut becomes two."""
+        """Cut into parts of token counts as equal as can be. A sequence at a cut becomes two."""
         if parts == 1:
             return [self]
-        size, rest = divmod(len(self.tokens), parts)
-        if rest:
-            raise ValueError(f"{len(self.tokens)} tokens do not divide into {parts} equal parts")
         cuts = self.cu_seqlens.tolist()
         batches = []
-        for start in range(0, len(self.tokens), size):
-            inner = [cut - start for cut in cuts if start < cut < start + size]
-            bounds = torch.tensor([0, *inner, size], dtype=torch.int32, device=self.cu_seqlens.device)
-            part = slice(start, start + size)
+        for start, stop in pairwise(len(self.tokens) * part // parts for part in range(parts + 1)):
+            inner = [cut - start for cut in cuts if start < cut < stop]
+            bounds = torch.tensor([0, *inner, stop - start], dtype=torch.int32, device=self.cu_seqlens.device)
+            part = slice(start, stop)
             batches.append(Batch(self.tokens[part], self.targets[part], bounds, self.max_seqlen))
         return batches
 
@@ -89,11 +87,11 @@ Part = tuple[int, int, int]  # document, offset, length
 
 
 class PackedLoader:
-    """An iterator of `Batch`. `state_dict` is the place after the batch handed out last and the other ranks' like it.
+    """An iterator of `Batch`, this process's part of each. `state_dict` is the place after the batch handed out last.
 
-    Endless without `epochs`; with them the last batch is smaller where the tokens do not come out even, and the last
-    round may not reach every rank. `shuffle=False, epochs=1` is for evaluation. `whole` leaves a document that would be
-    cut by the end of a batch to the next one: what then stays free is padding, a sequence of which nothing is learnt.
+    Endless without `epochs`; with them the last batch is smaller where the tokens do not come out even.
+    `shuffle=False, epochs=1` is for evaluation. `whole` leaves a document that would be cut by the end of a batch to
+    the next one: what then stays free is padding, a sequence of which nothing is learnt.
     """
 
     def __init__(
@@ -103,15 +101,14 @@ class PackedLoader:
         context: int,
         *,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes = ALONE,
         shuffle: bool = True,
         epochs: int | None = None,
         whole: bool = False,
         prefetch: int = 2,
     ) -> None:
         self.shards, self.tokens_per_batch, self.context, self.seed = shards, tokens_per_batch, context, seed
-        self.rank, self.world_size, self.shuffle, self.epochs = rank, world_size, shuffle, epochs
+        self.processes, self.shuffle, self.epochs = processes, shuffle, epochs
         self.whole, self.prefetch = whole, prefetch
         self._lengths = shards.lengths
         self.tokens_per_epoch = int(self._lengths.sum())
@@ -155,7 +152,7 @@ class PackedLoader:
         self._producer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; the same on every rank after as many batches each."""
+        """JSON-able; the same on every process."""
         return {**vars(self._handed_out), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,14 +171,20 @@ class PackedLoader:
         return {"data": self.shards.fingerprint, "context": self.context, "seed": self.seed, "shuffle": self.shuffle}
 
     def _batches(self, cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
-        """This rank's batches, each with the cursor after its whole round."""
-        plans = self._plans(cursor)
-        while dealt := list(islice(plans, self.world_size)):
-            if self.rank < len(dealt):
-                yield self._read(dealt[self.rank][0]), dealt[-1][1]
+        for plan, after in self._plans(cursor):
+            yield self._read(self._own(plan)), after
+
+    def _own(self, plan: list[Part]) -> list[Part]:
+        """What this process reads of a batch: the pieces that begin in its equal share of the tokens.
+
+        Cut between pieces, so that what each of them sees of its document does not depend on the number of processes.
+        """
+        *starts, total = accumulate((length for _, _, length in plan), initial=0)
+        rank, count = self.processes.rank, self.processes.count
+        return [part for part, start in zip(plan, starts, strict=True) if start * count // total == rank]
 
     def _plans(self, cursor: Cursor) -> Iterator[tuple[list[Part], Cursor]]:
-        """What stands in every batch of all ranks, and the cursor after it."""
+        """What stands in every batch, and the cursor after it."""
         plan: list[Part] = []
         room = self.tokens_per_batch
         for epoch, position, offset, (document, start, length) in self._pieces(cursor):
@@ -220,9 +223,11 @@ class PackedLoader:
 
     def _read(self, plan: list[Part]) -> Batch:
         sequences = [self.shards.read(*part) for part in plan]
-        room = self.tokens_per_batch - sum(length for _, _, length in plan)
-        if self.whole and room:
+        room = int(not plan)  # a batch of fewer pieces than there are processes
+        if self.whole and self.processes.count == 1:
             # Batches of one size suit a compiled model. No longer than a document, or one would have found room.
+            room = self.tokens_per_batch - sum(length for _, _, length in plan)
+        if room:
             sequences.append((np.zeros(room, np.int64), np.full(room, IGNORE_INDEX)))
         return pack(sequences, self.context)
 

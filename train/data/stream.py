@@ -1,7 +1,7 @@
 """Batches of documents that are read and tokenized while they are trained on, with a cursor that resumes to the bit.
 
 Nothing is prepared, and nothing is shuffled: documents come in the order in which they are stored, again and again.
-Each rank reads a share of its own, so the stream of batches follows from the number of ranks.
+Each process reads a share of its own, so the stream of batches follows from their number.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InputError
+from engine.processes import ALONE, Processes
 from engine.tokenizer import Tokenizer
 from train.data.loader import Batch, Prefetcher, pack
 from train.data.shards import TokenShards
@@ -24,7 +25,7 @@ CHUNK_DOCUMENTS = 64
 
 @dataclass(frozen=True)
 class StreamCursor:
-    """A place in a rank's stream: a chunk of a pass over the data, what is already used of it, and what came before."""
+    """A place in a process's stream: a chunk of a pass over the data, what is used of it, and what came before."""
 
     passes: int = 0
     chunk: dict[str, Any] | None = None  # what train.data.sources.Stream says before it; None at the beginning
@@ -35,9 +36,9 @@ class StreamCursor:
 
 
 class StreamLoader:
-    """An endless iterator of `Batch`, packed as PackedLoader does. `state_dict` is this rank's own.
+    """An endless iterator of `Batch`, this process's part of each, packed as PackedLoader does.
 
-    Leaves out what `held_out` holds.
+    Leaves out what `held_out` holds. Raises InputError where batches do not divide among the processes.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class StreamLoader:
         tokens_per_batch: int,
         context: int,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes = ALONE,
         prefetch: int = 2,
     ) -> None:
-        self.source, self.tokenizer, self.tokens_per_batch, self.context = source, tokenizer, tokens_per_batch, context
-        self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
+        self.source, self.tokenizer, self.context = source, tokenizer, context
+        self.processes, self.prefetch = processes, prefetch
+        self.own_tokens, rest = divmod(tokens_per_batch, processes.count)
+        if rest:
+            raise InputError(f"a stream's {tokens_per_batch} tokens do not divide among {processes.count} processes")
         documents = (held_out.document(number) for number in range(held_out.documents))
         self._held_out = {document.astype(np.int64).tobytes() for document in documents}
         self._data = hashlib.sha256(
@@ -88,43 +91,44 @@ class StreamLoader:
         self._producer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {**vars(self._handed_out), **self._identity()}
+        """JSON-able; the same on every process, and to be asked for by all at once: it holds the places of all."""
+        return {"places": self.processes.collect(vars(self._handed_out)), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises InputError where the state belongs to another stream."""
         for key, value in self._identity().items():
             if state.get(key) != value:
                 raise InputError(
-                    f"a stream cannot be resumed with another {key.replace('_', ' ')}: it was {state.get(key)}, now it "
+                    f"a stream cannot be resumed with another {key}: it was {state.get(key)}, now it "
                     f"is {value}; use what it began with, or start a new run"
                 )
         self.close()
-        self._handed_out = StreamCursor(**{key: state[key] for key in vars(StreamCursor())})
+        self._handed_out = StreamCursor(**state["places"][self.processes.rank])
 
     def _identity(self) -> dict[str, Any]:
-        return {"data": self._data, "context": self.context, "world_size": self.world_size, "rank": self.rank}
+        return {"data": self._data, "context": self.context, "number of processes": self.processes.count}
 
     def _batches(self, cursor: StreamCursor) -> Iterator[tuple[Batch, StreamCursor]]:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
-        room, offset = self.tokens_per_batch, cursor.offset
+        room, offset = self.own_tokens, cursor.offset
         for passes, chunk, document, ids in self._documents(cursor):
             while offset < len(ids) - 1:
                 taken = min(self.context - offset % self.context, len(ids) - 1 - offset, room)
                 parts.append((ids[offset : offset + taken], ids[offset + 1 : offset + taken + 1]))
                 offset, room = offset + taken, room - taken
                 if not room:
-                    before = (cursor.batches + 1, cursor.tokens + self.tokens_per_batch)
+                    before = (cursor.batches + 1, cursor.tokens + self.own_tokens)
                     cursor = StreamCursor(passes, chunk, document, offset, *before)
                     yield pack(parts, self.context), cursor
-                    parts, room = [], self.tokens_per_batch
+                    parts, room = [], self.own_tokens
             offset = 0
 
     def _documents(self, cursor: StreamCursor) -> Iterator[tuple[int, dict[str, Any] | None, int, np.ndarray]]:
         """Every document from the cursor on, an eod on either side, with its pass, chunk and number in it."""
         passes, place, skip = cursor.passes, cursor.chunk, cursor.document
         while True:
-            stream = self.source.share(self.rank, self.world_size)
+            rank, count = self.processes.rank, self.processes.count
+            stream = self.source.share(rank, count)
             if place is not None:
                 stream.load_state_dict(place)
             documents = iter(stream)
@@ -136,7 +140,7 @@ class StreamLoader:
                 place, skip = stream.state_dict(), 0
             if empty:
                 raise InputError(
-                    f"{self.source.name} has no text to train on for process {self.rank + 1} of {self.world_size}; "
+                    f"{self.source.name} has no text to train on for process {rank + 1} of {count}; "
                     "give more data with --data, or use fewer processes"
                 )
             passes, place = passes + 1, None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
+from engine.processes import Processes
 from train.data.loader import Batch, PackedLoader
 from train.data.permutation import Permutation
 
@@ -129,26 +130,34 @@ def test_a_loader_resumes_to_the_bit(lengths: list[int], tokens: int, context: i
     second.close()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_take_turns_in_one_stream(world_size: int) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_processes_share_every_batch_by_whole_pieces(count: int, whole: bool) -> None:
     documents = Documents([5, 9, 3, 17, 8, 20, 1, 30])
-    alone = list(islice(loader(documents), 24))
-    ranks = [loader(documents, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert all(equal(batch, next(ranks[number % world_size])) for number, batch in enumerate(alone))
-    assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
+    alone = list(islice(loader(documents, whole=whole), 24))
+    team = [loader(documents, whole=whole, processes=Processes(rank, count)) for rank in range(count)]
+    for batch in alone:
+        shares = [next(each) for each in team]
+        together, everything = [
+            [part.tolist() for each in batches for part in each.tokens.split(each.cu_seqlens.diff().tolist())]
+            for batches in (shares, [batch])
+        ]
+        # Padding aside, which many processes have only where one would have nothing.
+        assert [part for part in together if any(part)] == [part for part in everything if any(part)]
+        assert count > 2 or max(len(share.tokens) for share in shares) <= 16 / count + 8
+        assert all(len(share.tokens) for share in shares)
+    assert all(each.state_dict() == team[0].state_dict() for each in team)
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_stream() -> None:
+def test_another_number_of_processes_goes_on_with_the_same_stream() -> None:
     documents = Documents([5, 9, 3, 17, 8, 20, 1, 30])
     alone = list(islice(loader(documents), 24))
-    two = loader(documents, rank=1, world_size=2)
-    for _ in range(6):
+    two = loader(documents, processes=Processes(1, 2))
+    for _ in range(12):
         next(two)
-    for world_size in (1, 3, 4):
-        ranks = [loader(documents, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for rank in ranks:
-            rank.load_state_dict(two.state_dict())
-        assert all(equal(batch, next(ranks[n % world_size])) for n, batch in enumerate(alone[12:]))
+    one = loader(documents)
+    one.load_state_dict(two.state_dict())
+    assert all(equal(batch, next(one)) for batch in alone[12:])
 
 
 def test_a_state_of_something_else_is_refused_by_name() -> None:
@@ -207,6 +216,5 @@ def test_a_batch_splits_into_equal_parts_of_the_same_sequences() -> None:
     assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
     assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
     assert all(part.max_seqlen == 8 and part.cu_seqlens.dtype == torch.int32 for part in parts)
-    with pytest.raises(ValueError, match="12 tokens do not divide into 5"):
-        batch.split(5)
+    assert [len(part.tokens) for part in batch.split(5)] == [2, 2, 3, 2, 3]
     assert equal(batch.to("cpu"), batch)

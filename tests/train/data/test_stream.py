@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.errors import InputError
+from engine.processes import Processes
 from engine.tokenizer import Tokenizer, train_tokenizer
 from tests.train.data.conftest import Hub
 from train.data import sources, stream
@@ -21,6 +22,13 @@ from train.data.stream import StreamLoader
 
 TEXTS = [f"document {n} " + " ".join(f"word{n * k % 97}" for k in range(n % 23)) for n in range(130)]
 Loader = Callable[..., StreamLoader]
+
+
+class Unconnected(Processes):
+    """One of several processes, for each of which the others are as far as it is itself."""
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value] * self.count
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +69,9 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, hub: Hub, monkeypatch
 def loader(source: Source, tokenizer: Tokenizer, tmp_path: Path) -> Loader:
     held_out = prepare(source, tokenizer, tmp_path / "out", "validation")
 
-    def make(**options: Any) -> StreamLoader:
-        return StreamLoader(source, tokenizer, held_out, 48, 16, **{"prefetch": 0, **options})
+    def make(rank: int = 0, world_size: int = 1, prefetch: int = 0) -> StreamLoader:
+        team = Unconnected(rank, world_size)
+        return StreamLoader(source, tokenizer, held_out, 48 * world_size, 16, processes=team, prefetch=prefetch)
 
     return make
 
@@ -101,23 +110,22 @@ def test_a_lone_rank_gets_the_batches_of_prepared_data_unshuffled(
 
 @pytest.mark.parametrize(("world_size", "stop", "prefetch"), [(1, 0, 0), (1, 9, 2), (2, 1, 0), (2, 23, 2), (2, 60, 0)])
 def test_a_resumed_stream_gives_the_same_batches(loader: Loader, world_size: int, stop: int, prefetch: int) -> None:
-    place = {"rank": world_size - 1, "world_size": world_size, "prefetch": prefetch}
-    first = loader(**place)
+    first = loader(world_size - 1, world_size, prefetch)
     list(islice(first, stop))
     state = json.loads(json.dumps(first.state_dict()))
     expected = list(islice(first, 40))
     first.close()
-    second = loader(**place)
+    second = loader(world_size - 1, world_size, prefetch)
     second.load_state_dict(state)
     assert all(map(equal, islice(second, 40), expected))
-    after = second.state_dict()
+    after = second.state_dict()["places"][world_size - 1]
     assert (after["batches"], after["tokens"]) == (stop + 40, 48 * (stop + 40))
     second.close()
 
 
 def test_another_number_of_ranks_or_other_data_is_refused(loader: Loader) -> None:
     state = loader().state_dict()
-    with pytest.raises(InputError, match="cannot be resumed with another world size: it was 1, now it is 2"):
+    with pytest.raises(InputError, match="cannot be resumed with another number of processes: it was 1, now it is 2"):
         loader(world_size=2).load_state_dict(state)
     with pytest.raises(InputError, match="cannot be resumed with another data: it was"):
         loader().load_state_dict(state | {"data": "other"})
@@ -128,7 +136,9 @@ def test_more_ranks_than_documents_are_refused(tmp_path: Path, tokenizer: Tokeni
     source = open_source(str(tmp_path / "a.jsonl"))
     held_out = prepare(source, tokenizer, tmp_path / "out", "validation")
     with pytest.raises(InputError, match="no text to train on for process 3 of 3; give more data"):
-        next(StreamLoader(source, tokenizer, held_out, 48, 16, rank=2, world_size=3))
+        next(StreamLoader(source, tokenizer, held_out, 48, 16, processes=Unconnected(2, 3)))
+    with pytest.raises(InputError, match="a stream's 48 tokens do not divide among 5 processes"):
+        StreamLoader(source, tokenizer, held_out, 48, 16, processes=Unconnected(0, 5))
 
 
 def test_stories_are_streamed_without_writing_those_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,201 @@
+"""One model on many processes: whole on each (DDP), or a share of it on each (FSDP2), with every tensor a DTensor."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Recipe
+from engine.errors import InputError
+from engine.estimate import GIB, RESERVED, Setup, peak_memory
+from engine.processes import Processes
+from engine.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Does a process hold a share of the model, or all of it; in how many parts does it take a micro-batch?"""
+
+    shard: bool = False
+    parts: int = 1
+    description: str = ""
+
+
+def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
+    """What fits by estimate: whole where that was not asked otherwise, and in as few parts as can be.
+
+    Decided before training: one process that runs out of memory would leave the others waiting. Raises InputError for
+    what cannot be done.
+    """
+    count, model = runtime.processes.count, recipe.model
+    if count == 1:
+        return Layout()
+    # A share of the batch ends where a piece does, at most one context later.
+    tokens = recipe.tokens_per_pass // count + model.context
+
+    def setup(shard: bool, parts: int) -> Setup:
+        several = parts > 1 or recipe.tokens_per_pass < recipe.tokens_per_step
+        kind, size, gpu = recipe.optimizer.kind, runtime.dtype.itemsize, runtime.device.type == "cuda"
+        again = recipe.loop.checkpoint_activations
+        return Setup(model, kind, tokens // parts, size, gpu, count, shard, several, again)
+
+    cuts = [2**power for power in range((tokens // model.context).bit_length())]
+    layouts = [False, True] if recipe.loop.shard is None else [recipe.loop.shard]
+    options, memory = [(shard, parts) for shard in layouts for parts in cuts], device_memory(runtime)
+    shard, parts = next((each for each in options if peak_memory(setup(*each)) <= memory), options[-1])
+    if shard and runtime.precision == "fp16":
+        raise InputError("a sharded model cannot be trained with --precision fp16: use bf16 or fp32")
+    need = f"{peak_memory(setup(shard, parts)) / GIB:.3g} of {memory / GIB:.3g} GiB at the peak, by estimate"
+    how = "a share of the model on each (FSDP)" if shard else "the model on each (DDP)"
+    pieces = f", micro-batches in {parts} parts" if parts > 1 else ""
+    return Layout(shard, parts, f"processes  {count}, {how}{pieces}: {need}")
+
+
+def device_memory(runtime: Runtime) -> int:
+    """Bytes that one process can count on."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.get_device_properties(runtime.device).total_memory - RESERVED
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+class Objective(nn.Module):
+    """A batch in, its summed loss out: one module of all that is trained, whose forward DDP and FSDP can follow."""
+
+    def __init__(self, trained: nn.Module, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.trained, self.model, self.loss = trained, model, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def distribute(objective: Objective, runtime: Runtime, layout: Layout) -> nn.Module:
+    """The objective, ready to be trained by all processes. Before the optimizer: sharding replaces the parameters."""
+    if not layout.shard:
+        objective.to(runtime.device)
+        return replicate(objective) if runtime.processes.count > 1 else objective
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shard(objective, init_device_mesh(runtime.device.type, (runtime.processes.count,)), runtime.dtype)
+    return objective
+
+
+def replicate(objective: nn.Module) -> nn.parallel.DistributedDataParallel:
+    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
+
+
+def shard(module: nn.Module, mesh: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Deal every parameter out over the mesh, by rows. Weights travel in `dtype`, gradients in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # The model casts what it computes itself.
+    narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy() if dtype == torch.float32 else narrow
+    for block in blocks(module):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The Transformer blocks of all models in a module."""
+    return [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+
+
+def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
+    """For one forward and backward: are gradients exchanged now, or added up for a later pass that does?"""
+    if isinstance(objective, nn.parallel.DistributedDataParallel) and not now:
+        return objective.no_sync()
+    if sync := getattr(objective, "set_requires_gradient_sync", None):
+        sync(now)
+    return contextlib.nullcontext()
+
+
+class Helm:
+    """The clock and the signal to stop that all processes go by; one alone goes by its own, at any moment.
+
+    Of many, decisions must not depend on whose clock is a moment ahead: between calls of `agree` time stands still.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.own_signal: signal.Signals | None = None
+        self.agreed = (0.0, 0)
+
+    def agree(self) -> None:
+        """All go by the main one's clock, and stop where any is told to."""
+        told = self.processes.gather(time.perf_counter(), self.own_signal or 0)
+        self.agreed = told[0][0], int(max(number for _, number in told))
+
+    def now(self) -> float:
+        return time.perf_counter() if self.processes.count == 1 else self.agreed[0]
+
+    @property
+    def stop(self) -> signal.Signals | None:
+        if self.processes.count == 1:
+            return self.own_signal
+        return signal.Signals(self.agreed[1]) if self.agreed[1] else None
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Is it a DTensor? Asked in this way, for the class takes a second to import."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor, in place; of one that is not sharded, all of it."""
+    return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def share_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that every process has, sharded as another one is."""
+    if not sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def on_whole_matrices(work: Callable[[Tensor], Tensor], shares: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """What `work` makes of a stack of matrices [K, rows, columns], of each of which this process has a share.
+
+    They are dealt out anew: each process works on some of them, whole.
+    """
+    stack = torch.stack(list(shares))
+    if not sharded(like):
+        return list(work(stack).unbind())
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, size = like.device_mesh, torch.Size((len(shares), *like.shape))  # type: ignore[attr-defined]
+    stride = (size[1] * size[2], size[2], 1)
+    by_rows = DTensor.from_local(stack, mesh, [Shard(1)], shape=size, stride=stride)
+    mine = by_rows.redistribute(placements=[Shard(0)]).to_local()
+    done = DTensor.from_local(work(mine) if len(mine) else mine, mesh, [Shard(0)], shape=size, stride=stride)
+    return list(done.redistribute(placements=[Shard(1)]).to_local().unbind())
+
+
+def whole_on_host(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """A copy of all weights in the memory of the main process's CPU; the others only bring their shares, one by one."""
+    gathered = ((name, whole(tensor.detach())) for name, tensor in module.state_dict().items())
+    return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if processes.main}
+
+
+def shares_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of tensors, or of this process's shares of them, in the CPU's memory."""
+    if not any(map(sharded, tensors.values())):
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    plain = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    return DefaultStager(plain).stage(dict(tensors))  # type: ignore[return-value]
