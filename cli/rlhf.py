@@ -42,6 +42,9 @@ def ppo(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Proximal policy optimisation: answers are drawn and scored, a critic says which token earned what.
 
@@ -49,6 +52,7 @@ def ppo(
 
     Example: gpt rlhf ppo runs/nano-chat --reward program --rounds 20 --set alignment.answers=64
     """
+    training.distribute(gpus, nodes, rendezvous)
     _align(
         "ppo",
         run,
@@ -88,11 +92,15 @@ def grpo(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Group relative policy optimisation: answers to the same prompt are compared with one another, without a critic.
 
     Example: gpt rlhf grpo runs/nano-chat --reward runs/nano-chat-reward
     """
+    training.distribute(gpus, nodes, rendezvous)
     _align(
         "grpo",
         run,
@@ -143,6 +151,9 @@ def dpo(
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
+    gpus: training.Gpus = None,
+    nodes: training.Nodes = None,
+    rendezvous: training.Rendezvous = None,
 ) -> None:
     """Direct preference optimisation: from pairs of answers, without a reward model. One epoch unless told else.
 
@@ -150,6 +161,7 @@ def dpo(
 
     Example: gpt rlhf dpo runs/tiny-chat --data ultrafeedback_binarized --set model.context=1024 --ipo
     """
+    training.distribute(gpus, nodes, rendezvous)
     _align(
         "ipo" if ipo else "dpo",
         run,

@@ -14,6 +14,7 @@ from engine.config import (
     ModelConfig,
     Recipe,
     ScheduleConfig,
+    override,
 )
 from engine.errors import InputError
 from engine.model import GPT
@@ -88,15 +89,17 @@ def align(
 
     Raises KLAlarmError, a TrainingError, where the policy leaves the reference behind; its last good checkpoint stays.
     """
-    if runtime.processes.count > 1:
-        raise InputError("a policy is aligned in one process: start it without torchrun")
+    if recipe.loop.shard:
+        raise InputError("a policy that answers is whole on each process: it cannot be aligned with loop.shard=true")
+    recipe = override(recipe, "loop.shard", False)
     prepare = partial(prepare_policy, run=run, runtime=runtime, console=console)
     if recipe.alignment.method in ("dpo", "ipo"):
         prepare = partial(prepare_pairs, run=run, runtime=runtime, console=console)
     try:
         return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
     except KLAlarmError as alarm:
-        set_aside_newer(run.checkpoints, alarm.good)
+        if runtime.processes.main:
+            set_aside_newer(run.checkpoints, alarm.good)
         raise
 
 
@@ -148,7 +151,9 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
     gold = gold_reward(prompts, tokenizer)
     rewards = {"reward": open_reward(config.reward, tokenizer, runtime, bool(gold)), **gold}
     ppo = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass) if config.method == "ppo" else None
-    rollouts = Rollouts(recipe, train, reference, rewards, ppo or GRPO(config), answer_ends(tokenizer))
+    rollouts = Rollouts(
+        recipe, train, reference, rewards, ppo or GRPO(config), answer_ends(tokenizer), runtime.processes
+    )
     watch = watch_over(recipe, reference, prompts, rewards, tokenizer, console)
 
     def begin(config: ModelConfig) -> GPT:

@@ -11,10 +11,11 @@ from torch import Tensor
 from engine.config import Recipe
 from engine.errors import InputError
 from engine.model import GPT
+from engine.processes import ALONE, Processes
 from rlhf.advantages import KLCoefficient, k1, k3
 from rlhf.log_probs import pack_answers
 from rlhf.prompts import Prompts
-from rlhf.rewards import Reward
+from rlhf.rewards import Prompt, Reward
 from rlhf.rollout import TOLERANCE, WORST, Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs
 from train.data.loader import IGNORE_INDEX, Batch
 from train.loop import TrainingError
@@ -29,6 +30,34 @@ class KLAlarmError(TrainingError):
     def __init__(self, message: str, good: int) -> None:
         super().__init__(message)
         self.good = good
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some answers of a round and what models make of each of their tokens, fp32 [tokens] each, on the CPU.
+
+    `error` is how far the sampler's log-probability was from the trainer's. Rewards have one score an answer.
+    """
+
+    rollout: Rollout
+    old: Tensor
+    entropy: Tensor
+    error: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Mapping[str, Tensor]
+
+    @staticmethod
+    def join(parts: Sequence["Drawn"]) -> "Drawn":
+        rollout = Rollout(
+            [prompt for part in parts for prompt in part.rollout.prompts],
+            [answer for part in parts for answer in part.rollout.answers],
+            *(torch.cat([getattr(part.rollout, name) for part in parts]) for name in ("ended", "sampled")),
+        )
+        of_tokens = ("old", "entropy", "error", "reference", "values")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in of_tokens}
+        scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
+        return Drawn(rollout, **joined, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -92,10 +121,14 @@ class Method(Protocol):
     # Answers to each prompt.
     group: int
 
+    def values(self, rollout: Rollout) -> Tensor:
+        """What is expected before each token of the answers. fp32 [tokens], on the CPU."""
+        ...
+
     def judge(
-        self, rollout: Rollout, kl_N: Tensor, scores_B: Tensor, coefficient: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advantages, values and returns of every token, [tokens] each."""
+        self, rollout: Rollout, values_N: Tensor, kl_N: Tensor, scores_B: Tensor, coefficient: float
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of every token, [tokens] each."""
         ...
 
     def loss(self, policy: GPT, batch: Experience) -> Tensor: ...
@@ -106,6 +139,9 @@ class Rollouts:
 
     When all answers of a rollout have been dealt `passes` times, each time in another order, the policy as it is then
     draws new ones. What is handed out is `micro` answers at a time.
+
+    Of many processes each draws its part of the answers, and learns its part of each batch; what lies between, whitened
+    advantages and the like, they all reckon from all answers.
     """
 
     def __init__(
@@ -116,16 +152,20 @@ class Rollouts:
         rewards: Mapping[str, Reward],
         method: Method,
         ends: frozenset[int],
+        processes: Processes = ALONE,
     ) -> None:
         """The policy learns from the one of `rewards` that is called "reward"; the others are for the log."""
         self.recipe, self.config, self.prompts = recipe, recipe.alignment, prompts
         self.reference, self.rewards, self.method, self.ends = reference, rewards, method, ends
+        self.processes = processes
         self.policy = reference  # until there is one
         self.micro = recipe.loop.micro_batch or recipe.loop.batch
         if self.config.answers % recipe.loop.batch:
             raise InputError(
                 f"alignment.answers {self.config.answers} is not a multiple of the batch of {recipe.loop.batch}"
             )
+        if self.micro < processes.count:
+            raise InputError(f"a micro-batch of {self.micro} answers is too small for {processes.count} processes")
         self.coefficient = KLCoefficient(self.config.beta, self.config.kl_target)
         self.rounds = 0
         self.held: Experience | None = None
@@ -154,9 +194,11 @@ class Rollouts:
         if not self.order:
             self.held = self._round()
             orders = [torch.randperm(self.held.answers) for _ in range(self.config.passes)]
-            self.order = [rows.tolist() for order in orders for rows in order.split(self.micro)]
+            self.order = [
+                rows.tolist() for order in self.processes.collect(orders)[0] for rows in order.split(self.micro)
+            ]
         assert self.held is not None
-        return self.held.select(self.order.pop(0))
+        return self.held.select(self.order.pop(0)[self.processes.rank :: self.processes.count])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; in the middle of a round with all that it has yet to hand out."""
@@ -176,18 +218,14 @@ class Rollouts:
 
     def _round(self) -> Experience:
         """Draw answers, have them judged, and see whether the policy is still in its senses."""
-        config = self.config
         first = self.rounds * self.prompts_per_round
         prompts = self.prompts.deal(first, self.prompts_per_round, self.recipe.loop.seed)
         prompts = [prompt for prompt in prompts for _ in range(self.method.group)]
-        drawn = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        # From the generator that checkpoints hold.
-        rollout = roll_out(self.policy, prompts, self.ends, **drawn, seed=int(torch.randint(2**62, ())))  # type: ignore[arg-type]
-        tokens = self.recipe.tokens_per_pass
-        old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
-        reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
-        scores = {name: reward(prompts, rollout.answers) for name, reward in self.rewards.items()}
-        kl_N = k1(old, reference)
+        # From the generator that checkpoints hold, the main process's.
+        seed = self.processes.collect(int(torch.randint(2**62, ())))[0]
+        drawn = Drawn.join(self.processes.collect(self._draw(prompts, seed)))
+        rollout, scores = drawn.rollout, drawn.scores
+        kl_N = k1(drawn.old, drawn.reference)
         kl = answer_kl(kl_N, rollout.mask)
         self.method.measures.add(
             {
@@ -195,21 +233,44 @@ class Rollouts:
                 **{name: float(each.mean()) for name, each in scores.items()},
                 "reward_std": float(scores["reward"].std()),
                 "kl": kl,
-                "kl_k3": answer_kl(k3(old, reference), rollout.mask),
+                "kl_k3": answer_kl(k3(drawn.old, drawn.reference), rollout.mask),
                 "beta": self.coefficient.value,
-                "entropy": float(entropy.mean()),
-                **self._sampler_error(rollout, old),
+                "entropy": float(drawn.entropy.mean()),
+                **self._sampler_error(drawn.error),
                 **describe_answers(rollout),
             }
         )
         self._watch(kl)
-        advantages, values, returns = self.method.judge(rollout, kl_N, scores["reward"], self.coefficient.value)
+        score, price = scores["reward"], self.coefficient.value
+        advantages, returns = self.method.judge(rollout, drawn.values, kl_N, score, price)
         self.coefficient.update(kl, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
         return Experience(
-            **vars(batch), old=old, reference=reference, advantages=advantages, values=values, returns=returns
+            **vars(batch),
+            old=drawn.old,
+            reference=drawn.reference,
+            values=drawn.values,
+            advantages=advantages,
+            returns=returns,
         )
+
+    def _draw(self, prompts: Sequence[Prompt], seed: int) -> Drawn:
+        """This process's part of the answers."""
+        config, tokens = self.config, self.recipe.tokens_per_pass
+        rank, count = self.processes.rank, self.processes.count
+        first = len(prompts) * rank // count
+        prompts = prompts[first : len(prompts) * (rank + 1) // count]
+        how = {"temperature": config.temperature, "max_tokens": config.max_tokens, "seed": seed, "first": first}
+        rollout = roll_out(self.policy, prompts, self.ends, **how)  # type: ignore[arg-type]
+        old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
+        reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
+        ours = old
+        if config.temperature != 1:
+            ours, _ = rollout_log_probs(self.policy, rollout, 1.0, tokens)
+        scores = {name: reward(prompts, rollout.answers) for name, reward in self.rewards.items()}
+        error, values = (rollout.sampled - ours).abs(), self.method.values(rollout)
+        return Drawn(rollout, old, entropy, error, reference, values, scores)
 
     def _watch(self, kl: float) -> None:
         if not LEAST_KL <= kl <= self.config.kl_budget:  # NaN is not either
@@ -220,13 +281,9 @@ class Rollouts:
                 good=max(0, self.rounds - 1) * self.steps_per_round,
             )
 
-    def _sampler_error(self, rollout: Rollout, old: Tensor) -> dict[str, float]:
-        """How far the sampler's log-probabilities are from the trainer's. Raises TrainingError where it is too far."""
-        ours = old
-        if self.config.temperature != 1:
-            ours, _ = rollout_log_probs(self.policy, rollout, 1.0, self.recipe.tokens_per_pass)
-        off = (rollout.sampled - ours).abs()
-        mean, worst = float(off.mean()), float(off.max())
+    def _sampler_error(self, error: Tensor) -> dict[str, float]:
+        """Raises TrainingError where the sampler's log-probabilities are too far from the trainer's."""
+        mean, worst = float(error.mean()), float(error.max())
         # Coarser formats round the cached keys and values as well.
         if self.recipe.precision == "fp32" and not (mean <= TOLERANCE and worst <= WORST):
             raise TrainingError(

@@ -19,14 +19,17 @@ class GRPO:
         self.config, self.group = config, config.group
         self.measures = Measures()
 
+    def values(self, rollout: Rollout) -> Tensor:
+        return torch.zeros(len(rollout.sampled))
+
     def judge(
-        self, rollout: Rollout, kl_N: Tensor, scores_B: Tensor, coefficient: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rollout: Rollout, values_N: Tensor, kl_N: Tensor, scores_B: Tensor, coefficient: float
+    ) -> tuple[Tensor, Tensor]:
         scores = with_missing_end(scores_B, rollout.ended, self.config.missing_end)
         advantages, undecided = group_advantages(scores.view(-1, self.group))
         self.measures.add({"undecided_groups": float(undecided)})
         of_tokens = advantages.view(-1).repeat_interleave(rollout.mask.sum(dim=1))
-        return of_tokens, torch.zeros_like(of_tokens), torch.zeros_like(of_tokens)
+        return of_tokens, torch.zeros_like(of_tokens)
 
     def loss(self, policy: GPT, batch: Experience) -> Tensor:
         """Summed over the batch's targets."""

@@ -28,8 +28,8 @@ class PPO:
         self.measures = Measures()
 
     def judge(
-        self, rollout: Rollout, kl_N: Tensor, scores_B: Tensor, coefficient: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, rollout: Rollout, values_N: Tensor, kl_N: Tensor, scores_B: Tensor, coefficient: float
+    ) -> tuple[Tensor, Tensor]:
         mask = rollout.mask
         # Counted from their mean: a critic that expects nothing yet would take a bad score for the fault of the last
         # tokens, which are all that a lam below 1 shows it to, and teach the policy never to end an answer.
@@ -42,11 +42,10 @@ class PPO:
             coefficient=coefficient,
             missing_end=self.config.missing_end,
         )
-        values = self._values(rollout)
-        advantages, returns = gae(rewards, to_rows(values, mask), mask, lam=self.config.lam)
-        unexplained = (returns[mask] - values).var() / returns[mask].var()
+        advantages, returns = gae(rewards, to_rows(values_N, mask), mask, lam=self.config.lam)
+        unexplained = (returns[mask] - values_N).var() / returns[mask].var()
         self.measures.add({"explained": 1 - unexplained})
-        return whiten(advantages, mask)[mask], values, returns[mask]
+        return whiten(advantages, mask)[mask], returns[mask]
 
     def loss(self, policy: GPT, batch: Experience) -> Tensor:
         """Of policy and critic, summed over the batch's targets."""
@@ -64,8 +63,7 @@ class PPO:
         )
         return tokens * (of_policy.loss + config.value_weight * of_values.loss)
 
-    def _values(self, rollout: Rollout) -> Tensor:
-        """What the critic expects before each token of the answers. fp32 [tokens], on the CPU."""
+    def values(self, rollout: Rollout) -> Tensor:
         values = []
         with inference(self.critic):
             for part in passes(rollout, self.tokens_per_pass):

@@ -50,17 +50,19 @@ def roll_out(
     temperature: float = 1.0,
     max_tokens: int | None = None,
     seed: int = 0,
+    first: int = 0,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Rollout:
     """One answer to each prompt, drawn from softmax(logits / temperature), up to one of `ends` or max_tokens.
 
-    `progress` hears now and then how many answers are whole, and how many tokens there are.
+    An answer depends on the seed and on its number; the first has number `first`. `progress` hears now and then how
+    many answers are whole, and how many tokens there are.
     """
     sampling = Sampling(temperature=temperature, seed=seed)
     batcher = Batcher(model, slots=min(len(prompts), most_slots(model)), queue=len(prompts))
     most = max_tokens or model.config.context
     numbers = {
-        batcher.submit(Request(prompt.ids, sampling.of_row(row), most, ends, top_logprobs=0)): row
+        batcher.submit(Request(prompt.ids, sampling.of_row(first + row), most, ends, top_logprobs=0)): row
         for row, prompt in enumerate(prompts)
     }
     answers: list[list[int]] = [[] for _ in prompts]

@@ -18,7 +18,9 @@ from rlhf.dpo import DPO
 from rlhf.preferences import Pairs, Preference
 from rlhf.train_reward import PairLoader
 from tests.train.conftest import Recorder
+from tests.train.team import train_on
 from train.data.loader import Batch
+from train.tracking import read_metrics
 
 TALK = (Message("user", "say fox"), Message("assistant", "bear"), Message("user", "no"))
 
@@ -74,3 +76,13 @@ def test_what_was_preferred_becomes_likelier(chat: Run, likes_foxes: DataConfig,
     last = [line for line in recorder.logged if "loss" in line][-1]
     assert last["chosen_change"] > last["rejected_change"] and last["chosen"] < 0
     Run(tmp_path / "run").load_model(choose("cpu", "fp32"))
+
+
+def test_two_processes_learn_what_one_does(chat: Run, likes_foxes: DataConfig, tmp_path: Path) -> None:
+    recipe = alignment_recipe(chat, chat.find_checkpoint(), likes_foxes, AlignmentConfig(method="dpo"), batch=4)
+    recipe = dataclasses.replace(recipe, budget=BudgetConfig(steps=4))
+    for count in (1, 2):
+        train_on(recipe, tmp_path / str(count), count)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        assert [line.get(name, 0) for line in two] == pytest.approx([line.get(name, 0) for line in one], rel=1e-4)

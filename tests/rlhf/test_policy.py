@@ -28,6 +28,7 @@ from rlhf.reward_model import RewardModel
 from rlhf.rewards import Prompt
 from rlhf.rollout import roll_out, rollout_log_probs
 from tests.train.conftest import Recorder
+from tests.train.team import train_on
 from train.loop import Loop, TrainingError
 from train.tracking import read_metrics
 
@@ -116,7 +117,8 @@ def test_a_constant_added_to_all_scores_changes_nothing(gpt: GPT, small_config: 
     rollout = roll_out(gpt, [Prompt((1, 2))] * 6, frozenset(range(20, 60)), max_tokens=6)
     kl, scores = torch.zeros(len(rollout.sampled)), torch.randn(6)
     for trainer in (PPO(AlignmentConfig(), critic, 100), GRPO(AlignmentConfig(answers=6, group=6))):
-        (plain, *_), (shifted, *_) = (trainer.judge(rollout, kl, scores + shift, 0.1) for shift in (0.0, -5.0))
+        values = trainer.values(rollout)
+        (plain, _), (shifted, _) = (trainer.judge(rollout, values, kl, scores + shift, 0.1) for shift in (0.0, -5.0))
         torch.testing.assert_close(plain, shifted, atol=1e-4, rtol=1e-4)
 
 
@@ -204,6 +206,25 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
     monkeypatch.setattr("rlhf.experience.roll_out", wrong)
     with pytest.raises(TrainingError, match="sampler and trainer disagree"):
         align(recipe("grpo"), Run(tmp_path / "run"), CPU, Recorder())
+
+
+def with_an_easy_reward(rank: int) -> None:
+    alignment.open_reward = lambda *_: likes_small_ids  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_two_processes_learn_what_one_does(recipe: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
+    # GRPO's groups of 8 are cut by three processes, and statistics of one part would be others than those of all.
+    plan = override(recipe(method, rounds=3), "loop.micro_batch", 4)
+    count = 2 if method == "ppo" else 3
+    train_on(plan, tmp_path / "one", 1, trick=with_an_easy_reward)
+    train_on(plan, tmp_path / "many", count, trick=with_an_easy_reward)
+    one, many = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    for name in ("loss", "gradient_norm", "reward", "reward_std", "kl", "entropy", "length", "validation_reward"):
+        values = [line[name] for line in one if name in line]
+        assert values and [line[name] for line in many if name in line] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    for name in ("model", "critic") if method == "ppo" else ("model",):
+        torch.testing.assert_close(*(weights(Run(tmp_path / run), name) for run in ("one", "many")), rtol=0, atol=1e-4)
 
 
 def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_policy(

@@ -14,7 +14,13 @@ from typing import Any
 from engine.config import Recipe, from_dict, to_dict
 from engine.run import Run
 
-IMPORTED = ["tests.train.team", "train.pretrain", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+IMPORTED = [
+    "tests.train.team",
+    "rlhf.align",
+    "train.pretrain",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*IMPORTED, "torch.distributed.run", "torch.distributed.launcher", "cli.main"])
 
@@ -69,6 +75,7 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
 
     from engine.processes import join
     from engine.runtime import Runtime, measured_peak
+    from rlhf.align import align
     from tests.train.conftest import Recorder
     from train import pretrain
 
@@ -85,7 +92,8 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     told: dict[str, Any] = {"said": recorder.said, "failure": ""}
     try:
         runtime = Runtime(device, "fp32", processes)
-        outcome = pretrain.pretrain(recipe, run, runtime, recorder, resume=run.config.exists())
+        stage = pretrain.pretrain if recipe.alignment.method == "none" else align
+        outcome = stage(recipe, run, runtime, recorder, resume=run.config.exists())
         told |= {"step": outcome.step, "evaluation": outcome.evaluation}
     except Exception as error:
         told["failure"] = f"{type(error).__name__}: {error}"
