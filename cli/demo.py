@@ -38,7 +38,7 @@ def demo(
     if out.exists() and any(out.iterdir()):
         # Nothing is deleted that is no demo.
         if not overwrite or not (out / "report.md").exists():
-            raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a finished demo")
+            raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a demo")
         shutil.rmtree(out)
     folders = [out / f"seed-{seed}" for seed in range(seeds)] if seeds > 1 else [out]
     out.mkdir(parents=True, exist_ok=True)
