@@ -94,7 +94,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(case=cases())
 def test_outputs_are_within_twice_the_error_of_plain_pytorch_and_what_lies_beyond_a_length_is_not_seen(
     case: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
