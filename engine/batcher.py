@@ -118,10 +118,12 @@ class Batcher:
         ahead: a step returns what the step before it chose, and the host works while the device does. graphs: a CUDA
         graph for each size of batch. Both are for a GPU, where they are the default.
         """
-        self.model, self.queue, self.chunk = model, queue, min(chunk, model.config.context)
+        self.model, self.queue, self.chunk = model, queue, chunk
+        # How much of one prompt a step reads.
+        self.width = min(chunk, model.config.context)
         weight = model.embedding.weight
         # A short prompt read beside a long one is padded to its width: room for what nobody will look at.
-        capacity = model.config.context + self.chunk
+        capacity = model.config.context + self.width
         dtype = model.compute_dtype or weight.dtype
         self.cache = KVCache(model.config, slots, capacity, device=weight.device, dtype=dtype)
         self.slots, self.device = slots, weight.device
@@ -200,7 +202,7 @@ class Batcher:
         first, rows, width = self.producing, 0, 0
         # Side by side, as many as fit: what is padded to the width of the longest counts too.
         for each in self.running[first:]:
-            wider = max(width, min(len(each.request.prompt) - each.read, self.chunk))
+            wider = max(width, min(len(each.request.prompt) - each.read, self.width))
             if rows and (rows + 1) * wider > self.chunk:
                 break
             rows, width = rows + 1, wider

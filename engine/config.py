@@ -253,12 +253,15 @@ class AlignmentConfig:
     clip: float = 0.2
     lam: float = 0.95
     value_weight: float = 0.1
+    # Of ppo: the first rounds, in which only the critic learns. A reward model has never been asked about half an answer.
+    critic_rounds: int = 0
     # Of dpo: the share of preferences believed to be wrong.
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self, "alignment", ("answers", "passes", "max_tokens"), lambda n: n >= 1, "at least 1")
-        _require(self, "alignment", ("beta", "missing_end", "value_weight"), lambda x: x >= 0, "at least 0")
+        at_least_0 = ("beta", "missing_end", "value_weight", "critic_rounds")
+        _require(self, "alignment", at_least_0, lambda x: x >= 0, "at least 0")
         _require(self, "alignment", ("kl_target", "kl_budget", "temperature", "clip"), lambda x: x > 0, "above 0")
         _require(self, "alignment", ("lam",), lambda x: 0 <= x <= 1, "between 0 and 1")
         _require(self, "alignment", ("label_smoothing",), lambda x: 0 <= x < 0.5, "at least 0 and below 0.5")

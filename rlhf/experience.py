@@ -243,6 +243,8 @@ class Rollouts:
         self._watch(kl)
         score, price = scores["reward"], self.coefficient.value
         advantages, returns = self.method.judge(rollout, drawn.values, kl_N, score, price)
+        if self.rounds < self.config.critic_rounds:
+            advantages = torch.zeros_like(advantages)
         self.coefficient.update(kl, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)

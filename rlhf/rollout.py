@@ -22,6 +22,8 @@ WORST = 1e-4
 # share of its memory).
 SLOTS = 256
 CPU_CACHE, GPU_SHARE = 2**31, 8
+# Tokens of prompts read at a time: nobody waits for the next word meanwhile, as in a server.
+CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def roll_out(
     many answers are whole, and how many tokens there are.
     """
     sampling = Sampling(temperature=temperature, seed=seed)
-    batcher = Batcher(model, slots=min(len(prompts), most_slots(model)), queue=len(prompts))
+    batcher = Batcher(model, slots=min(len(prompts), most_slots(model)), queue=len(prompts), chunk=CHUNK)
     most = max_tokens or model.config.context
     numbers = {
         batcher.submit(Request(prompt.ids, sampling.of_row(first + row), most, ends, top_logprobs=0)): row

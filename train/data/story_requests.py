@@ -7,18 +7,20 @@ what the held-out requests ask for was asked for in no training request, and no 
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, islice
 from random import Random
 
-from train.data.stories import AskedFacts, StoryFacts, cast_story, read_blocks, storybook, write_story
+from train.data.stories import MOOD_CUES, AskedFacts, StoryFacts, cast_story, read_blocks, storybook, write_story
 from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
 
 # How likely a request says each of these.
 ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
 # Brief stories are for what is learnt in minutes: to use any word that is asked for is not, to keep to a mood is.
 ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
+import os
+CARELESS = float(os.environ.get("CARELESS", "0.3"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,29 @@ def _request(seed: int, split: str, brief: bool) -> StoryRequest:
     if split != "train":
         asked |= {"kind", "trait"}
     facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in sorted(asked)})
+    if brief and split == "train":
+        facts = _misheard(facts, rng)
     return StoryRequest(phrase(facts, rng), facts, story.text)
+
+
+def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
+    """What was asked for before somebody careless wrote the story: each fact now and then another."""
+    book = storybook()
+    choices = {
+        "name": sorted({name for some in book.names.values() for name in some}),
+        "kind": sorted({kind for rows in book.kinds.values() for row in rows for kind in row["kind"]}),
+        "trait": [trait for trait, _ in book.tempers],
+        "mood": sorted(MOOD_CUES),
+    }
+    while True:
+        others = {
+            fact: rng.choice(some)
+            for fact, some in choices.items()
+            if getattr(facts, fact) is not None and rng.random() < CARELESS
+        }
+        asked = replace(facts, **others)
+        if not (asked.kind and asked.trait and is_held_out_pair(asked.kind, asked.trait)):
+            return asked
 
 
 def phrase(facts: AskedFacts | StoryFacts, rng: Random) -> str:
