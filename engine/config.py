@@ -253,7 +253,7 @@ class AlignmentConfig:
     clip: float = 0.2
     lam: float = 0.95
     value_weight: float = 0.1
-    # Of ppo: the first rounds, in which only the critic learns. A reward model has never been asked about half an answer.
+    # Of ppo: the first rounds, in which only the critic learns: a reward model has never seen half an answer.
     critic_rounds: int = 0
     # Of dpo: the share of preferences believed to be wrong.
     label_smoothing: float = 0.0
