@@ -43,7 +43,7 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("ahead", "graphs"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (3, 7), (8, 16)])
+@pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (3, 7), (8, 16), (8, 100_000)])
 def test_what_a_request_gets_does_not_depend_on_who_else_is_there(
     gpt: GPT, eager_graphs: None, slots: int, chunk: int, ahead: bool, graphs: bool, dtype: torch.dtype
 ) -> None:

@@ -242,6 +242,13 @@ def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_pol
         assert not torch.equal(weights(run)["head.weight"], chat.find_checkpoint().tensors("model")["head.weight"])
 
 
+def test_in_its_first_rounds_only_the_critic_learns(recipe: Callable[..., Recipe], chat: Run, tmp_path: Path) -> None:
+    run, begin = Run(tmp_path / "run"), chat.find_checkpoint().tensors("model")
+    align(recipe("ppo", rounds=2, critic_rounds=2), run, CPU, Recorder())
+    assert all(torch.equal(value, begin[name]) for name, value in weights(run).items())
+    assert weights(run, "critic")["head.weight"].abs().sum() > 0
+
+
 def test_a_reward_that_is_no_number_ends_the_run_with_weights_that_are(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

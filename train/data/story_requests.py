@@ -19,8 +19,8 @@ from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
 ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
 # Brief stories are for what is learnt in minutes: to use any word that is asked for is not, to keep to a mood is.
 ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
-# How often the brief story that answers a training request misses each fact of it. Demonstrations are seldom perfect; what
-# a model can do better than they do is what alignment is for. Held-out requests are answered to the letter.
+# How often the brief story that answers a training request misses each fact of it. Demonstrations are seldom perfect:
+# what a model can do better than they do is what alignment is for. Held-out requests are answered to the letter.
 CARELESS = 0.2
 
 
@@ -59,7 +59,7 @@ def _request(seed: int, split: str, brief: bool) -> StoryRequest:
 
 
 def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
-    """What was asked for before somebody careless wrote the story: each fact now and then another."""
+    """What somebody careless answered with a story of these facts: now and then, each of them was another."""
     book = storybook()
     choices = {
         "name": sorted({name for some in book.names.values() for name in some}),
