@@ -73,7 +73,7 @@ def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
             for fact, some in choices.items()
             if getattr(facts, fact) is not None and rng.random() < CARELESS
         }
-        asked = replace(facts, **others)
+        asked = replace(facts, **others)  # type: ignore[arg-type]
         if not (asked.kind and asked.trait and is_held_out_pair(asked.kind, asked.trait)):
             return asked
 
