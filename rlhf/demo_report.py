@@ -56,6 +56,10 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
     for name in results[0]["methods"]:
         curves[name] = [result["methods"][name] for result in results]
     begin, most, gold = curves[BEST_OF_N][0], curves[BEST_OF_N][-1], curves[BEST_OF_N_GOLD][-1]
+    drawn = curves | {
+        name: [_moved(result["methods"][name], result[BEST_OF_N][0], begin) for result in results]
+        for name in results[0]["methods"]
+    }
     table = [
         "| | gold | reward | KL | gain, deviations | gain, of best-of-n's |",
         "|---|---|---|---|---|---|",
@@ -76,7 +80,8 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
         "",
         *table,
         "",
-        *(["![score against KL](frontier.png)", ""] if plot_frontier(curves, folder / "frontier.png") else []),
+        *(["![score against KL](frontier.png)", ""] if plot_frontier(drawn, folder / "frontier.png") else []),
+        *(["In the picture every seed is moved to begin where the average one does.", ""] if len(results) > 1 else []),
         "## Before and after",
         "",
         *_samples(samples, list(results[0]["methods"])),
@@ -108,6 +113,11 @@ def _spread(values: Sequence[float], digits: int = 3) -> str:
 
 def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: statistics.mean(point[key] for point in points) for key in points[0]}
+
+
+def _moved(point: Mapping[str, float], begin: Mapping[str, float], average: Mapping[str, float]) -> dict[str, float]:
+    """The point with the scores that its gains would have led to from the average finetuned model."""
+    return {**point, **{score: point[score] - begin[score] + average[score] for score in ("gold", "reward")}}
 
 
 def _samples(folder: Path, methods: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ def plot_frontier(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Pat
         axes.set_xlabel("KL to the finetuned model (nats per answer)")
         axes.set_ylabel("mean score of held-out prompts")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
