@@ -86,7 +86,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
         # In steps twice as large it would not learn in this time to heed what is asked for.
         {
             "finetune": words(
-                "finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 4.5e5 {quick}"
+                "finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 6e5 {quick}"
             )
         },
         {
