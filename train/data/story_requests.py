@@ -2,7 +2,8 @@
 
 Everything follows from (seed, split), as the stories do. One (kind, trait) pair in ten is held out: no training request
 or answer is about such a hero, while every held-out request names one, and its story is of a held-out split itself. So
-what the held-out requests ask for was asked for in no training request, and no model has read their stories.
+what the held-out requests ask for was asked for in no training request, and no model has read their stories. Brief
+stories answer training requests carelessly, held-out ones to the letter.
 """
 
 import re
@@ -19,8 +20,8 @@ from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
 ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
 # Brief stories are for what is learnt in minutes: to use any word that is asked for is not, to keep to a mood is.
 ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
-# How often the brief story that answers a training request misses each fact of it. Demonstrations are seldom perfect:
-# what a model can do better than they do is what alignment is for. Held-out requests are answered to the letter.
+# How often the brief story that answers a training request leaves one of its facts to chance. Demonstrations are seldom
+# perfect: what a model can do better than they do is what alignment is for. Held-out requests have their very stories.
 CARELESS = 0.2
 
 
@@ -59,7 +60,7 @@ def _request(seed: int, split: str, brief: bool) -> StoryRequest:
 
 
 def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
-    """What somebody careless answered with a story of these facts: now and then, each of them was another."""
+    """What somebody careless answered with a story of these facts: now and then each of them was any, not this one."""
     book = storybook()
     choices = {
         "name": sorted({name for some in book.names.values() for name in some}),
