@@ -84,11 +84,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
     return [
         {"pretrain": words("train nano --out", base, f"--tokens 8e5 --set data.final_evaluation_tokens=50000 {quick}")},
         # In steps twice as large it would not learn in this time to heed what is asked for.
-        {
-            "finetune": words(
-                "finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 6e5 {quick}"
-            )
-        },
+        {"finetune": words("finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 6e5 {quick}")},
         {
             "pairs": words(
                 "rlhf pairs", chat, f"--prompts {share * 2000:.0f} --answers 4 --seed {seed} --precision fp32"
