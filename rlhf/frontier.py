@@ -15,6 +15,8 @@ from rlhf.rollout import answer_kl, describe_answers, roll_out, rollout_log_prob
 # What is chosen by the reward, and by the program: the curves that plot_frontier draws as lines.
 BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
 PANELS = {"gold": "gold: the program's score", "reward": "the reward model's score"}
+# In the picture KL is in proportion up to here, and by its logarithm from there on.
+NEAR_KL = 4.0
 COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#b45309", "#0f766e")
 
 
@@ -58,7 +60,8 @@ def describe_scores(name: str, scores_PN: Tensor) -> dict[str, float]:
 def plot_frontier(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> bool:
     """Draw scores over KL, a panel for each reward. False, and no picture, where matplotlib is not installed.
 
-    A curve is one or more points as of measure_policy, of several seeds or checkpoints perhaps.
+    A curve is one or more points as of measure_policy, of several seeds or checkpoints perhaps. KL is on a line up to
+    NEAR_KL, and beyond that, where a point lies there, on a logarithmic one.
     """
     try:
         import matplotlib
@@ -98,6 +101,12 @@ def plot_frontier(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Pat
                     fontsize=8,
                     color="#64748b",
                 )
+        if max(point["kl"] for point in points) > NEAR_KL:
+            # A policy that no price on KL held back would squash all the others.
+            axes.set_xscale("symlog", linthresh=NEAR_KL, linscale=2)
+            ticks = [tick for tick in (0, 1, 2, 3, 4, 10, 30, 100, 300) if tick <= 1.3 * axes.get_xlim()[1]]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("KL to the finetuned model (nats per answer)")
         axes.set_ylabel("mean score of held-out prompts")

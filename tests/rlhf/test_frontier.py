@@ -45,6 +45,8 @@ def test_the_picture_has_a_panel_for_each_score(tmp_path: Path) -> None:
     assert plot_frontier({BEST_OF_N: line, "ppo": [{"kl": 1.0, **scores}]}, one)
     gold = {"gold": 0.7, "gold_error": 0.0}
     assert plot_frontier({BEST_OF_N: [{**point, **gold} for point in line]}, two)
+    far = {BEST_OF_N: line, "ppo": [{"kl": 1.0, **scores}], "free": [{"kl": 90.0, **scores}]}
+    assert plot_frontier(far, tmp_path / "far.png")
     from matplotlib import pyplot
 
     assert pyplot.imread(two).shape[1] > 1.5 * pyplot.imread(one).shape[1]
