@@ -91,7 +91,11 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
             )
         },
         {
-            "reward": words("reward", chat, "--data", pairs, held_out, "--epochs 2", quick),
+            # What a request asks for and what an answer says meet at <|end|>, which the chat model has never read: a
+            # slow embedding would have the reward model judge by the mood alone.
+            "reward": words(
+                "reward", chat, "--data", pairs, held_out, "--epochs 2.5 --set optimizer.embedding_rate=0.01", quick
+            ),
             "dpo": words("rlhf dpo", chat, "--data", pairs, held_out, "--beta 0.5 --rate 1e-4 --batch 8", quick),
         },
         aligned,
