@@ -74,8 +74,8 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
     critic = "--set alignment.critic_rounds=2 --set alignment.lam=1"
     ppo = words("rlhf ppo", chat, "--reward", reward, critic)
     aligned = {
-        "ppo": [*ppo, *words("--beta 0.08 --rate 3e-4", rounds(32))],
-        "grpo": words("rlhf grpo", chat, "--reward", reward, "--beta 0.15 --rate 1.5e-4", rounds(40)),
+        "ppo": [*ppo, *words("--beta 0.06 --rate 3e-4", rounds(32))],
+        "grpo": words("rlhf grpo", chat, "--reward", reward, "--beta 0.1 --rate 1.5e-4", rounds(48)),
     }
     if control:
         free = words("--out", out / "chat-ppo-free", "--beta 0 --set alignment.kl_budget=1000 --rate 1e-3", rounds(40))
@@ -94,7 +94,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
             # With an embedding as slow as all else, what one seed's reward model had learnt was which words are often
             # wrong, whatever was asked for: the best of 64 answers by it were worse than the best of 4.
             "reward": words(
-                "reward", chat, "--data", pairs, held_out, "--epochs 2 --set optimizer.embedding_rate=0.01", quick
+                "reward", chat, "--data", pairs, held_out, "--epochs 2.5 --set optimizer.embedding_rate=0.01", quick
             ),
             "dpo": words("rlhf dpo", chat, "--data", pairs, held_out, "--beta 0.5 --rate 1e-4 --batch 8", quick),
         },

@@ -36,9 +36,7 @@ def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str
         "seed": seed,
         "seconds": dict(seconds),
         "finetuned": begin,
-        "reward_model": {
-            name: reward.get(name) for name in ("gold_accuracy", "accuracy", "calibration_error", "pairs")
-        },
+        "reward_model": {name: reward.get(name) for name in REPORTED},
         "methods": methods,
         BEST_OF_N: curves[BEST_OF_N],
         BEST_OF_N_GOLD: curves[BEST_OF_N_GOLD],
@@ -61,9 +59,9 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
         for name in results[0]["methods"]
     }
     table = [
-        "| | gold | reward | KL | gain, deviations | gain, of best-of-n's |",
-        "|---|---|---|---|---|---|",
-        f"| finetuned | {begin['gold']:.3f} | {begin['reward']:.2f} | 0 | | |",
+        "| | gold | reward | KL | gain, deviations | gain, of best-of-n's | ... by gold |",
+        "|---|---|---|---|---|---|---|",
+        f"| finetuned | {begin['gold']:.3f} | {begin['reward']:.2f} | 0 | | | |",
         _row(f"best of {most['n']:.0f}", most),
         _row(f"best of {gold['n']:.0f} by gold", gold),
         *(_method(name, curves[name]) for name in results[0]["methods"]),
@@ -95,14 +93,13 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
 
 
 def _row(name: str, point: Mapping[str, float]) -> str:
-    return f"| {name} | {point['gold']:.3f} | {point['reward']:.2f} | at most {point['kl']:.2f} | | |"
+    return f"| {name} | {point['gold']:.3f} | {point['reward']:.2f} | at most {point['kl']:.2f} | | | |"
 
 
 def _method(name: str, points: Sequence[Mapping[str, float]]) -> str:
-    columns = [
-        _spread([point[key] for point in points], digits)
-        for key, digits in (("gold", 3), ("reward", 2), ("kl", 2), ("gain_in_deviations", 2), ("share_of_best_of_n", 2))
-    ]
+    gains = ("gain_in_deviations", "share_of_best_of_n", "share_of_best_of_n_by_gold")
+    digits = {"gold": 3, "reward": 2, "kl": 2, **dict.fromkeys(gains, 2)}
+    columns = [_spread([point[key] for point in points], some) for key, some in digits.items()]
     return f"| {name} | {' | '.join(columns)} |"
 
 

@@ -48,7 +48,7 @@ def test_the_report_holds_every_method_over_all_seeds(tmp_path: Path, monkeypatc
         return {"gold": gold, "reward": 1.0, "kl": 0.5, **more}
 
     def result(seed: int) -> dict[str, Any]:
-        gain = {"gain_in_deviations": 0.5 + seed, "share_of_best_of_n": 0.3}
+        gain = {"gain_in_deviations": 0.5 + seed, "share_of_best_of_n": 0.3, "share_of_best_of_n_by_gold": 0.2}
         curve = [point(0.5, n=1), point(0.8, n=2)]
         return {
             "seconds": {"train": 60.0, "reward and dpo": 30.0},
@@ -60,8 +60,8 @@ def test_the_report_holds_every_method_over_all_seeds(tmp_path: Path, monkeypatc
 
     table = write_demo_report(tmp_path, [result(0), result(1)], tmp_path)
     assert (
-        "| chat-ppo | 0.600 (0.600 to 0.600) | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) | 1.00 (0.50 to 1.50) |"
-        in ("\n".join(table))
+        "| chat-ppo | 0.600 (0.600 to 0.600) | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) | 1.00 (0.50 to 1.50) "
+        "| 0.30 (0.30 to 0.30) | 0.20 (0.20 to 0.20) |" in ("\n".join(table))
     )
     report = (tmp_path / "report.md").read_text()
     assert "2 seeds, 1.5 minutes each" in report and "0.750 (0.700 to 0.800)" in report and "Tell me" in report
