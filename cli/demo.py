@@ -29,7 +29,7 @@ def demo(
 
     Example: gpt demo
 
-    About a quarter of an hour on two CPU cores, with no network. The report is OUT/report.md.
+    Under twelve minutes on two CPU cores, with no network. The report is OUT/report.md.
     """
     import shutil
 
