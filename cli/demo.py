@@ -16,7 +16,7 @@ BRIEF = "stories-instruct:brief"
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs and of their report.")] = Path("runs/demo"),
-    short: Annotated[bool, typer.Option("--short", help="Half of the time, and less to see.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="Two thirds of the time, and less to see.")] = False,
     seeds: Annotated[
         int, typer.Option(min=1, help="Do it all so many times over; the report says how much varies.")
     ] = 1,

@@ -71,7 +71,7 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
     lines = [
         "# From stories to an aligned chat model",
         "",
-        f"{len(results)} {'seed' if len(results) == 1 else 'seeds'}, {statistics.mean(seconds) / 60:.1f} minutes each. "
+        f"{statistics.mean(seconds) / 60:.1f} minutes{f' for each of {len(results)} seeds' if results[1:] else ''}. "
         "Gold is the program's score of answers to held-out requests, 0 to 1; reward is the reward model's (0 and 1: "
         "mean and deviation of the finetuned model's answers); KL is to the finetuned model, in nats per answer. "
         f"The reward model puts {_spread(told)} of held-out pairs in gold order.",

@@ -64,5 +64,5 @@ def test_the_report_holds_every_method_over_all_seeds(tmp_path: Path, monkeypatc
         "| 0.30 (0.30 to 0.30) | 0.20 (0.20 to 0.20) |" in ("\n".join(table))
     )
     report = (tmp_path / "report.md").read_text()
-    assert "2 seeds, 1.5 minutes each" in report and "0.750 (0.700 to 0.800)" in report and "Tell me" in report
+    assert "1.5 minutes for each of 2 seeds" in report and "0.750 (0.700 to 0.800)" in report and "Tell me" in report
     assert (tmp_path / "frontier.png").exists()
