@@ -91,8 +91,8 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
             )
         },
         {
-            # With an embedding as slow as all else, what one seed's reward model had learnt was which words are often
-            # wrong, whatever was asked for: the best of 64 answers by it were worse than the best of 4.
+            # With an embedding as slow as all else most seeds have a better reward model, but one has one that teaches
+            # next to nothing: with a fast one every seed has one that teaches something.
             "reward": words(
                 "reward", chat, "--data", pairs, held_out, "--epochs 2.5 --set optimizer.embedding_rate=0.01", quick
             ),
