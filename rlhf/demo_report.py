@@ -97,9 +97,8 @@ def _row(name: str, point: Mapping[str, float]) -> str:
 
 
 def _method(name: str, points: Sequence[Mapping[str, float]]) -> str:
-    gains = ("gain_in_deviations", "share_of_best_of_n", "share_of_best_of_n_by_gold")
-    digits = {"gold": 3, "reward": 2, "kl": 2, **dict.fromkeys(gains, 2)}
-    columns = [_spread([point[key] for point in points], some) for key, some in digits.items()]
+    shown = ("gold", "reward", "kl", "gain_in_deviations", "share_of_best_of_n", "share_of_best_of_n_by_gold")
+    columns = [_spread([point[key] for point in points], 3 if key == "gold" else 2) for key in shown]
     return f"| {name} | {' | '.join(columns)} |"
 
 
