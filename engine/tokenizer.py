@@ -28,6 +28,13 @@ SPACE_MARK = "\u2581"
 # SentencePiece drops or rewrites these in its own way; spelled in bytes they survive.
 UNSAFE = re.compile(f"[{SPACE_MARK}\0]")
 
+# The trainer leaves out every line that holds U+2585, which is its mark for unknown characters, and takes SPACE_MARK
+# for a space. NUL, which it never makes a piece of, stands for both: the words on either side are learnt.
+RESERVED = re.compile(f"[{SPACE_MARK}\u2585]")
+BOUNDARY = "\0"
+# It blots out what spells a piece of its own, such as <unk> in WikiText. Cut in two, the spelling is learnt as text.
+SPELLED = re.compile("(<unk|<0x[0-9A-F]{2}|" + "|".join(re.escape(piece[:-1]) for piece in SPECIAL_PIECES) + ")(?=>)")
+
 SAMPLE_BYTES = 24_000_000
 SENTENCE_BYTES = 4192
 
@@ -167,7 +174,9 @@ def train_tokenizer(
         )
     sample = list(_sample(documents, sample_bytes))
     if not sample:
-        raise InputError("no text to train a tokenizer on: every document is empty")
+        raise InputError(
+            "no text to train a tokenizer on: every document is empty, or holds only white space, NUL, U+2581 or U+2585"
+        )
     try:
         return _train(sample, vocab_size)
     except RuntimeError as error:
@@ -197,14 +206,15 @@ def _check_unicode(text: str) -> None:
 
 
 def _sample(documents: Iterable[str], sample_bytes: int) -> Iterable[str]:
-    """Pieces of text that the trainer accepts: not too long, and without the characters it reserves."""
+    """Stretches of text that the trainer accepts: not too long, and with nothing in them that it reserves."""
     taken = 0
     for document in documents:
         _check_unicode(document)
         for start in range(0, len(document), SENTENCE_BYTES // 4):
-            piece = UNSAFE.sub(" ", document[start : start + SENTENCE_BYTES // 4])
-            if piece.strip():
-                yield piece
+            stretch = RESERVED.sub(BOUNDARY, document[start : start + SENTENCE_BYTES // 4])
+            if re.search(rf"[^\s{BOUNDARY}]", stretch):
+                # Without the last one the trainer would take line ends away.
+                yield SPELLED.sub(rf"\1{BOUNDARY}", stretch) + BOUNDARY
         taken += len(document.encode())
         if taken >= sample_bytes:
             return
@@ -215,7 +225,8 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample),
+        # SentencePiece 0.2.1 aborts the process where required_chars holds a character that the text does not.
+        sentence_iterator=iter([*sample, " "]),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,

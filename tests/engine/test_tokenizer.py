@@ -27,6 +27,7 @@ ODD = [
     "\ufeff\ufffd\ufffe\U0010ffff\u2028\u00a0\u200b",
     "\u202eright to left \u05d0\u0628",
     "<0x41> <unk> <s> </s> \u2047",
+    "\u2581\u2582\u2585\u2587 \u2585\x1f\u2585",
 ]
 
 
@@ -39,6 +40,10 @@ def test_text_comes_back_as_it_went_in(tokenizer: Tokenizer, text: str) -> None:
 @example(text="\ud7ff\ue000")
 def test_any_unicode_text_comes_back_as_it_went_in(tokenizer: Tokenizer, text: str) -> None:
     check(tokenizer, text)
+
+
+def test_every_character_of_the_basic_plane_comes_back(tokenizer: Tokenizer) -> None:
+    check(tokenizer, "".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000))
 
 
 def check(tokenizer: Tokenizer, text: str) -> None:
@@ -89,6 +94,30 @@ def test_a_small_corpus_gets_the_largest_vocabulary_it_supports_and_says_so(docu
     check(small, "".join(ODD) + "".join(documents))
 
 
+RESERVED = [*"\u2585\u2581\0\x1f\t\r\u2047\ufeff\ufffe", "<unk>", "<s>", "<0x41>", "\r\n", *SPECIAL_PIECES]
+
+
+@pytest.mark.parametrize("reserved", RESERVED, ids=ascii)
+def test_what_the_trainer_reserves_costs_no_line_and_no_word(reserved: str) -> None:
+    lines = [f"{reserved}sparrow{reserved} wren{reserved}", f"a sparrow {reserved}{reserved}\n"]
+    learnt = train_tokenizer(lines * 10, 20_000)
+    assert len(learnt.encode("sparrow")) == len(learnt.encode(" wren")) == 1
+    check(learnt, "".join(lines))
+
+
+@pytest.mark.parametrize("spelled", ["<unk>", *SPECIAL_PIECES])
+def test_text_that_spells_a_special_piece_is_learnt_as_text(spelled: str) -> None:
+    learnt = train_tokenizer([f"the {spelled} of the {spelled}"] * 10, 20_000)
+    assert len(learnt.encode(spelled.strip("<|>"))) == 1
+    check(learnt, f"the {spelled}{spelled}")
+
+
+def test_ends_of_documents_are_learnt() -> None:
+    learnt = train_tokenizer(["sparrow\n", "wren\r\n\r\n"] * 10, 20_000)
+    assert learnt.bytes_of(learnt.encode("\r\n\r\n")[:1]) == b"\r\n\r\n"
+    assert not learnt.processor.is_byte(learnt.encode("\n"))[0]
+
+
 def test_training_reads_no_further_than_its_sample() -> None:
     def endless() -> Iterator[str]:
         while True:
@@ -101,7 +130,7 @@ def test_training_reads_no_further_than_its_sample() -> None:
     ("documents", "size", "expected"),
     [
         ([], 300, "no text"),
-        (["", " \n", "\0\u2581"], 300, "no text"),
+        (["", " \n", "\0\u2581", "\u2585\u2585"], 300, "no text.*U.2585"),
         ([STORY], 262, "too small.*262"),
         ([STORY], 5, "too small.*262"),
         (["".join(chr(0x4E00 + index) for index in range(400))], 300, "too small.*663"),
