@@ -245,7 +245,8 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        num_threads=os.cpu_count() or 1,
+        # It is stored in the file, whose SHA-256 must not depend on the machine, and does not speed byte pairs up.
+        num_threads=1,
         minloglevel=2,
     )
     return Tokenizer(model.getvalue())

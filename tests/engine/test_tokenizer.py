@@ -118,6 +118,15 @@ def test_ends_of_documents_are_learnt() -> None:
     assert not learnt.processor.is_byte(learnt.encode("\n"))[0]
 
 
+def test_the_file_is_the_same_whatever_the_machine(
+    tokenizer: Tokenizer, documents: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cores in (1, 7):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert train_tokenizer(documents, 400).model == tokenizer.model
+
+
 def test_training_reads_no_further_than_its_sample() -> None:
     def endless() -> Iterator[str]:
         while True:
