@@ -225,7 +225,7 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # SentencePiece 0.2.1 aborts the process where required_chars holds a character that the text does not.
+        # SentencePiece 0.2.1 counts on it that the text holds each of required_chars.
         sentence_iterator=iter([*sample, " "]),
         model_writer=model,
         model_type="bpe",
