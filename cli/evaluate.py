@@ -40,6 +40,12 @@ def evaluate(
         Path | None, typer.Option(help="The run of a reward model: how does it like the answers?")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another run: which of the two completes them better?")] = None,
+    bleu_tokenizer: Annotated[
+        str, typer.Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
+    ] = "13a",
+    rouge_tokenizer: Annotated[
+        str, typer.Option(help="rouge-score's default (stemmed words of a-z), or words: those of any script.")
+    ] = "default",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,
@@ -111,6 +117,8 @@ def evaluate(
         count=count,
         sampling=Sampling(temperature, top_p=top_p, seed=seed),
         max_tokens=max_tokens,
+        bleu_tokenizer=bleu_tokenizer,
+        rouge_tokenizer=rouge_tokenizer,
         judges=judges,
         say=say,
     )

@@ -22,7 +22,20 @@ from train.data.stories import AskedFacts
 from train.data.story_score import score_story
 from train.evaluate import evaluate_loss
 from train.heldout import Case, Document, HeldOut, encode, make_case
-from train.measures import RESAMPLES, Estimate, bleu, distinct, mean, repetition, rouge, sign_test, words
+from train.measures import (
+    RESAMPLES,
+    ROUGE_TOKENIZERS,
+    Estimate,
+    bleu,
+    bleu_metric,
+    distinct,
+    mean,
+    overlooked,
+    repetition,
+    rouge,
+    sign_test,
+    words,
+)
 from train.report import write_evaluations
 
 TOKENS_PER_BATCH = 8192
@@ -84,6 +97,8 @@ def evaluate(
     count: int,
     sampling: Sampling,
     max_tokens: int | None = None,
+    bleu_tokenizer: str = "13a",
+    rouge_tokenizer: str = "default",
     judges: Mapping[str, Judge] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -91,7 +106,7 @@ def evaluate(
 
     The loss over the first documents that hold `tokens` tokens of the first run; texts for the first `count` of them
     that fit into every context, measured by BLEU, ROUGE and the judges, of whom the program itself judges its stories.
-    The same seed gives the same result. Raises InputError where nothing fits.
+    The same seed gives the same result. Raises InputError where nothing fits, or there is no such tokenizer.
     """
     first, context = contestants[0], min(each.model.config.context for each in contestants)
     documents, pieces = encode(held_out.documents, first.tokenizer, first.model.config.context, tokens)
@@ -104,7 +119,11 @@ def evaluate(
         )
     judges = {**({"story_score": story_score} if cases and cases[0].facts else {}), **(judges or {})}
     references = [case.reference for case in cases]
-    # Before the texts are written, which takes long: a judge may refuse what it is asked about.
+    # Before the texts are written, which takes long: a tokenizer may be missing, a judge refuse what it is asked about.
+    if cases:
+        bleu_metric(bleu_tokenizer)
+    if rouge_tokenizer not in ROUGE_TOKENIZERS:
+        raise InputError(f"ROUGE has no tokenizer {rouge_tokenizer!r}, only {' and '.join(ROUGE_TOKENIZERS)}")
     judged = {name: judge(cases, references) for name, judge in judges.items()} if cases else {}
     chats, signature = isinstance(documents[0], list), ""
     runs, texts, scores = [], [], []
@@ -115,8 +134,9 @@ def evaluate(
         if cases:
             completions = each.complete(cases, sampling, max_tokens)
             written = [completion.text for completion in completions]
-            scores.append(rouge(written, references) | {name: judge(cases, written) for name, judge in judges.items()})
-            measures["bleu"], signature = bleu(written, references)
+            by_judges = {name: judge(cases, written) for name, judge in judges.items()}
+            scores.append(rouge(written, references, tokenizer=rouge_tokenizer) | by_judges)
+            measures["bleu"], signature = bleu(written, references, tokenizer=bleu_tokenizer)
             measures |= summary(written, scores[-1])
             measures["ended"] = mean([completion.finish == "stop" for completion in completions])
             texts.append(written)
@@ -127,9 +147,12 @@ def evaluate(
         result["notes"] += [
             f"{len(cases):,} completions, {what}; temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, "
             f"seed {sampling.seed}.",
-            f"BLEU is sacrebleu's {signature}; ROUGE is F1 of stemmed words, by rouge-score. In brackets: 95% of "
-            f"{RESAMPLES:,} bootstrap resamples of the documents.",
+            f"BLEU is sacrebleu's {signature}; ROUGE is F1 of "
+            f"{'stemmed words' if rouge_tokenizer == 'default' else 'words of any script, not stemmed'}, by "
+            f"rouge-score. In brackets: 95% of {RESAMPLES:,} bootstrap resamples of the documents.",
+            *overlooked(references, bleu_tokenizer, rouge_tokenizer),
         ]
+        result["tokenizers"] = {"bleu": bleu_tokenizer, "rouge": rouge_tokenizer}
         result["reference"] = summary(references, judged)
         result["cases"] = [{**vars(case), "texts": own} for case, *own in zip(cases, *texts, strict=True)]
     if cases and len(contestants) == 2:

@@ -17,10 +17,11 @@ from train.data.loader import PieceSource
 from train.data.shards import TokenShards, is_prepared
 from train.data.sources import open_source
 from train.data.stories import AskedFacts
+from train.measures import UNSPACED
 
 Document = str | list[Message]
-# Where the second half of a text may begin: at the white space before a word.
-WORD_BEGINS = re.compile(r"(?<=\S)\s+(?=\S)")
+# Where the second half of a text may begin: at the white space before a word, or inside a script that has none.
+WORD_BEGINS = re.compile(rf"(?<=\S)\s+(?=\S)|(?<=[{UNSPACED}])(?=[{UNSPACED}])")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer
     if not isinstance(document, str):
         first = next((n for n, message in enumerate(document) if message.role == "assistant"), 0)
         return Case(document[:first], document[first].content, facts) if first else None
-    # Room for the end, and for halves that take a token more than the whole.
-    text = tokenizer.decode(tokenizer.encode(document)[: context - 4])
+    # Room for the end, and for halves that take a token more than the whole. Of a character cut in two nothing is left.
+    text = tokenizer.bytes_of(tokenizer.encode(document)[: context - 4]).decode(errors="ignore")
     cut = WORD_BEGINS.search(text, len(text) // 2)
     return Case(text[: cut.start()], text[cut.start() :], facts) if cut else None
 

@@ -1,12 +1,24 @@
 """Measures of texts, and how sure of them one can be: BLEU, ROUGE, variety, bootstrap intervals, the sign test."""
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from engine.errors import InputError
+
 RESAMPLES = 1000
 ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE_TOKENIZERS = ("default", "words")
+# What is written without spaces between words, inside a regular expression's brackets: Thai and Lao, Burmese, Khmer,
+# kana and Chinese characters.
+UNSPACED = (
+    "\u0e01-\u0edf\u1000-\u109f\u1780-\u17dd\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,25 @@ def mean(values: Sequence[float]) -> Estimate:
     return bootstrap(np.array(values, np.float64)[:, None], lambda sums: sums[0] / len(values))
 
 
-def bleu(texts: Sequence[str], *references: Sequence[str]) -> tuple[Estimate, str]:
+def bleu_metric(tokenizer: str) -> Any:
+    """sacrebleu's metric with one of its tokenizers. Raises InputError where it has none such, or cannot load it."""
+    from sacrebleu.metrics import BLEU
+
+    if tokenizer not in BLEU.TOKENIZERS:
+        raise InputError(f"BLEU has no tokenizer {tokenizer!r}; sacrebleu has {', '.join(BLEU.TOKENIZERS)}")
+    try:
+        return BLEU(tokenize=tokenizer)
+    # Some need a package, which sacrebleu names, and some a file from the network.
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+        raise InputError(f"BLEU's tokenizer {tokenizer} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def bleu(texts: Sequence[str], *references: Sequence[str], tokenizer: str = "13a") -> tuple[Estimate, str]:
     """Corpus BLEU, 0 to 100, and sacrebleu's signature of it. Each of `references` has one for every text.
 
     Papineni et al., P02-1040, as Post, arXiv:1804.08771, defines it.
     """
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU()
+    metric = bleu_metric(tokenizer)
     scores = [
         metric.corpus_score([text], [[each] for each in own]) for text, *own in zip(texts, *references, strict=True)
     ]
@@ -65,17 +88,51 @@ def bleu(texts: Sequence[str], *references: Sequence[str]) -> tuple[Estimate, st
     return bootstrap(statistics, from_sums), str(metric.get_signature())
 
 
-def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over stemmed words. Lin, W04-1013."""
+def rouge(texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "default") -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over words, by default over stemmed ones of a-z and 0-9.
+
+    Lin, W04-1013. `tokenizer` is one of ROUGE_TOKENIZERS.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    scorer = RougeScorer(ROUGE, use_stemmer=True, tokenizer=AnyScript() if tokenizer == "words" else None)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {kind: [score[kind].fmeasure for score in scores] for kind in ROUGE}
 
 
+class AnyScript:
+    """A tokenizer for rouge-score: the words of any script, without punctuation, and not stemmed."""
+
+    def tokenize(self, text: str) -> list[str]:
+        # Marks, too: many languages of India write vowels as such.
+        kept = (letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in text)
+        return words("".join(kept))
+
+
+def overlooked(references: Sequence[str], bleu_tokenizer: str, rouge_tokenizer: str) -> list[str]:
+    """What BLEU and ROUGE do not see in these texts with these tokenizers, in sentences; none where they read all."""
+    letters = [letter for reference in references for letter in reference.lower() if letter.isalpha()]
+    foreign = sum(letter > "z" for letter in letters) / max(len(letters), 1)
+    unspaced = len(re.findall(f"[{UNSPACED}]", "".join(letters))) / max(len(letters), 1)
+    wordless = sum(not re.search("[a-z0-9]", text.lower()) and any(map(str.isalpha, text)) for text in references)
+    notes = []
+    if rouge_tokenizer == "default" and (wordless or foreign >= 0.01):
+        notes.append(
+            f"ROUGE: rouge-score's own tokenizer reads a-z and 0-9 alone. {foreign:.1%} of the references' letters are "
+            f"others, and it finds no word in {wordless:,} of {len(references):,} references; --rouge-tokenizer words "
+            "reads any script."
+        )
+    if bleu_tokenizer in ("13a", "intl", "none") and unspaced >= 0.01:
+        notes.append(
+            f"BLEU: the tokenizer {bleu_tokenizer} takes what stands between two spaces for a word. {unspaced:.1%} of "
+            "the references' letters are of scripts without spaces; --bleu-tokenizer zh, ja-mecab or char cuts them."
+        )
+    return notes
+
+
 def words(text: str) -> list[str]:
-    return text.lower().split()
+    """What stands between white space, in lower case; in a script without spaces each character is a word."""
+    return re.sub(f"[{UNSPACED}]", r" \g<0> ", text.lower()).split()
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -34,6 +34,19 @@ def test_another_run_and_other_data(gpt: Gpt, trained: Path) -> None:
     assert (trained / "evaluation-words.txt-validation-against-small.json").exists()
 
 
+def test_other_scripts_are_measured_with_other_tokenizers(gpt: Gpt, trained: Path) -> None:
+    Path("russian.txt").write_text("<|endoftext|>\n".join(f"Лиса {n} бежала домой.\n" for n in range(300)))
+    command = ("evaluate", str(trained), "--data", "russian.txt", "-n", "2", "--tokens", "500")
+    first = gpt(*command)
+    assert first.code == 0 and "--rouge-tokenizer words reads any script" in first.out, first.err
+    result = gpt(*command, "--bleu-tokenizer", "intl", "--rouge-tokenizer", "words")
+    assert result.code == 0 and "tok:intl" in result.out and "--rouge-tokenizer" not in result.out, result.err
+    written = json.loads((trained / "evaluation-russian.txt-validation.json").read_text())
+    assert written["tokenizers"] == {"bleu": "intl", "rouge": "words"}
+    wrong = gpt(*command, "--bleu-tokenizer", "russian")
+    assert wrong.code == 2 and "no tokenizer 'russian'" in wrong.err
+
+
 def test_a_reward_model_judges_answers_of_two_runs(gpt: Gpt, chat: str) -> None:
     assert gpt("reward", chat, "--data", "pairs.jsonl", *LEARN).code == 0
     Path("asks.jsonl").write_text("".join(f'{{"ask": "say {n}", "reply": "{n}!"}}\n' for n in range(200)))

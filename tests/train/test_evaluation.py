@@ -49,6 +49,32 @@ def test_a_text_is_halved_before_the_first_word_past_its_middle(tokenizer: Token
     assert make_case("Donaudampfschiff", None, tokenizer, 100) is None
 
 
+def test_a_text_without_spaces_is_halved_between_two_characters(tokenizer: Tokenizer) -> None:
+    assert make_case("狐狸在树林里跑回家。", None, tokenizer, 100) == Case("狐狸在树林", "里跑回家。")
+    # Three bytes each: the context ends inside the sixth.
+    cut = make_case("狐狸在树林里跑回家。", None, tokenizer, 4 + 3 * 5 + 2)
+    assert cut == Case("狐狸", "在树林")
+
+
+def test_what_the_measures_do_not_read_is_noted(contestant: Contestant) -> None:
+    result = measure(contestant, documents=["狐狸在树林里跑"])
+    assert result["tokenizers"] == {"bleu": "13a", "rouge": "default"}
+    assert sum("--rouge-tokenizer" in note for note in result["notes"]) == 1
+    assert sum("--bleu-tokenizer" in note for note in result["notes"]) == 1
+    other = measure(contestant, documents=["狐狸在树林里跑"], bleu_tokenizer="zh", rouge_tokenizer="words")
+    assert other["tokenizers"] == {"bleu": "zh", "rouge": "words"} and other["cases"] == result["cases"]
+    assert "tok:zh" in other["notes"][1] and "any script" in other["notes"][1] and len(other["notes"]) == 2
+
+
+@pytest.mark.parametrize("measured", ["bleu", "rouge"])
+def test_no_such_tokenizer_is_said_before_texts_are_written(contestant: Contestant, measured: str) -> None:
+    def judge(cases: object, texts: object) -> list[float]:
+        raise AssertionError("too late")
+
+    with pytest.raises(InputError, match="has no tokenizer 'chinese'"):
+        measure(contestant, documents=["a b c d"], judges={"late": judge}, **{f"{measured}_tokenizer": "chinese"})
+
+
 def test_a_long_text_is_cut_to_the_context(contestant: Contestant, documents: tuple[str, ...]) -> None:
     long = " ".join(documents)
     case = make_case(long, None, contestant.tokenizer, 48)

@@ -1,12 +1,14 @@
 """Measures against published values and closed forms."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from train.measures import Estimate, bleu, bootstrap, distinct, mean, repetition, rouge, sign_test
+from engine.errors import InputError
+from train.measures import Estimate, bleu, bootstrap, distinct, mean, overlooked, repetition, rouge, sign_test, words
 
 # From the tests of sacrebleu (test_bleu.py): its defaults, two references for each text.
 HYPOTHESES = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -50,6 +52,74 @@ def test_rouge_is_that_of_its_inventor() -> None:
     assert found["rougeL"] == pytest.approx([1.0, 0.5])
 
 
+RUSSIAN, CHINESE = "Лиса бежала по лесу домой.", "狐狸在树林里跑回家。"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        (RUSSIAN, RUSSIAN.upper(), 1.0),
+        (CHINESE, CHINESE, 1.0),
+        ("лиса, по лесу", "Лиса бежала по лесу", 6 / 7),
+        ("狐狸跑", "狐狸在跑。", 6 / 7),
+        ("हिन्दी भाषा", "हिन्दू भाषा", 0.5),
+        ("It is killed", "it is kill", 2 / 3),
+    ],
+)
+def test_rouge_reads_any_script_when_asked_to(text: str, reference: str, expected: float) -> None:
+    pytest.importorskip("rouge_score")
+    assert rouge([text], [reference], tokenizer="words")["rouge1"] == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("text", [RUSSIAN, CHINESE])
+def test_what_the_default_tokenizers_overlook_is_said(text: str) -> None:
+    pytest.importorskip("rouge_score")
+    assert rouge([text], [text])["rouge1"] == [0.0]
+    notes = overlooked([text, "A fox ran."], "13a", "default")
+    assert "no word in 1 of 2 references" in notes[0] and "--rouge-tokenizer words" in notes[0]
+    assert (len(notes) == 2 and "--bleu-tokenizer zh" in notes[1]) == (text == CHINESE)
+    assert not overlooked([text], "zh", "words")
+
+
+def test_nothing_is_said_of_texts_that_are_read_whole() -> None:
+    english = ["The café was shut, 90 miles from home.", "It is late. " * 20, "...", "", "1 2 3"]
+    assert not overlooked(english, "13a", "default") and not overlooked([], "13a", "default")
+    assert "50.0% of the references' letters" in overlooked(["Ça été un été"], "13a", "default")[0]
+
+
+def test_bleu_has_the_tokenizers_of_sacrebleu() -> None:
+    pytest.importorskip("sacrebleu")
+    texts, references = ["狐狸在树林里跑回家了。"], [CHINESE]
+    (whole, signature), (cut, other) = bleu(texts, references), bleu(texts, references, tokenizer="zh")
+    assert whole.value == 0.0 and "tok:13a" in signature
+    assert cut.value > 50 and "tok:zh" in other
+    with pytest.raises(InputError, match=r"no tokenizer 'chinese'; sacrebleu has .*13a, intl"):
+        bleu(texts, references, tokenizer="chinese")
+
+
+@pytest.mark.parametrize(("tokenizer", "package"), [("ja-mecab", "MeCab"), ("ko-mecab", "mecab_ko")])
+def test_a_tokenizer_whose_package_is_missing_is_refused(
+    tokenizer: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sacrebleu")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"sacrebleu.tokenizers.tokenizer_{tokenizer.replace('-', '_')}", raising=False)
+    with pytest.raises(InputError, match=rf"{tokenizer} cannot be loaded: .*pip install sacrebleu\[{tokenizer[:2]}\]"):
+        bleu(["a"], ["a"], tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spm = pytest.importorskip("sacrebleu.tokenizers.tokenizer_spm")
+
+    def fail(url: str, path: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(spm, "SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setattr(spm, "download_file", fail)
+    with pytest.raises(InputError, match="flores200 cannot be loaded: no network"):
+        bleu(["a"], ["a"], tokenizer="flores200")
+
+
 def test_an_interval_is_that_of_the_normal_distribution_where_texts_are_many() -> None:
     values = np.random.default_rng(1).normal(5.0, 2.0, 400).tolist()
     estimate = mean(values)
@@ -87,6 +157,12 @@ def test_repetition_is_what_a_text_has_said_before() -> None:
     assert repetition("a b c d a b c d") == 1 / 5
     assert repetition("no no no no no no") == 2 / 3
     assert repetition("too short") == 0.0
+
+
+def test_a_script_without_spaces_has_words_too() -> None:
+    assert words("Das ist gut, ABC 狐狸。カナ") == ["das", "ist", "gut,", "abc", "狐", "狸", "。", "カ", "ナ"]
+    assert distinct(["狐狸狐狸"], 1) == 0.5 and repetition("狐狸在树狐狸在树") == 1 / 5
+    assert words("Лиса бежала") == ["лиса", "бежала"] and repetition("да да да да да да") == 2 / 3
 
 
 @pytest.mark.parametrize(
