@@ -129,7 +129,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
         base=base,
         loss=dpo.loss,
         evaluate=evaluate,
-        measures=dpo.measures.take,
+        measures=dpo.measures,
         notes=(f"train      {train.describe()}", *begin_notes(recipe, watch)),
     )
     return recipe, stage
@@ -173,7 +173,7 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         model=begin,
         loss=rollouts.method.loss,
         evaluate=evaluate,
-        measures=rollouts.method.measures.take,
+        measures=rollouts.method.measures,
         critic=ppo.critic if ppo else None,
         notes=(
             f"rollouts   {config.answers} answers, each learnt {config.passes} times; reward: {config.reward}",

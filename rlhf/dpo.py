@@ -7,12 +7,13 @@ from engine.config import AlignmentConfig
 from engine.model import GPT
 from engine.runtime import inference
 from engine.tokenizer import Tokenizer
-from rlhf.experience import Measures
 from rlhf.log_probs import answer_log_probs
-from rlhf.losses import PreferenceLoss, dpo_loss, ipo_loss
+from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.preferences import Pairs
-from rlhf.train_reward import PairBatch, PairLoader
+from rlhf.train_reward import PairBatch
+from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
+from train.evaluate import whole_pieces
 
 
 class DPO:
@@ -23,52 +24,48 @@ class DPO:
         self.assistant = tokenizer.special["<|assistant|>"]
         self.measures = Measures()
 
-    def loss(self, policy: GPT, batch: Batch) -> Tensor:
+    def loss(self, policy: GPT, batch: PairBatch) -> Tensor:
         """Summed over the pairs."""
-        found, measured = self.measure(policy, batch)
-        self.measures.add(measured)
-        return found.loss * ((len(batch.cu_seqlens) - 1) // 2)
+        return self._loss(policy, batch, self.measures)
 
     def evaluate(self, held_out: Pairs, policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
         """The loss and what goes with it on the first pairs that hold so many tokens."""
-        context, read = policy.config.context, 0
-        measures = Measures()
-        loader = PairLoader(
-            held_out, max(tokens_per_batch, 2 * context), 2 * context, seed=0, shuffle=False, epochs=1, whole=True
-        )
+        measures, read = Measures(), 0
         with inference(policy):
-            for batch in loader:
-                found, measured = self.measure(policy, batch.to(policy.embedding.weight.device))
-                measures.add({"loss": found.loss, **measured})
+            for piece in whole_pieces(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
+                batch = PairBatch.of(piece).to(policy.embedding.weight.device)
+                measures.add({"loss": self._loss(policy, batch, measures)}, batch.pairs)
                 read += len(batch.tokens)
-                if read >= tokens:
-                    break
-        loader.close()
         return {**measures.take(), "tokens": read}
 
-    def measure(self, policy: GPT, batch: Batch) -> tuple[PreferenceLoss, dict[str, Tensor]]:
-        """The mean loss over the pairs of a batch, and log-probabilities of chosen and rejected answers, in nats."""
+    def _loss(self, policy: GPT, batch: PairBatch, measures: Measures) -> Tensor:
+        """Summed over the pairs. What is measured beside it: log-probabilities of whole answers, in nats."""
+        if not batch.pairs:
+            # Of many processes one may have got none: 0, and gradients of 0 for those that wait for them.
+            return policy.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         targeted = self._answers(batch)
         now = _sums(policy, targeted)
         with torch.no_grad():
             before = _sums(self.reference, targeted)
         (chosen, rejected), (was_chosen, was_rejected) = now.unbind(1), before.unbind(1)
-        four, pairs = (chosen, rejected, was_chosen, was_rejected), len(now)
+        four = (chosen, rejected, was_chosen, was_rejected)
         if self.config.method == "ipo":
-            found = ipo_loss(*four, pairs, beta=self.config.beta)
+            found = ipo_loss(*four, 1, beta=self.config.beta)
         else:
-            found = dpo_loss(*four, pairs, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
-        return found, {
+            found = dpo_loss(*four, 1, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
+        sums = {
             "accuracy": found.accuracy,
-            "chosen": chosen.detach().mean(),
-            "rejected": rejected.detach().mean(),
-            "chosen_change": (chosen.detach() - was_chosen).mean(),
-            "rejected_change": (rejected.detach() - was_rejected).mean(),
+            "chosen": chosen.detach().sum(),
+            "rejected": rejected.detach().sum(),
+            "chosen_change": (chosen.detach() - was_chosen).sum(),
+            "rejected_change": (rejected.detach() - was_rejected).sum(),
         }
+        measures.add(sums, batch.pairs)
+        return found.loss
 
-    def _answers(self, batch: Batch) -> Batch:
+    def _answers(self, batch: PairBatch) -> PairBatch:
         """The same pairs, with the tokens of their answers as targets; padding behind the last pair is cut off."""
-        bounds = batch.cu_seqlens[: len(batch.cu_seqlens) - (len(batch.cu_seqlens) + 1) % 2]
+        bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
         tokens = batch.tokens[: int(bounds[-1])]
         places = torch.arange(len(tokens), device=tokens.device)
         sequence = torch.bucketize(places, bounds[1:], right=True)

@@ -17,6 +17,7 @@ from rlhf.log_probs import pack_answers
 from rlhf.prompts import Prompts
 from rlhf.rewards import Prompt, Reward
 from rlhf.rollout import TOLERANCE, WORST, Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs
+from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
 from train.loop import TrainingError
 
@@ -96,22 +97,6 @@ class Experience(Batch):
         cuts = [self.answers * part // parts for part in range(parts + 1)]
         ranges = [range(first, last) for first, last in pairwise(cuts)]
         return [self.select(rows) for rows in ranges if rows]
-
-
-class Measures:
-    """Means of what was measured since they were last taken."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, list[Tensor | float]] = {}
-
-    def add(self, measured: Mapping[str, Tensor | float]) -> None:
-        for name, value in measured.items():
-            self.held.setdefault(name, []).append(value)
-
-    def take(self) -> dict[str, float]:
-        means = {name: sum(map(float, values)) / len(values) for name, values in self.held.items()}
-        self.held = {}
-        return means
 
 
 class Method(Protocol):

@@ -6,10 +6,11 @@ from torch import Tensor
 from engine.config import AlignmentConfig
 from engine.model import GPT
 from rlhf.advantages import group_advantages, with_missing_end
-from rlhf.experience import Experience, Measures
+from rlhf.experience import Experience
 from rlhf.log_probs import answer_log_probs
 from rlhf.losses import grpo_loss
 from rlhf.rollout import Rollout
+from train.averages import Measures
 
 
 class GRPO:
@@ -33,10 +34,11 @@ class GRPO:
 
     def loss(self, policy: GPT, batch: Experience) -> Tensor:
         """Summed over the batch's targets."""
-        config, tokens = self.config, len(batch.old)
+        config = self.config
         log_probs, _ = answer_log_probs(policy, batch, config.temperature)
         found = grpo_loss(
-            log_probs, batch.old, batch.reference, batch.advantages, tokens, beta=config.beta, clip=config.clip
+            log_probs, batch.old, batch.reference, batch.advantages, 1, beta=config.beta, clip=config.clip
         )
-        self.measures.add({"policy_loss": found.loss.detach(), "clipped": found.clipped, "approx_kl": found.approx_kl})
-        return tokens * found.loss
+        sums = {"policy_loss": found.loss.detach(), "clipped": found.clipped, "approx_kl": found.approx_kl}
+        self.measures.add(sums, len(batch.old))
+        return found.loss

@@ -7,11 +7,12 @@ from engine.config import AlignmentConfig
 from engine.model import GPT
 from engine.runtime import inference
 from rlhf.advantages import gae, token_rewards, whiten, with_missing_end
-from rlhf.experience import Experience, Measures
+from rlhf.experience import Experience
 from rlhf.log_probs import answer_log_probs, to_rows
 from rlhf.losses import policy_loss, value_loss
 from rlhf.reward_model import RewardModel
 from rlhf.rollout import Rollout, pack_part, passes
+from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
 
 
@@ -49,19 +50,20 @@ class PPO:
 
     def loss(self, policy: GPT, batch: Experience) -> Tensor:
         """Of policy and critic, summed over the batch's targets."""
-        config, tokens = self.config, len(batch.old)
+        config = self.config
         log_probs, _ = answer_log_probs(policy, batch, config.temperature)
-        of_policy = policy_loss(log_probs, batch.old, batch.advantages, tokens, clip=config.clip)
-        of_values = value_loss(critic_values(self.critic, batch), batch.values, batch.returns, tokens, clip=config.clip)
+        of_policy = policy_loss(log_probs, batch.old, batch.advantages, 1, clip=config.clip)
+        of_values = value_loss(critic_values(self.critic, batch), batch.values, batch.returns, 1, clip=config.clip)
         self.measures.add(
             {
                 "policy_loss": of_policy.loss.detach(),
                 "value_loss": of_values.loss.detach(),
                 "clipped": of_policy.clipped,
                 "approx_kl": of_policy.approx_kl,
-            }
+            },
+            len(batch.old),
         )
-        return tokens * (of_policy.loss + config.value_weight * of_values.loss)
+        return of_policy.loss + config.value_weight * of_values.loss
 
     def values(self, rollout: Rollout) -> Tensor:
         values = []

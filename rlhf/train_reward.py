@@ -35,6 +35,17 @@ ANSWERS = 128
 class PairBatch(Batch):
     """Packed pairs: sequences 2k and 2k + 1 are chosen and rejected. One left over at the end is padding."""
 
+    @classmethod
+    def of(cls, batch: Batch) -> "PairBatch":
+        """From pairs that are packed as one sequence each, in which a mark says where the chosen conversation ends."""
+        middles = (batch.targets != IGNORE_INDEX).nonzero()[:, 0] + 1
+        bounds = torch.cat((batch.cu_seqlens, middles.int())).sort().values
+        return cls(batch.tokens, batch.targets, bounds, batch.max_seqlen)
+
+    @property
+    def pairs(self) -> int:
+        return (len(self.cu_seqlens) - 1) // 2
+
     def split(self, parts: int) -> list["PairBatch"]:
         """Cut between pairs, into parts about equal."""
         bounds = self.cu_seqlens.tolist()
@@ -53,11 +64,7 @@ class PairLoader(PackedLoader):
     """Batches of whole pairs."""
 
     def _read(self, plan: list[tuple[int, int, int]]) -> PairBatch:
-        batch = super()._read(plan)
-        # The loader knows where pairs begin; in a pair, the mark says where the chosen conversation ends.
-        middles = (batch.targets != IGNORE_INDEX).nonzero()[:, 0] + 1
-        bounds = torch.cat((batch.cu_seqlens, middles.int())).sort().values
-        return PairBatch(batch.tokens, batch.targets, bounds, self.context)
+        return PairBatch.of(super()._read(plan))
 
 
 def adamw(rate: float) -> OptimizerConfig:

@@ -30,7 +30,7 @@ def evaluate_loss(
     nats = 0.0
     targets = text_bytes = 0
     with inference(model):
-        for batch in _whole_pieces(documents, model.config.context, tokens, tokens_per_batch):
+        for batch in whole_pieces(documents, model.config.context, tokens, tokens_per_batch):
             learnt = batch.targets[batch.targets != IGNORE_INDEX].numpy()
             text_bytes += int(byte_lengths[learnt].sum())
             targets += len(learnt)
@@ -48,7 +48,7 @@ def evaluate_loss(
     }
 
 
-def _whole_pieces(documents: PieceSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
+def whole_pieces(documents: PieceSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
     """Documents in order, cut only where they exceed the context, in batches of at most tokens_per_batch."""
     lengths = documents.lengths
     count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from engine import checkpoint
 from engine.config import Recipe
 from engine.run import Run
 from engine.runtime import Runtime, random_state, set_random_state, synchronize
+from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
 from train.evaluate import spelled_bytes
 from train.optimizer import Optimizer
@@ -75,7 +76,7 @@ class Task:
     # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte, where the loss is one of text.
     byte_lengths: Tensor | None = None
     # What the loss and the batches measured since the last call, for the log.
-    measures: Callable[[], dict[str, float]] = dict
+    measures: Measures = field(default_factory=Measures)
     # A second model that the loss trains: PPO's critic. Saved beside the first.
     critic: nn.Module | None = None
 
@@ -270,7 +271,7 @@ class Loop:
                 "step": self.step,
                 "loss": loss,
                 **of_text,
-                **self.task.measures(),
+                **self.task.measures.take(self.processes),
                 "gradient_norm": norm,
                 "rate": rate,
                 "epoch": self.task.batches.epoch,
@@ -311,7 +312,7 @@ class Loop:
 
     def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
         """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
-        begin = time.perf_counter()
+        begin, measured = time.perf_counter(), self.task.measures.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
         try:
@@ -331,6 +332,8 @@ class Loop:
             # Of many processes one cannot begin again alone: the others wait for its gradients.
             if not _is_out_of_memory(error) or self.processes.count > 1:
                 raise
+            # The step is repeated: what it has measured so far would count twice.
+            self.task.measures.held = measured
             return None
         return total
 

@@ -18,6 +18,7 @@ from engine.run import Run
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
+from train.averages import Measures
 from train.data.loader import Batch, PackedLoader, PieceSource
 from train.data.shards import Progress, TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
@@ -87,7 +88,7 @@ class Stage:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     evaluate: Callable[[Any, int, int], dict[str, float]] | None = None
     # As of train.loop.Task.
-    measures: Callable[[], dict[str, float]] = dict
+    measures: Measures = dataclasses.field(default_factory=Measures)
     critic: nn.Module | None = None
     # Lines for the console before the run starts.
     notes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,29 +17,28 @@ from engine.tokenizer import Tokenizer
 from rlhf.align import align, alignment_recipe
 from rlhf.dpo import DPO
 from rlhf.preferences import Pairs, Preference
-from rlhf.train_reward import PairLoader
+from rlhf.train_reward import PairBatch, PairLoader
 from tests.train.conftest import Recorder
 from tests.train.team import train_on
-from train.data.loader import Batch
 from train.tracking import read_metrics
 
 TALK = (Message("user", "say fox"), Message("assistant", "bear"), Message("user", "no"))
 
 
 @pytest.fixture
-def batch(tokenizer: Tokenizer, gpt: GPT) -> Batch:
+def batch(tokenizer: Tokenizer, gpt: GPT) -> PairBatch:
     """Three pairs, of which one has an earlier answer, and padding behind them."""
     pairs = Pairs(tokenizer, gpt.config.context)
     for prompt, chosen, rejected in ((TALK[:1], "a fox", "a bear there"), (TALK, "fox", "so"), (TALK[:1], "b", "a")):
         pairs.add(Preference(prompt, chosen, rejected))
     size = int(pairs.lengths.sum()) + 5
     loader = PairLoader(pairs, size, size, seed=0, shuffle=False, epochs=1, whole=True, prefetch=0)
-    return next(loader)
+    return cast(PairBatch, next(loader))
 
 
 @pytest.mark.parametrize(("method", "start"), [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.2**2))])
 def test_before_the_first_step_the_loss_is_that_of_no_preference(
-    gpt: GPT, batch: Batch, tokenizer: Tokenizer, method: str, start: float
+    gpt: GPT, batch: PairBatch, tokenizer: Tokenizer, method: str, start: float
 ) -> None:
     dpo = DPO(AlignmentConfig(method=method, beta=0.2), gpt, tokenizer)  # type: ignore[arg-type]
     assert float(dpo.loss(gpt, batch).detach()) == pytest.approx(3 * start)
@@ -46,8 +46,10 @@ def test_before_the_first_step_the_loss_is_that_of_no_preference(
     assert measured["accuracy"] == 0.5 and measured["chosen_change"] == measured["rejected_change"] == 0
 
 
-def test_only_the_last_answer_and_its_end_count(gpt: GPT, batch: Batch, tokenizer: Tokenizer) -> None:
-    _, measured = DPO(AlignmentConfig(), gpt, tokenizer).measure(gpt, batch)
+def test_only_the_last_answer_and_its_end_count(gpt: GPT, batch: PairBatch, tokenizer: Tokenizer) -> None:
+    dpo = DPO(AlignmentConfig(), gpt, tokenizer)
+    dpo.loss(gpt, batch)
+    measured = dpo.measures.take()
     for name, answers in (("chosen", ("a fox", "fox", "b")), ("rejected", ("a bear there", "so", "a"))):
         expected = []
         for prompt, answer in zip((TALK[:1], TALK, TALK[:1]), answers, strict=True):
@@ -55,14 +57,34 @@ def test_only_the_last_answer_and_its_end_count(gpt: GPT, batch: Batch, tokenize
             begin = len(ids) - len(tokenizer.encode(answer)) - 1
             log_probs = gpt.logits(gpt(torch.tensor([ids[:-1]])))[0].log_softmax(dim=-1)
             expected.append(log_probs[range(begin - 1, len(ids) - 1), ids[begin:]].sum())
-        torch.testing.assert_close(measured[name], torch.stack(expected).mean().detach(), atol=1e-4, rtol=1e-5)
+        assert measured[name] == pytest.approx(float(torch.stack(expected).mean().detach()), abs=1e-4)
 
 
-def test_a_batch_in_parts_is_the_whole(gpt: GPT, batch: Batch, tokenizer: Tokenizer) -> None:
+def test_a_batch_in_parts_is_the_whole_and_measures_the_same(gpt: GPT, batch: PairBatch, tokenizer: Tokenizer) -> None:
     reference = GPT(gpt.config)
     dpo = DPO(AlignmentConfig(method="dpo", beta=0.2, label_smoothing=0.1), reference, tokenizer)
-    parts = torch.stack([dpo.loss(gpt, part) for part in batch.split(3)])
+    # Of two pairs and of one: the mean of their means would be another.
+    parts = torch.stack([dpo.loss(gpt, part) for part in batch.split(2)])
+    measured = dpo.measures.take()
     torch.testing.assert_close(parts.sum(), dpo.loss(gpt, batch))
+    assert measured == pytest.approx(dpo.measures.take(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
+def test_an_evaluation_is_the_mean_over_pairs_however_they_are_batched(
+    gpt: GPT, tokenizer: Tokenizer, method: str
+) -> None:
+    config = AlignmentConfig(method=method, beta=0.2)  # type: ignore[arg-type]
+    dpo, pairs = DPO(config, GPT(gpt.config), tokenizer), Pairs(tokenizer, gpt.config.context)
+    for number in range(9):
+        pairs.add(Preference(TALK if number == 8 else TALK[:1], "a fox there " * (1 + number // 3), "bear"))
+    one_by_one, some, all_at_once = (dpo.evaluate(pairs, gpt, 10**6, size) for size in (1, 150, 10**6))
+    assert some == pytest.approx(one_by_one, rel=1e-5) and all_at_once == pytest.approx(one_by_one, rel=1e-5)
+    # Padding is no token; and the pairs that hold so many tokens are the same ones, too.
+    assert one_by_one["tokens"] == pairs.tokens
+    first = int(pairs.lengths[:4].sum())
+    for size in (1, 10**6):
+        assert dpo.evaluate(pairs, gpt, first, size)["tokens"] == first
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo"])
@@ -84,5 +106,5 @@ def test_two_processes_learn_what_one_does(chat: Run, likes_foxes: DataConfig, t
     for count in (1, 2):
         train_on(recipe, tmp_path / str(count), count)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
-    for name in ("loss", "gradient_norm", "validation_loss"):
+    for name in ("loss", "accuracy", "chosen", "rejected", "gradient_norm", "validation_loss"):
         assert [line.get(name, 0) for line in two] == pytest.approx([line.get(name, 0) for line in one], rel=1e-4)

@@ -123,14 +123,19 @@ def test_a_constant_added_to_all_scores_changes_nothing(gpt: GPT, small_config: 
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_minibatches_in_parts_are_the_whole(
+def test_minibatches_in_parts_are_the_whole_and_measure_the_same(
     gpt: GPT, experience: Experience, small_config: ModelConfig, method: str
 ) -> None:
     config = AlignmentConfig()
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     trainer = PPO(config, critic, 100) if method == "ppo" else GRPO(config)
+    with torch.no_grad():
+        gpt.head.weight.mul_(1.5)  # no longer the policy that drew the answers
     parts = torch.stack([trainer.loss(gpt, part) for part in experience.split(5)])
+    measured = trainer.measures.take()
+    assert measured["approx_kl"] > 0
     torch.testing.assert_close(parts.sum(), trainer.loss(gpt, experience), atol=1e-4, rtol=1e-5)
+    assert measured == pytest.approx(trainer.measures.take(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
@@ -221,7 +226,9 @@ def test_two_processes_learn_what_one_does(recipe: Callable[..., Recipe], tmp_pa
     train_on(plan, tmp_path / "one", 1, trick=with_an_easy_reward)
     train_on(plan, tmp_path / "many", count, trick=with_an_easy_reward)
     one, many = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
-    for name in ("loss", "gradient_norm", "reward", "reward_std", "kl", "entropy", "length", "validation_reward"):
+    of_losses = ("policy_loss", "clipped", "approx_kl", *(("value_loss",) if method == "ppo" else ()))
+    of_rounds = ("reward", "reward_std", "kl", "entropy", "length", "validation_reward")
+    for name in ("loss", "gradient_norm", *of_losses, *of_rounds):
         values = [line[name] for line in one if name in line]
         assert values and [line[name] for line in many if name in line] == pytest.approx(values, rel=1e-4, abs=1e-6)
     for name in ("model", "critic") if method == "ppo" else ("model",):
