@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -92,11 +91,8 @@ class Experience(Batch):
         bounds = torch.tensor([0, *(lengths[row] for row in rows)], device=self.cu_seqlens.device)
         return Experience(**tensors, cu_seqlens=bounds.cumsum(0).int(), max_seqlen=self.max_seqlen)
 
-    def split(self, parts: int) -> list["Experience"]:
-        """Cut between answers, into parts about equal."""
-        cuts = [self.answers * part // parts for part in range(parts + 1)]
-        ranges = [range(first, last) for first, last in pairwise(cuts)]
-        return [self.select(rows) for rows in ranges if rows]
+    def part(self, first: int, last: int) -> "Experience":
+        return self.select(range(first, last))
 
 
 class Method(Protocol):

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +35,8 @@ ANSWERS = 128
 class PairBatch(Batch):
     """Packed pairs: sequences 2k and 2k + 1 are chosen and rejected. One left over at the end is padding."""
 
+    group: ClassVar[int] = 2
+
     @classmethod
     def of(cls, batch: Batch) -> "PairBatch":
         """From pairs that are packed as one sequence each, in which a mark says where the chosen conversation ends."""
@@ -45,19 +47,6 @@ class PairBatch(Batch):
     @property
     def pairs(self) -> int:
         return (len(self.cu_seqlens) - 1) // 2
-
-    def split(self, parts: int) -> list["PairBatch"]:
-        """Cut between pairs, into parts about equal."""
-        bounds = self.cu_seqlens.tolist()
-        pairs = (len(bounds) - 1) // 2
-        cuts = [pairs * part // parts for part in range(parts + 1)]
-        batches = []
-        for first, last in pairwise(cuts):
-            if first < last:
-                start, end = bounds[2 * first], bounds[2 * last]
-                inner = self.cu_seqlens[2 * first : 2 * last + 1] - start
-                batches.append(PairBatch(self.tokens[start:end], self.targets[start:end], inner, self.max_seqlen))
-        return batches
 
 
 class PairLoader(PackedLoader):

@@ -315,12 +315,17 @@ class Loop:
         begin, measured = time.perf_counter(), self.task.measures.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
+        weights = [1.0] * len(parts)
+        if self.layout.shard and self.parts > 1:
+            # Weights of a shared model travel for every part: all processes take as many, however theirs could be cut.
+            idle = int(max(count for (count,) in self._gather("counts of parts", len(parts)))) - len(parts)
+            parts, weights = [min(parts, key=lambda part: len(part.tokens))] * idle + parts, [0.0] * idle + weights
         try:
-            for number, part in enumerate(parts, 1):
+            for number, (part, weight) in enumerate(zip(parts, weights, strict=True), 1):
                 last = number == len(parts)
                 with synchronised(self.objective, last):
                     # Normalised by the count of the whole step, so that the cut into parts does not matter.
-                    loss = self.objective(part) / learnt
+                    loss = weight * self.objective(part) / learnt
                     if last and self.processes.count > 1:
                         self.processes.at(f"step {self.under_way}, reduction of gradients")
                         # From here on each is as fast as the slowest.
@@ -341,14 +346,22 @@ class Loop:
         self.optimizer.zero_grad()
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = len(batches[0].tokens) // self.parts
-        if tokens % 2 or tokens < 2:
+
+        def largest(parts: int) -> int:
+            return max(len(part.tokens) for batch in batches for part in batch.split(parts))
+
+        # From so many parts on, each holds one sequence.
+        before, most = largest(self.parts), max(len(batch.tokens) for batch in batches)
+        while self.parts < most and largest(self.parts) == before:
+            self.parts *= 2
+        tokens = largest(self.parts)
+        if tokens == before:
             raise TrainingError(
-                f"out of memory even with {tokens} tokens at a time; use a smaller model (--set model.width=N)"
+                f"out of memory even with {tokens:,} tokens at a time, which cannot be cut further; use a smaller "
+                "model (--set model.width=N) or a shorter context (--set model.context=N)"
             )
-        self.parts *= 2
         self.tracker.say(
-            f"out of memory: from now on {tokens // 2:,} tokens at a time instead of {tokens:,}; "
+            f"out of memory: from now on up to {tokens:,} tokens at a time instead of {before:,}; "
             "the step is repeated and the batch stays the same"
         )
 

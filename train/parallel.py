@@ -43,7 +43,9 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
         several = parts > 1 or recipe.tokens_per_pass < recipe.tokens_per_step
         kind, size, gpu = recipe.optimizer.kind, runtime.dtype.itemsize, runtime.device.type == "cuda"
         again = recipe.loop.checkpoint_activations
-        return Setup(model, kind, tokens // parts, size, gpu, count, shard, several, again)
+        # A part ends where a sequence does, too.
+        at_a_time = tokens if parts == 1 else min(tokens, tokens // parts + model.context)
+        return Setup(model, kind, at_a_time, size, gpu, count, shard, several, again)
 
     cuts = [2**power for power in range((tokens // model.context).bit_length())]
     layouts = [False, True] if recipe.loop.shard is None else [recipe.loop.shard]

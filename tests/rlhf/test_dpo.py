@@ -87,6 +87,16 @@ def test_an_evaluation_is_the_mean_over_pairs_however_they_are_batched(
         assert dpo.evaluate(pairs, gpt, first, size)["tokens"] == first
 
 
+def test_a_process_without_a_pair_has_a_loss_of_0_and_gradients(gpt: GPT, tokenizer: Tokenizer) -> None:
+    padding = PairBatch(torch.tensor([0]), torch.tensor([-100]), torch.tensor([0, 1], dtype=torch.int32), 8)
+    dpo = DPO(AlignmentConfig(method="dpo"), gpt, tokenizer)
+    (part,) = padding.split(1)
+    loss = dpo.loss(gpt, part)
+    loss.backward()
+    assert loss == 0 and dpo.measures.take() == {}
+    assert all(parameter.grad is not None for parameter in gpt.parameters())
+
+
 @pytest.mark.parametrize("method", ["dpo", "ipo"])
 def test_what_was_preferred_becomes_likelier(chat: Run, likes_foxes: DataConfig, tmp_path: Path, method: str) -> None:
     config = AlignmentConfig(method=method, beta=0.2)  # type: ignore[arg-type]
@@ -98,6 +108,32 @@ def test_what_was_preferred_becomes_likelier(chat: Run, likes_foxes: DataConfig,
     last = [line for line in recorder.logged if "loss" in line][-1]
     assert last["chosen_change"] > last["rejected_change"] and last["chosen"] < 0
     Run(tmp_path / "run").load_model(choose("cpu", "fp32"))
+
+
+def test_what_a_pass_measured_before_it_ran_out_of_memory_is_not_logged(
+    chat: Run, likes_foxes: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = DPO.loss, iter(range(1000))
+
+    def greedy(self: DPO, policy: GPT, batch: PairBatch) -> torch.Tensor:
+        loss = honest(self, policy, batch)
+        if next(calls) == 4:
+            raise torch.OutOfMemoryError("in the second of the second run's three passes")
+        return loss
+
+    monkeypatch.setattr(DPO, "loss", greedy)
+    monkeypatch.setattr("rlhf.align.HELD_OUT", 2)
+    recipe = alignment_recipe(chat, chat.find_checkpoint(), likes_foxes, AlignmentConfig(method="dpo"), batch=6)
+    loop = dataclasses.replace(recipe.loop, micro_batch=2, samples=0)
+    recipe = dataclasses.replace(recipe, loop=loop, budget=BudgetConfig(steps=1))
+    logged = []
+    for name in ("undisturbed", "repeated"):
+        recorder = Recorder()
+        align(recipe, Run(tmp_path / name), choose("cpu", "fp32"), recorder)
+        logged.append(recorder.logged[0])
+    assert any("out of memory: from now on" in line for line in recorder.said)
+    for name in ("loss", "accuracy", "chosen", "rejected"):
+        assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-5), name
 
 
 def test_two_processes_learn_what_one_does(chat: Run, likes_foxes: DataConfig, tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def test_answers_are_picked_with_all_that_belongs_to_them(gpt: GPT, experience: 
     torch.testing.assert_close(answer_log_probs(gpt, picked)[0].detach(), picked.old, atol=1e-5, rtol=0)
     assert picked.answers == 2 and len(picked.returns) == len(picked.old)
     parts = experience.split(3)
-    assert [part.answers for part in parts] == [1, 2, 2]
+    sizes = experience.cu_seqlens.diff().tolist()
+    assert [size for part in parts for size in part.cu_seqlens.diff().tolist()] == sizes and len(parts) == 3
+    assert max(len(part.tokens) for part in parts) <= sum(sizes) / 3 + max(sizes)
     for name in ("tokens", "targets", "old", "advantages", "returns"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(experience, name))
 

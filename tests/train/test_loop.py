@@ -116,15 +116,18 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
         return honest(model, batch)
 
+    train(small, "whole")
     monkeypatch.setattr(pretrain, "packed_loss", greedy)
     outcome, recorder = train(small)
-    assert outcome.step == 6 and outcome.checkpoint.values("state")["parts"] == 4
-    assert sizes[:6] == [128, 64, 32, 32, 32, 32] and set(sizes[6:]) == {32}
-    assert sum("out of memory: from now on" in line for line in recorder.said) == 2
+    parts = outcome.checkpoint.values("state")["parts"]
+    assert outcome.step == 6 and parts >= 4 and sizes[0] == 128 and sizes[-1] <= 32
+    assert 1 < sum("out of memory: from now on up to" in line for line in recorder.said) <= math.log2(parts)
+    # No sequence is cut, so what is learnt stays the same.
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     # What was learnt to fit is remembered.
     sizes.clear()
-    train(dataclasses.replace(small, budget=BudgetConfig(steps=7)), resume=True)
-    assert set(sizes) == {32}
+    outcome, _ = train(dataclasses.replace(small, budget=BudgetConfig(steps=7)), resume=True)
+    assert max(sizes) <= 32 and sum(sizes) == 128 and outcome.checkpoint.values("state")["parts"] == parts
 
 
 def test_memory_that_is_never_enough_ends_the_run_with_a_message(
@@ -134,7 +137,7 @@ def test_memory_that_is_never_enough_ends_the_run_with_a_message(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(pretrain, "packed_loss", hopeless)
-    with pytest.raises(TrainingError, match="out of memory even with 1 tokens"):
+    with pytest.raises(TrainingError, match=r"even with \d\d tokens at a time, which cannot be cut"):
         train(small)
 
 

@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.processes import Processes
 from engine.runtime import Runtime
 from tests.train.team import said, start, train_on
-from train import parallel
+from train import parallel, pretrain
 from train.loop import Loop
 from train.tracking import read_metrics
 
@@ -84,6 +84,19 @@ def test_what_some_processes_saved_any_other_number_goes_on_with(steady: Recipe,
     assert losses(run) == pytest.approx(losses(tmp_path / "undisturbed"), rel=1e-5)
 
 
+def in_many_parts(rank: int) -> None:
+    pretrain.lay_out = lambda recipe, runtime: parallel.Layout(True, 128)
+
+
+def test_processes_that_share_a_model_take_as_many_parts_however_theirs_can_be_cut(
+    steady: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # As many as there are sequences, and one process has fewer of them than the other.
+    train_on(for_steps(steady, 4), run, 2, trick=in_many_parts)
+    assert losses(run) == pytest.approx(losses(alone)[:4], rel=1e-5)
+
+
 def test_each_process_reads_its_share_of_a_stream_and_goes_on_with_it(
     steady: Recipe, prepared: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +161,7 @@ def test_a_process_that_hangs_is_named_with_its_step_and_what_the_others_wait_fo
 
 @pytest.mark.parametrize(
     ("memory", "chosen"),
-    [(80, (False, 1)), (20, (False, 2)), (5, (True, 4)), (0.001, (True, 32))],
+    [(80, (False, 1)), (20, (False, 2)), (5, (True, 8)), (0.001, (True, 32))],
 )
 def test_what_does_not_fit_by_estimate_is_cut_and_then_sharded(
     memory: float, chosen: tuple[bool, int], monkeypatch: pytest.MonkeyPatch

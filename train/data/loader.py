@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, takewhile
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -49,19 +49,25 @@ class Batch:
     targets: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    # So many sequences belong together.
+    group: ClassVar[int] = 1
 
-    def split(self, parts: int) -> Sequence["Batch"]:
-        """Cut into parts of token counts as equal as can be. A sequence at a cut becomes two."""
+    def split(self, parts: int) -> list[Self]:
+        """Cut between sequences, into parts about equal in tokens: so many, or fewer where there are fewer sequences.
+
+        What a sequence sees of itself does not change, so the losses of the parts add up to that of the whole.
+        """
         if parts == 1:
             return [self]
-        cuts = self.cu_seqlens.tolist()
-        batches = []
-        for start, stop in pairwise(len(self.tokens) * part // parts for part in range(parts + 1)):
-            inner = [cut - start for cut in cuts if start < cut < stop]
-            bounds = torch.tensor([0, *inner, stop - start], dtype=torch.int32, device=self.cu_seqlens.device)
-            part = slice(start, stop)
-            batches.append(Batch(self.tokens[part], self.targets[part], bounds, self.max_seqlen))
-        return batches
+        cuts = even_cuts(self.cu_seqlens[:: self.group].tolist(), parts)
+        # Nothing but padding is a part, too: every process has one.
+        return [self.part(self.group * first, self.group * last) for first, last in pairwise(cuts)] or [self]
+
+    def part(self, first: int, last: int) -> Self:
+        """The sequences from number `first` to before `last`."""
+        bounds = self.cu_seqlens[first : last + 1]
+        tokens = slice(int(bounds[0]), int(bounds[-1]))
+        return replace(self, tokens=self.tokens[tokens], targets=self.targets[tokens], cu_seqlens=bounds - bounds[0])
 
     def to(self, device: torch.device | str) -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -230,6 +236,16 @@ class PackedLoader:
         if room:
             sequences.append((np.zeros(room, np.int64), np.full(room, IGNORE_INDEX)))
         return pack(sequences, self.context)
+
+
+def even_cuts(bounds: Sequence[int], parts: int) -> list[int]:
+    """Where to cut units, of which number n holds the tokens bounds[n] to bounds[n + 1], into at most so many parts.
+
+    Numbers of units, from 0 to how many there are. A unit belongs to the part in which its middle lies: two units are
+    always cut, and no part exceeds its share of the tokens by more than the longest unit.
+    """
+    owners = [(start + end) * parts // (2 * bounds[-1]) for start, end in pairwise(bounds)]
+    return [number for number, (left, right) in enumerate(pairwise([-1, *owners, parts + 1])) if left != right]
 
 
 def pack(sequences: list[tuple[np.ndarray, np.ndarray]], context: int) -> Batch:

@@ -113,6 +113,15 @@ def test_batches_hold_whole_conversations_once_an_epoch_and_are_of_one_size(pack
     assert loader.batches_per_epoch() == pytest.approx(loader.state_dict()["batches"] / loader.epoch, rel=0.1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [2, 5, 32])
+def test_a_batch_in_parts_learns_every_answer_with_its_question(gpt: GPT, packed: Conversations, parts: int) -> None:
+    batch = next(PackedLoader(packed, 6 * CONTEXT, CONTEXT, seed=0, whole=True, prefetch=0))
+    losses = [packed_loss(gpt, part) for part in batch.split(parts)]
+    assert 1 < len(losses) <= parts
+    torch.testing.assert_close(torch.stack(losses).sum(), packed_loss(gpt, batch))
+
+
 def test_a_loader_of_whole_conversations_resumes_to_the_bit(packed: Conversations) -> None:
     def loader() -> PackedLoader:
         return PackedLoader(packed, 4 * CONTEXT, CONTEXT, seed=0, whole=True, prefetch=0)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -209,12 +209,22 @@ def test_closing_never_hangs_and_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_a_batch_splits_into_equal_parts_of_the_same_sequences() -> None:
+@given(LENGTHS, st.integers(1, 1200))
+def test_a_batch_is_cut_between_sequences_into_parts_about_equal(lengths: list[int], parts: int) -> None:
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.arange(sum(lengths))
+    batch = Batch(tokens, tokens + 1, bounds, 40)
+    found = batch.split(parts)
+    assert torch.equal(torch.cat([part.tokens for part in found]), batch.tokens)
+    assert torch.equal(torch.cat([part.targets for part in found]), batch.targets)
+    assert [length for part in found for length in part.cu_seqlens.diff().tolist()] == lengths
+    assert all(part.max_seqlen == 40 and part.cu_seqlens.dtype == torch.int32 for part in found)
+    assert min(2, len(lengths), parts) <= len(found) <= parts
+    assert max(len(part.tokens) for part in found) <= sum(lengths) / parts + max(lengths)
+    if parts >= sum(lengths):
+        assert len(found) == len(lengths)
+
+
+def test_a_batch_moves_whole() -> None:
     batch = Batch(torch.arange(12), torch.arange(12) + 1, torch.tensor([0, 5, 6, 12], dtype=torch.int32), 8)
-    parts = batch.split(3)
-    assert [part.cu_seqlens.tolist() for part in parts] == [[0, 4], [0, 1, 2, 4], [0, 4]]
-    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
-    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
-    assert all(part.max_seqlen == 8 and part.cu_seqlens.dtype == torch.int32 for part in parts)
-    assert [len(part.tokens) for part in batch.split(5)] == [2, 2, 3, 2, 3]
     assert equal(batch.to("cpu"), batch)
