@@ -149,6 +149,7 @@ class Rollouts:
             raise InputError(f"a micro-batch of {self.micro} answers is too small for {processes.count} processes")
         self.coefficient = KLCoefficient(self.config.beta, self.config.kl_target)
         self.rounds = 0
+        self.tokens = 0  # of prompts and answers handed out, to all processes
         self.held: Experience | None = None
         self.order: list[list[int]] = []  # of the rows of `held`, that have yet to be handed out
 
@@ -179,20 +180,24 @@ class Rollouts:
                 rows.tolist() for order in self.processes.collect(orders)[0] for rows in order.split(self.micro)
             ]
         assert self.held is not None
-        return self.held.select(self.order.pop(0)[self.processes.rank :: self.processes.count])
+        rows = self.order.pop(0)
+        self.tokens += int(self.held.cu_seqlens.diff()[rows].sum())
+        return self.held.select(rows[self.processes.rank :: self.processes.count])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; in the middle of a round with all that it has yet to hand out."""
         held = {}
         if self.held is not None and self.order:
             held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
-        state = {"rounds": self.rounds, "beta": self.coefficient.value, "order": self.order, "held": held}
-        return {**state, "prompts": self.prompts.fingerprint}
+        counted = {"rounds": self.rounds, "tokens": self.tokens, "beta": self.coefficient.value}
+        return {**counted, "order": self.order, "held": held, "prompts": self.prompts.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["prompts"] != self.prompts.fingerprint:
             raise InputError("this run cannot be resumed with other prompts; start a new run")
         self.rounds, self.coefficient.value, self.order = state["rounds"], state["beta"], state["order"]
+        # Older checkpoints have not counted: such a run counts from there.
+        self.tokens = state.get("tokens", 0)
         dtypes = {"tokens": torch.int64, "targets": torch.int64, "cu_seqlens": torch.int32}
         held = {name: torch.tensor(each, dtype=dtypes.get(name)) for name, each in state["held"].items()}
         self.held = Experience(**held, max_seqlen=self.policy.config.context) if held else None

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +55,11 @@ class Batches(Protocol):
 
     @property
     def epoch(self) -> float: ...
+
+    @property
+    def tokens(self) -> int:
+        """Inputs of all processes in what has been handed out, padding left out."""
+        ...
 
     def __next__(self) -> Batch: ...
 
@@ -142,6 +148,7 @@ class Loop:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.announced = False
+        self.unlogged: Callable[[], None] | None = None
         self.evaluation_seconds = 0.0
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
 
@@ -199,6 +206,8 @@ class Loop:
                 self._save()
             if evaluate:
                 self._evaluate(final=False)
+        # However the run ends, its last line is that of its last step.
+        self._log_step()
         if self.helm.stop is not None:
             self.tracker.say(f"{self.helm.stop.name}: stopping after step {self.step:,}, saving")
         saved = self.saver.collect()
@@ -233,7 +242,9 @@ class Loop:
     def _train_step(self, progress: float) -> None:
         begin = time.perf_counter()
         self.under_way = self.step + 1
+        before = self.task.batches.tokens
         batches = [next(self.task.batches) for _ in range(self.accumulation)]
+        tokens = self.task.batches.tokens - before
         # Counted before they travel: on a GPU it would make the CPU wait.
         mine = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
         self.busy_seconds = time.perf_counter() - begin
@@ -244,18 +255,26 @@ class Loop:
         self._apply(loss, norm)
         self.step += 1
         self.step_seconds.append(time.perf_counter() - begin)
-        if self.step % self.recipe.loop.log_every == 0 or self.step == 1 or self._progress() >= 1:
-            self._log(batches, learnt, loss, norm, rate_factor(self.recipe.schedule, progress))
+        rate = rate_factor(self.recipe.schedule, progress)
+        self.unlogged = partial(self._log, batches, tokens, learnt, loss, norm, rate)
+        if self.step % self.recipe.loop.log_every == 0 or self.step == 1:
+            self._log_step()
         if not self.announced and (self.step == 10 or self.seconds > 60):
             self._announce_long_run()
 
-    def _log(self, batches: list[Batch], learnt: int, loss: float, norm: float, rate: float) -> None:
+    def _log_step(self) -> None:
+        """Log the step that was done last, once."""
+        if self.unlogged:
+            self.unlogged()
+        self.unlogged = None
+
+    def _log(self, batches: list[Batch], tokens: int, learnt: int, loss: float, norm: float, rate: float) -> None:
         spelled = 0
         if self.byte_lengths is not None:
             spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
         mine = sum(len(batch.tokens) for batch in batches)
         everyone = self._gather("measures", mine, spelled, self.busy_seconds)
-        tokens, spelled = (int(sum(each[column] for each in everyone)) for column in (0, 1))
+        spelled = int(sum(theirs for _, theirs, _ in everyone))
         of_text = {} if self.byte_lengths is None else {"bits_per_byte": loss * learnt / math.log(2) / max(spelled, 1)}
         typical = statistics.median(self.step_seconds)
         of_processes = {}
@@ -275,7 +294,7 @@ class Loop:
                 "gradient_norm": norm,
                 "rate": rate,
                 "epoch": self.task.batches.epoch,
-                "tokens": self.step * tokens,
+                "tokens": self.task.batches.tokens,
                 "tokens_per_second": tokens / typical,
                 "mfu": tokens / typical * self.flops_per_token / self.peak_flops,
                 "seconds": self.seconds,
@@ -426,7 +445,7 @@ class Loop:
                 evaluation = self.task.evaluate(model, final)
                 self._saved().record_evaluation(evaluation)
                 measured = {f"validation_{name}": value for name, value in evaluation.items()}
-                self.tracker.log({"step": self.step, "tokens": self.step * self.recipe.tokens_per_step, **measured})
+                self.tracker.log({"step": self.step, "tokens": self.task.batches.tokens, **measured})
                 self.task.sample(model, self.step)
         except RuntimeError as error:
             if not _is_out_of_memory(error):

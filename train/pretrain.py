@@ -326,7 +326,9 @@ def describe(recipe: Recipe, runtime: Runtime, data: Data, budget: Budget, peak:
     if budget.steps:
         tokens = budget.steps * recipe.tokens_per_step
         hours = tokens * model.flops_per_token / peak / 3600
-        extent += f", {tokens:,} tokens" + (f", {tokens / data.train.tokens:.2f} epochs" if data.train else "")
+        # Conversations and pairs leave padding, and answers may be short.
+        extent += f", {'up to ' if recipe.chat else ''}{tokens:,} tokens"
+        extent += f", {tokens / data.train.tokens:.2f} epochs" if data.train else ""
         extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
     amount = f"{data.train.tokens:,} tokens to train on" if data.train else "streamed"
     text = data.train or data.validation

@@ -142,5 +142,5 @@ def test_two_processes_learn_what_one_does(chat: Run, likes_foxes: DataConfig, t
     for count in (1, 2):
         train_on(recipe, tmp_path / str(count), count)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
-    for name in ("loss", "accuracy", "chosen", "rejected", "gradient_norm", "validation_loss"):
+    for name in ("loss", "tokens", "accuracy", "chosen", "rejected", "gradient_norm", "validation_loss"):
         assert [line.get(name, 0) for line in two] == pytest.approx([line.get(name, 0) for line in one], rel=1e-4)

@@ -155,6 +155,10 @@ def test_the_reward_rises_and_everything_worth_watching_is_logged(
     assert outcome.evaluation["kl"] > 0 and outcome.evaluation["reward"] > found[0]
     assert outcome.evaluation["suspect_length"] == 0 and any(line.startswith("begins at") for line in recorder.said)
     run.load_model(CPU)
+    tokens = [line["tokens"] for line in recorder.logged]
+    # Of prompts and answers that were learnt: 8 rounds of 16 answers of up to 8 tokens, twice.
+    assert tokens == sorted(tokens) and tokens[0] > 0 and tokens[-1] < 2 * 8 * 16 * (8 + 10)
+    assert tokens[-1] == tokens[-2] and f" {tokens[-1]:,} tokens" in run.report.read_text()
 
 
 def test_a_higher_price_of_kl_keeps_the_policy_closer(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -187,6 +191,7 @@ def test_a_run_resumed_within_a_round_or_between_two_is_bit_equal_to_one_that_ne
     for name in ("model", "critic") if method == "ppo" else ("model",):
         assert all(torch.equal(value, weights(stopped, name)[key]) for key, value in weights(whole, name).items())
     assert rewards(stopped) == rewards(whole)
+    assert len({read_metrics(each.metrics)[-1]["tokens"] for each in (whole, stopped)}) == 1
     prices = [line["beta"] for line in read_metrics(stopped.metrics) if "beta" in line]
     assert (len(set(prices)) > 1) == (method == "ppo")
 
@@ -230,7 +235,7 @@ def test_two_processes_learn_what_one_does(recipe: Callable[..., Recipe], tmp_pa
     one, many = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
     of_losses = ("policy_loss", "clipped", "approx_kl", *(("value_loss",) if method == "ppo" else ()))
     of_rounds = ("reward", "reward_std", "kl", "entropy", "length", "validation_reward")
-    for name in ("loss", "gradient_norm", *of_losses, *of_rounds):
+    for name in ("loss", "tokens", "gradient_norm", *of_losses, *of_rounds):
         values = [line[name] for line in one if name in line]
         assert values and [line[name] for line in many if name in line] == pytest.approx(values, rel=1e-4, abs=1e-6)
     for name in ("model", "critic") if method == "ppo" else ("model",):

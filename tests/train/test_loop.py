@@ -261,6 +261,23 @@ def test_metrics_hold_every_step_once_after_a_resume(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("stop", [None, 5])
+def test_the_last_step_is_always_logged_and_tokens_are_those_seen_so_far(
+    small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None
+) -> None:
+    small = override(override(small, "loop.log_every", 4), "loop.micro_batch", 2)
+    with monkeypatch.context() as patch:
+        if stop:
+            interrupt_at(patch, stop)
+        train(small)
+    if stop:
+        train(small, resume=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [1, 4, *([stop] if stop else []), 6, 6]
+    assert [(line["step"], line["tokens"]) for line in lines] == [(step, 128 * step) for step in steps]
+    assert "6 steps, 768 tokens" in (tmp_path / "run" / "report.md").read_text()
+
+
 # Imports once, then forks a training process for every line it reads: starting Python twenty times would take a minute.
 NURSERY = """
 import json, os, pathlib, sys

@@ -133,6 +133,11 @@ class PackedLoader:
         """How many times the data has been handed out, fractions included."""
         return self._handed_out.tokens / self.tokens_per_epoch
 
+    @property
+    def tokens(self) -> int:
+        """What all processes have been handed out, without padding."""
+        return self._handed_out.tokens
+
     def batches_per_epoch(self) -> float:
         """How many batches deal the data once, padding included."""
         if not self.whole:

@@ -70,6 +70,11 @@ class StreamLoader:
         """How many times the data has been read to its end."""
         return float(self._handed_out.passes)
 
+    @property
+    def tokens(self) -> int:
+        """What all processes have been handed out."""
+        return self._handed_out.tokens * self.processes.count
+
     def batches_per_epoch(self) -> float:
         """Nobody knows the length of a stream."""
         return float("inf")

@@ -108,6 +108,7 @@ def test_batches_hold_whole_conversations_once_an_epoch_and_are_of_one_size(pack
         if (batch.targets[sequences[-1]] == IGNORE_INDEX).all():
             assert len(batch.tokens[sequences.pop()]) < CONTEXT
         seen += [known[tuple(batch.tokens[part].tolist())] for part in sequences]
+    assert loader.tokens == sum(int(packed.lengths[number]) for number in seen)
     for epoch in range(3):
         assert sorted(seen[epoch * len(packed) : (epoch + 1) * len(packed)]) == list(range(len(packed)))
     assert loader.batches_per_epoch() == pytest.approx(loader.state_dict()["batches"] / loader.epoch, rel=0.1)
