@@ -28,7 +28,7 @@ from train.loop import Batches, Loop, Outcome, Task, should_compile
 from train.parallel import lay_out
 from train.report import write_report
 from train.schedule import Budget
-from train.tracking import MetricsFile, Tracker, Trackers, Wandb, require_wandb
+from train.tracking import MetricsFile, Tracker, Trackers, Wandb, read_metrics, require_wandb
 
 # A tokenizer learns little from more text than this per piece of its vocabulary.
 SAMPLE_BYTES_PER_PIECE = 1000
@@ -173,7 +173,8 @@ def run_stage(
     if processes.main:
         trackers = [console, MetricsFile(run.metrics, found.step if found else 0)]
     if processes.main and wandb:
-        trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say))
+        earlier = read_metrics(run.metrics)
+        trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))
     tracker = Trackers(trackers)
     task = stage_task(recipe, stage, run)
     layout = lay_out(recipe, runtime)

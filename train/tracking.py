@@ -94,9 +94,14 @@ def require_wandb() -> None:
 
 
 class Wandb:
-    """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later."""
+    """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later.
 
-    def __init__(self, folder: Path, name: str, config: Metrics, say: Callable[[str], None]) -> None:
+    `earlier` is what other processes have logged of this run: what one that was killed has not sent is sent now.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, config: Metrics, say: Callable[[str], None], earlier: Sequence[Metrics] = ()
+    ) -> None:
         import wandb
 
         mode = os.environ.get("WANDB_MODE")
@@ -118,9 +123,17 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
+        # wandb's own steps only grow: what was logged at one that has passed, after a resume or by an evaluation, would
+        # be dropped. So it counts lines, and measures are told to lie at the step that they hold.
+        self.run.define_metric("*", step_metric="step")
+        # Offline nobody knows what has reached the disk. Twice at its own step, a point is where it was.
+        sent = self.run.summary.get("step", 0)
+        for metrics in earlier:
+            if metrics["step"] > sent:
+                self.log(metrics)
+
     def log(self, metrics: Metrics) -> None:
-        values = dict(metrics)
-        self.run.log(values, step=values.pop("step"))
+        self.run.log(dict(metrics))
 
     def say(self, message: str) -> None:
         pass

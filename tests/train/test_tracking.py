@@ -1,10 +1,13 @@
 """metrics.jsonl and wandb."""
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.train.wandb_server import serve
 from train.tracking import MetricsFile, Trackers, Wandb, read_metrics
 
 
@@ -44,6 +47,26 @@ def test_several_trackers_are_one() -> None:
     assert heard == [{"step": 1}, {"step": 1}, "hello", "hello", "closed", "closed"]
 
 
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The lines in the files of every time that a run was recorded offline, in order, without wandb's own values."""
+    wandb = pytest.importorskip("wandb")
+    record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    # What it still holds is on disk when it has ended.
+    wandb.teardown()
+    lines = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        # LevelDB's log format, after wandb's 7 bytes: checksum, length and kind, then the record, whole within a block.
+        log = path.read_bytes()[7:]
+        assert len(log) < 2**15
+        while log:
+            length = int.from_bytes(log[4:6], "little")
+            record, log = record_type.FromString(log[7 : 7 + length]), log[7 + length :]
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                lines.append({key: json.loads(value) for key, value in items.items() if not key.startswith("_")})
+    return lines
+
+
 def test_wandb_records_offline_without_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -52,9 +75,50 @@ def test_wandb_records_offline_without_a_login(tmp_path: Path, monkeypatch: pyte
     said: list[str] = []
     tracker = Wandb(tmp_path, "run", {"model": {"width": 16}}, said.append)
     tracker.log({"step": 1, "loss": 2.0})
+    tracker.log({"step": 2, "loss": 1.5})
+    # A step that has passed: after a resume, or an evaluation of an older checkpoint.
+    tracker.log({"step": 1, "validation_loss": 3.0})
     tracker.close()
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 1, "validation_loss": 3.0}]
+    assert recorded(tmp_path) == lines
     assert any("offline" in line for line in said)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     identity = (tmp_path / "wandb-id").read_text()
     Wandb(tmp_path, "run", {}, said.append).close()
     assert (tmp_path / "wandb-id").read_text() == identity
+    # What a process that was killed may not have written is recorded again.
+    again = tmp_path / "again"
+    again.mkdir()
+    Wandb(again, "run", {}, said.append, lines[:2]).close()
+    assert recorded(again) == lines[:2]
+
+
+def test_wandb_gets_every_line_at_its_step_also_where_that_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    # It reads its environment once.
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    logged = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    with serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        tracker = Wandb(tmp_path, "run", {}, print)
+        for line in logged[:2]:
+            tracker.log(line)
+        tracker.close()
+        # Resumed after a crash: the third line was never sent, and the second step is done again.
+        tracker = Wandb(tmp_path, "run", {}, print, logged)
+        tracker.log({"step": 2, "loss": 0.4})
+        tracker.log({"step": 1, "evaluation/loss": 0.6})
+        tracker.close()
+        wandb.teardown()
+        (run,) = server.history
+    lines = [{key: value for key, value in row.items() if key[0] != "_"} for row in server.rows(run)]
+    assert lines == [*logged, {"step": 2, "loss": 0.4}, {"step": 1, "evaluation/loss": 0.6}]
+    every, step = json.loads(server.config[run])["_wandb"]["value"]["m"]
+    # By the numbers of wandb's protocol: a glob, and the step that lies under it, as the number of its definition.
+    assert (every["2"], every["5"], step["1"]) == ("*", 2, "step")
