@@ -17,7 +17,7 @@ def prepare(
     data: Annotated[str, typer.Argument(help="What to prepare; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; then usable as --data.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Use this tokenizer, or that of this run; else one is trained.")
+        Path | None, typer.Option(help="A tokenizer's file, a run, or prepared data that has one; else it is trained.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer, where one is trained.")] = 28_000,
     column: Column = None,

@@ -34,7 +34,7 @@ def train(
 
 @app.command("show")
 def show(
-    path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run.")],
+    path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run or of prepared data.")],
     text: Annotated[str, typer.Argument(help="Show how this text is cut.")] = "",
 ) -> None:
     """Show a tokenizer's size and special pieces, or how it cuts a text.

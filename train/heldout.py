@@ -54,7 +54,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
     facts: Iterator[AskedFacts | None] = repeat(None)
     folders = (folder for folder in (Path(data.source), prepared) if folder and is_prepared(folder, split))
     if folder := next(folders, None):
-        tokenizer = Tokenizer.load(folder / "tokenizer.model")
+        tokenizer = Tokenizer.load(folder)
         shards = TokenShards.open(folder, split, tokenizer.fingerprint)
         documents = (tokenizer.decode(shards.document(number).tolist()) for number in range(shards.documents))
         name = shards.index["source"]

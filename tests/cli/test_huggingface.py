@@ -70,3 +70,18 @@ def test_data_is_prepared_with_an_imported_tokenizer_and_trained_on(gpt: Gpt, tr
     assert Run(Path("run")).tokenizer.name == "tokenizer.json" and gpt("generate", "run", "--max-tokens", "3").code == 0
     resumed = gpt("train", "nano", "--out", "run", "--resume", "--steps", "2")
     assert resumed.code == 0, resumed.err
+
+
+def test_an_imported_tokenizer_serves_wherever_one_is_named(gpt: Gpt, trained: Path) -> None:
+    assert gpt("export", str(trained), "--out", "hf").code == 0 and gpt("import", "hf", "--out", "back").code == 0
+    Path("words.txt").write_text("\n\n".join(f"A little story, number {n}." for n in range(600)))
+    tuned = gpt("finetune", "back", "--data", "words.txt", "--steps", "1", "--batch", "2", "--set", "loop.samples=0")
+    assert tuned.code == 0, tuned.err
+    # A run, a folder of prepared data and a file.
+    for number, name in enumerate(("back", "back-tuned/data", "back/tokenizer.json")):
+        prepared = gpt("data", "prepare", "words.txt", "--out", f"ready-{number}", "--tokenizer", name)
+        assert prepared.code == 0, prepared.err
+        assert "pieces" in gpt("tokenizer", "show", name).out
+    for data in ((), ("--data", "ready-1")):
+        measured = gpt("evaluate", "back-tuned", "-n", "1", "--max-tokens", "2", *data)
+        assert measured.code == 0 and "words.txt, validation" in measured.out, measured.err
