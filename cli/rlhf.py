@@ -223,7 +223,7 @@ def _align(
         # They decide how many steps make a round, so they come before the rest of the recipe.
         for each in setting or []:
             if each.startswith("alignment."):
-                aligned = override_text(aligned, each.removeprefix("alignment."))
+                aligned = override_text(aligned, training.located_setting(each).removeprefix("alignment."))
         setting = [each for each in setting or [] if not each.startswith("alignment.")]
         source = rlhf_answers.prompt_data(base, data)
         if pairs:

@@ -1,6 +1,7 @@
 """What the commands that train share: the options that change a recipe, the folder, and how a run ends."""
 
 import dataclasses
+import glob
 import os
 import shutil
 import traceback
@@ -41,12 +42,22 @@ Nodes = Annotated[
 Rendezvous = Annotated[str | None, typer.Option(help="Where machines meet: HOST:PORT, the same for all.")]
 WandB = Annotated[bool, typer.Option("--wandb", help="Also record to Weights & Biases (offline without a login).")]
 
+PRETRAINED, IMPORTED = "a pretrained run", "an imported model"
 REWARD_MODEL, FINETUNED = "a reward model", "a finetuned run"
 
 
 def located(data: str) -> str:
-    """A path is kept whole: a run may be resumed from another folder."""
-    return str(Path(data).resolve()) if Path(data).exists() else data
+    """A path, or a glob, is made whole: a run may be resumed from another folder."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() or glob.has_magic(data) else data
+
+
+def located_setting(setting: str) -> str:
+    """The same of a setting that may name a place."""
+    from engine.config import PATHS
+
+    name, equals, value = setting.partition("=")
+    return f"{name}={located(value.strip())}" if equals and name.strip() in PATHS else setting
 
 
 def adjust(
@@ -65,7 +76,7 @@ def adjust(
         if value not in (None, "auto"):
             recipe = config.override(recipe, name, value)
     for each in settings or []:
-        recipe = config.override_text(recipe, each)
+        recipe = config.override_text(recipe, located_setting(each))
     if recipe.model.scalar_head != scores:
         raise InputError("model.scalar_head makes a reward model: train one with `gpt reward RUN`")
     return recipe
@@ -77,20 +88,42 @@ def refuse_changes(*changes: object, length: bool = True) -> None:
         raise InputError(f"--resume goes on with the run's own recipe{but}")
 
 
-def resumed(target: "Run", base: Path, kind: str) -> "Recipe":
-    """The recipe of a run to go on with, if it began with that base and is of that kind (see kind_of)."""
+def resumed(target: "Run", base: Path | None, kind: str) -> "Recipe":
+    """The recipe of a run to go on with, if it is of that kind (see kind_of) and began with that base."""
+    from engine.run import Run
+
     recipe = target.read_recipe()
-    if recipe.base != str(base.resolve()):
-        raise InputError(f"{target.path} did not begin with {base}, but with {recipe.base}; name its --out")
-    if kind_of(recipe) != kind:
-        raise InputError(f"{target.path} is {kind_of(recipe)}; name another --out")
-    return recipe
+    if (found := kind_of(recipe)) != kind:
+        raise InputError(
+            f"{target.path} is {found}; name another --out, or go on with it: {go_on_with(target, recipe)}"
+        )
+    if base is None:
+        return recipe
+    from train.finetune import recognise_base
+
+    return recognise_base(recipe, target, Run(base))
 
 
 def kind_of(recipe: "Recipe") -> str:
+    from engine import config
+
     if recipe.model.scalar_head:
         return REWARD_MODEL
+    if recipe.base is None:
+        return IMPORTED if recipe.data.source == config.IMPORTED else PRETRAINED
     return FINETUNED if recipe.alignment.method == "none" else f"a run of {recipe.alignment.method}"
+
+
+def go_on_with(run: "Run", recipe: "Recipe") -> str:
+    """The command that goes on with a run, of whatever kind it is."""
+    method = recipe.alignment.method
+    aligned = {"none": "finetune", "ipo": "rlhf dpo --ipo"}.get(method, f"rlhf {method}")
+    command = {
+        IMPORTED: f"gpt finetune {run.path}",
+        PRETRAINED: f"gpt train {recipe.name} --out {run.path} --resume",
+        REWARD_MODEL: f"gpt reward {recipe.base} --out {run.path} --resume",
+    }
+    return command.get(kind_of(recipe), f"gpt {aligned} {recipe.base} --out {run.path} --resume")
 
 
 def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:

@@ -76,6 +76,14 @@ class Checkpoint:
         distributed.load(found, storage_reader=reader, no_dist=True)
         return found
 
+    def checksum(self, name: str) -> str | None:
+        """The SHA-256 of `name`.safetensors by the manifest, which `verify` compares; None where it is not listed."""
+        try:
+            files = json.loads((self.path / MANIFEST).read_text())["files"]
+            return str(files[f"{name}.safetensors"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def values(self, name: str) -> dict[str, Any]:
         """The contents of `name`.json."""
         return json.loads((self.path / f"{name}.json").read_text())

@@ -12,6 +12,8 @@ from engine.errors import InputError
 
 # The source of data that others have trained a model on: nothing can be read from it.
 IMPORTED = "imported"
+# Settings that may name a place on a disk.
+PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
 
 
 def _require(config: Any, group: str, names: tuple[str, ...], good: Callable[[Any], bool], expected: str) -> None:
@@ -237,6 +239,8 @@ class AlignmentConfig:
     method: Literal["none", "ppo", "grpo", "dpo", "ipo"] = "none"
     # Of ppo and grpo: the run of a reward model, or "program", which can be asked about the built-in stories.
     reward: str = "program"
+    # Of a reward model: the SHA-256 of its weights. Another one would change what is learnt in the middle of a run.
+    reward_weights: str | None = None
     # What a nat of KL to the reference costs in units of the reward; of dpo and ipo, the same thing's inverse slope.
     beta: float = 0.15
     # The KL of an answer that ppo's beta is steered to; None leaves beta as it is. The run stops above the budget.
@@ -287,9 +291,11 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
     chat: bool = False
-    # Of a finetuned or a reward model: the run, and the step of its checkpoint, that it began with.
+    # Of a finetuned or a reward model: the run that it began with, the step of its checkpoint, and the SHA-256 of the
+    # weights, by which it is known wherever it stands.
     base: str | None = None
     base_step: int | None = None
+    base_weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.data.stream and self.budget.epochs is not None:

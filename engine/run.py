@@ -1,6 +1,13 @@
-"""A run is a folder: recipe, tokenizer, metrics, checkpoints, and what was made of them."""
+"""A run is a folder: recipe, tokenizer, metrics, checkpoints, and what was made of them.
 
+Paths in its config.json are as seen from the folder, so that runs and data can be moved together. In memory they are
+whole: nobody else needs to know, and any working directory will do.
+"""
+
+import glob
 import json
+import operator
+import os
 import platform
 import shutil
 import subprocess
@@ -10,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import checkpoint
-from engine.config import Recipe, from_dict, to_dict
+from engine.config import PATHS, Recipe, from_dict, override, to_dict
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, tokenizer_file
 
@@ -68,7 +75,10 @@ class Run:
 
     def write_recipe(self, recipe: Recipe) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        content = {"recipe": to_dict(recipe), "versions": versions()}
+        folder = self.path.resolve()
+        recipe = _with_paths(recipe, os.path.isabs, lambda path: _seen_from(folder, path))
+        # The folder's own place tells where paths led before it was moved.
+        content = {"recipe": to_dict(recipe), "folder": str(folder), "versions": versions()}
         checkpoint.write_atomically(self.config, json.dumps(content, indent=2).encode())
 
     def read_config(self) -> dict[str, Any]:
@@ -85,7 +95,11 @@ class Run:
         config = self.read_config()
         if not isinstance(config, dict) or "recipe" not in config:
             raise InputError(f"{self.config} holds no recipe")
-        return from_dict(config["recipe"])
+        recipe = from_dict(config["recipe"])
+        if "folder" not in config:  # of a version that kept whole paths
+            return recipe
+        folders = (self.path.resolve(), Path(config["folder"]))
+        return _with_paths(recipe, lambda path: path.startswith("."), lambda path: _found_from(folders, path))
 
     def find_checkpoint(
         self, which: str = "latest", notice: Callable[[str], None] = lambda message: None
@@ -136,6 +150,36 @@ class Run:
             raise InputError(f"{found.path} does not fit the model that {self.config} describes") from None
         model.decode_int8 = runtime.precision == "int8"
         return model.to(device=runtime.device, dtype=runtime.dtype).eval(), tokenizer
+
+
+def _with_paths(recipe: Recipe, which: Callable[[str], bool], change: Callable[[str], str]) -> Recipe:
+    """The recipe with those of its paths changed."""
+    for name in PATHS:
+        path = operator.attrgetter(name)(recipe)
+        if path is not None and which(path):
+            recipe = override(recipe, name, change(path))
+    return recipe
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    """The path from the folder on, with a dot first; whole where the two have nothing but the root in common."""
+    if os.path.commonpath([folder, path]) == folder.anchor:
+        return path
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _found_from(folders: tuple[Path, ...], path: str) -> str:
+    """The whole path, from the first of the folders from where there is something."""
+    places = [os.path.normpath(folder / path) for folder in folders]
+    return next((place for place in places if _is_there(Path(place))), places[0])
+
+
+def _is_there(place: Path) -> bool:
+    """Of a glob: is the folder there that it looks in?"""
+    while glob.has_magic(str(place)) and not place.exists():
+        place = place.parent
+    return place.exists()
 
 
 def versions() -> dict[str, str]:

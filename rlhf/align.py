@@ -68,6 +68,7 @@ def alignment_recipe(
     peak = RATES[alignment.method] if rate is None else rate
     loop = dataclasses.replace(recipe.loop, batch=batch, micro_batch=None, compile=False)
     if on_policy:
+        alignment = dataclasses.replace(alignment, reward_weights=weights_of(alignment.reward))
         # A checkpoint a round: each has been seen to be good, or not, by the round that follows.
         every = round_steps * max(1, rounds // 10)
         keep = max(2, loop.keep)
@@ -137,6 +138,11 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
 
 def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
     config, base = recipe.alignment, load_base(recipe, run)
+    if config.reward_weights not in (None, weights_of(config.reward)):
+        raise InputError(
+            f"{config.reward} has other weights than the reward model that {run.path} began with: bring these back, or "
+            "start a new run"
+        )
     tokenizer = Tokenizer.load(run.tokenizer)
     source = open_prompts(recipe.data)
     console.say(source.describe())
@@ -181,6 +187,11 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         ),
     )
     return recipe, stage
+
+
+def weights_of(reward: str) -> str | None:
+    """What a reward model is known by; None of the program."""
+    return None if reward == PROGRAM else Run(Path(reward)).find_checkpoint().checksum("model")
 
 
 def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardModel:

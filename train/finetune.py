@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from engine.chat_template import answer_ends
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, checkpoints
 from engine.config import AlignmentConfig, BudgetConfig, DataConfig, OptimizerConfig, Recipe, override
 from engine.errors import InputError
 from engine.model import GPT
@@ -43,9 +43,9 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
         alignment=AlignmentConfig(),
         precision="auto",
         chat=before.chat or open_conversations(data) is not None,
-        # Whole: a run may be resumed from another folder.
         base=str(base.path.resolve()),
         base_step=checkpoint.step,
+        base_weights=checkpoint.checksum("model"),
     )
 
 
@@ -75,14 +75,51 @@ def load_base(recipe: Recipe, run: Run) -> Checkpoint:
     """The checkpoint to begin with; its tokenizer becomes the run's. Raises InputError where the model is another."""
     base = Run(Path(str(recipe.base)))
     checkpoint = base.find_checkpoint(str(recipe.base_step))
-    # The context has no weights, and a reward model brings a head of its own.
-    free = {name: getattr(recipe.model, name) for name in ("context", "scalar_head")}
-    if dataclasses.replace(base.read_recipe().model, **free) != recipe.model:
+    if not _same_shape(recipe, base):
         raise InputError(f"the weights of {base.path} are of another model: leave --set model... but model.context")
+    if recipe.base_weights not in (None, checkpoint.checksum("model")):
+        raise InputError(f"{checkpoint.path} has other weights than those that {run.path} began with: bring these back")
     tokenizer = Tokenizer.load(base.tokenizer)
     if not run.tokenizer.exists():
         tokenizer.save(run.path / tokenizer.file_name)
     return checkpoint
+
+
+def recognise_base(recipe: Recipe, run: Run, named: Run) -> Recipe:
+    """The recipe of a run that began with `named`, wherever that stands by now.
+
+    Its weights tell; where they are gone, pruned for instance, or were never noted, the place where it stood. Raises
+    InputError for another run, with what differs.
+    """
+    place, noted = named.path.resolve(), Path(str(recipe.base))
+    found = next((each for each in checkpoints(named.checkpoints) if each.step == recipe.base_step), None)
+    weights = found and found.checksum("model")
+    if named.config.exists():
+        differs = {
+            "its model has another shape": not _same_shape(recipe, named),
+            "it has another tokenizer": run.tokenizer.exists()
+            and Tokenizer.load(named.tokenizer).fingerprint != Tokenizer.load(run.tokenizer).fingerprint,
+            f"its weights at step {recipe.base_step} are others": None not in (weights, recipe.base_weights)
+            and weights != recipe.base_weights,
+        }
+        if reason := next((reason for reason, holds in differs.items() if holds), None):
+            alone = recipe.alignment.method == "none" and run.has_checkpoint()
+            raise InputError(
+                f"{run.path} did not begin with {named.path} as it is now: {reason}; bring back what was there"
+                + (f", or move it away: {run.path} can go on without a base" if alone else "")
+            )
+    told = weights is not None and weights == recipe.base_weights
+    # An old run did not note the weights of its base. Where that has been moved, its name and step have to do.
+    moved = recipe.base_weights is None and found is not None and place.name == noted.name and not noted.exists()
+    if not (told or moved or place == noted):
+        raise InputError(f"{run.path} did not begin with {named.path}, but with {recipe.base}; name its --out")
+    return dataclasses.replace(recipe, base=str(place))
+
+
+def _same_shape(recipe: Recipe, base: Run) -> bool:
+    # The context has no weights, and a reward model brings a head of its own.
+    free = {name: getattr(recipe.model, name) for name in ("context", "scalar_head")}
+    return dataclasses.replace(base.read_recipe().model, **free) == recipe.model
 
 
 def read_conversations(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.run import Run
 from tests.cli.conftest import SMALL, Gpt
 
 TUNE = ("--steps", "2", "--batch", "2", "--set", "loop.samples=1")
@@ -38,7 +39,8 @@ def test_a_finetuned_run_chats(gpt: Gpt, base: str, monkeypatch: pytest.MonkeyPa
     said = gpt("chat", "runs/small-chat", "--max-tokens", "5")
     assert said.code == 0 and "base model" not in said.err
     recipe = json.loads(Path("runs/small-chat/config.json").read_text())["recipe"]
-    assert (recipe["base"], recipe["base_step"]) == (str(Path(base).resolve()), 1)
+    assert (recipe["base"], recipe["base_step"]) == ("../small", 1)
+    assert Run(Path("runs/small-chat")).read_recipe().base == str(Path(base).resolve())
     told = gpt("info", "runs/small-chat").out
     assert "stories-instruct" in told and "base" in told
 
@@ -57,6 +59,20 @@ def test_resume_overwrite_and_the_columns(gpt: Gpt, base: str, chats: str) -> No
     pretraining = gpt("train", "nano", "--out", "runs/small-chat", "--resume")
     assert pretraining.code == 2 and "gpt finetune" in pretraining.err
     assert gpt("finetune", base, *data, *TUNE, "--overwrite").code == 0
+
+
+def test_a_moved_project_goes_on_from_any_folder(
+    gpt: Gpt, base: str, chats: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    columns = ("--prompt-column", "ask", "--response-column", "reply")
+    assert gpt("finetune", base, "--data", "chat*.jsonl", *columns, *TUNE).code == 0
+    Path("project").mkdir()
+    for name in ("runs", chats):
+        Path(name).rename(f"project/{name}")
+    monkeypatch.chdir("project/runs/small-chat")
+    resumed = gpt("finetune", "../small", "--out", ".", "--resume", "--steps", "3")
+    assert resumed.code == 0 and "after step 2" in resumed.out, resumed.err
+    assert Run(Path()).read_recipe().base == str(tmp_path / "project" / "runs" / "small")
 
 
 def test_documents_make_no_chat_model(gpt: Gpt, base: str) -> None:

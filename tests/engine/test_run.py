@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.config import BudgetConfig, ModelConfig, Recipe
+from engine.config import BudgetConfig, ModelConfig, Recipe, override, to_dict
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run, versions
@@ -127,3 +127,50 @@ def test_the_recipe_is_kept_with_the_versions_it_ran_on(run: Run) -> None:
     assert stored["versions"] == versions()
     assert {"python", "platform", "torch", "commit"} <= stored["versions"].keys()
     assert run.read_recipe().name == "small" and run.has_checkpoint()
+
+
+def with_paths(recipe: Recipe, **paths: str) -> Recipe:
+    for name, path in paths.items():
+        recipe = override(recipe, name.replace("_", "."), path)
+    return recipe
+
+
+def test_a_project_can_be_moved(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    chat = Run(project / "runs" / "chat")
+    for folder in ("runs/base", "runs/judge", "texts"):
+        (project / folder).mkdir(parents=True)
+    recipe = with_paths(
+        run.read_recipe(),
+        base=str(project / "runs/base"),
+        data_source=str(project / "texts/*.jsonl"),
+        data_tokenizer=str(chat.path / "own.model"),
+        alignment_reward=str(project / "runs/judge"),
+    )
+    chat.write_recipe(recipe)
+    assert str(tmp_path) not in json.dumps(chat.read_config()["recipe"])
+    assert chat.read_recipe() == recipe
+    project.rename(tmp_path / "moved")
+    moved = Run(tmp_path / "moved" / "runs" / "chat")
+    found = json.loads(json.dumps(to_dict(recipe)).replace(str(project), str(tmp_path / "moved")))
+    assert to_dict(moved.read_recipe()) == found
+    monkeypatch.chdir(moved.path)
+    assert to_dict(Run(Path()).read_recipe()) == found
+
+
+def test_a_run_that_was_moved_alone_finds_what_stayed(run: Run, tmp_path: Path) -> None:
+    chat = Run(tmp_path / "runs" / "chat")
+    recipe = with_paths(run.read_recipe(), base=str(run.path), data_source=str(tmp_path / "gone.txt"))
+    chat.write_recipe(recipe)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    chat.path.rename(tmp_path / "elsewhere/deep/chat")
+    moved = Run(tmp_path / "elsewhere" / "deep" / "chat").read_recipe()
+    assert moved.base == str(run.path) and moved.data.source == str(tmp_path / "elsewhere" / "gone.txt")
+
+
+def test_names_and_the_whole_paths_of_older_versions_are_left_alone(run: Run) -> None:
+    recipe = with_paths(run.read_recipe(), base="/data/runs/base", data_source="stories")
+    run.write_recipe(recipe)
+    assert run.read_recipe() == recipe
+    run.config.write_text(json.dumps({"recipe": to_dict(override(recipe, "data.source", "./texts/*.txt"))}))
+    assert (run.read_recipe().base, run.read_recipe().data.source) == ("/data/runs/base", "./texts/*.txt")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,7 +246,7 @@ def test_two_processes_learn_what_one_does(recipe: Callable[..., Recipe], tmp_pa
 def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_policy(
     recipe: Callable[..., Recipe], chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = recipe("ppo", rounds=1, reward="the run of a reward model")
+    plan = recipe("ppo", rounds=1, reward=str(chat.path))
     critic = RewardModel(dataclasses.replace(plan.model, scalar_head=True))
     begin = {name: value.clone() for name, value in critic.state_dict().items()}
     monkeypatch.setattr(RewardModel, "load", lambda *_: critic)
@@ -255,6 +256,15 @@ def test_the_critic_begins_as_the_reward_model_and_is_trained_apart_from_the_pol
         trained = weights(run, "critic")
         assert all(torch.equal(trained[name], value) for name, value in begin.items()) == (rate == 0)
         assert not torch.equal(weights(run)["head.weight"], chat.find_checkpoint().tensors("model")["head.weight"])
+
+
+def test_another_reward_model_in_its_place_is_refused(recipe: Callable[..., Recipe], chat: Run, tmp_path: Path) -> None:
+    judge = Run(Path(shutil.copytree(chat.path, tmp_path / "judge")))
+    plan = recipe("grpo", rounds=1, reward=str(judge.path))
+    changed = {name: value + 1 for name, value in weights(judge).items()}
+    checkpoint.save(judge.checkpoints, 8, {"model": changed}, {})
+    with pytest.raises(InputError, match=r"judge has other weights than the reward model that .*run began with"):
+        align(plan, Run(tmp_path / "run"), CPU, Recorder())
 
 
 def test_in_its_first_rounds_only_the_critic_learns(recipe: Callable[..., Recipe], chat: Run, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from engine.tokenizer import Tokenizer
 from tests.train.conftest import Recorder, Train
 from train.data.story_requests import story_requests
 from train.evaluate import score_stories
-from train.finetune import RATE, finetune, finetuning_recipe
+from train.finetune import RATE, finetune, finetuning_recipe, recognise_base
 from train.loop import Outcome
 from train.tracking import read_metrics
 
@@ -105,6 +105,54 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
     finetune(run.read_recipe(), run, cpu, again, resume=True)
     assert again.losses() == whole.losses()[4:]
     assert all(torch.equal(value, weights(run)[name]) for name, value in before.items())
+
+
+def test_a_base_is_known_by_its_weights_wherever_it_stands(tune: Tune, base: Run, chats: DataConfig) -> None:
+    tune(chats, steps=1)
+    run = Run(base.path.with_name("tuned"))
+    recipe = run.read_recipe()
+    assert recognise_base(recipe, run, base) == recipe
+    moved = Run(base.path.rename(base.path.with_name("renamed")))
+    assert recognise_base(recipe, run, moved).base == str(moved.path)
+    # Gone, it is known by its place alone.
+    assert recognise_base(recipe, run, base) == recipe
+    with pytest.raises(InputError, match=r"did not begin with .*elsewhere, but with .*base; name its --out"):
+        recognise_base(recipe, run, Run(base.path.with_name("elsewhere")))
+    # As it is where the step has been pruned.
+    moved.path.rename(base.path)
+    shutil.rmtree(base.find_checkpoint().path)
+    assert recognise_base(recipe, run, base) == recipe
+
+
+def test_a_run_that_did_not_note_its_bases_weights_knows_it_by_name_and_step(
+    tune: Tune, base: Run, chats: DataConfig
+) -> None:
+    tune(chats, steps=1)
+    run = Run(base.path.with_name("tuned"))
+    recipe = dataclasses.replace(run.read_recipe(), base="/gone/base", base_weights=None)
+    assert recognise_base(recipe, run, base).base == str(base.path)
+    with pytest.raises(InputError, match="did not begin with"):
+        recognise_base(dataclasses.replace(recipe, base_step=5), run, base)
+
+
+def test_another_run_in_the_place_of_the_base_is_refused_by_what_differs(
+    tune: Tune, base: Run, chats: DataConfig, train: Train, small: Recipe, cpu: Runtime, tokenizer: Tokenizer
+) -> None:
+    tune(chats, steps=1)
+    run = Run(base.path.with_name("tuned"))
+    recipe = run.read_recipe()
+    shutil.rmtree(base.path)
+    train(override(override(small, "model.context", 64), "loop.seed", 1), "base")
+    with pytest.raises(InputError, match=r"its weights at step 6 are others; bring back .* can go on without a base"):
+        recognise_base(recipe, run, base)
+    with pytest.raises(InputError, match=r"step-00000006 has other weights than those that .*fresh began with"):
+        finetune(recipe, Run(base.path.with_name("fresh")), cpu, Recorder())
+    tokenizer.save(base.tokenizer)
+    with pytest.raises(InputError, match="it has another tokenizer"):
+        recognise_base(recipe, run, base)
+    base.write_recipe(override(base.read_recipe(), "model.blocks", 3))
+    with pytest.raises(InputError, match="its model has another shape"):
+        recognise_base(recipe, run, base)
 
 
 def test_documents_continue_pretraining_with_the_tokenizer_of_the_base(tune: Tune, base: Run, tmp_path: Path) -> None:
