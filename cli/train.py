@@ -63,9 +63,12 @@ def train(
     run = Run(out or Path("runs") / str(preset))
     if resume:
         training.refuse_changes(data, column, stream, seed, setting, overwrite, precision)
-    recipe = run.read_recipe() if resume else config.preset(str(preset))
-    if recipe.base is not None:
-        raise InputError(f"{run.path} is a finetuned run: gpt finetune {recipe.base} --out {run.path} --resume")
+    recipe = training.resumed(run, None, training.PRETRAINED) if resume else config.preset(str(preset))
+    if preset not in (None, recipe.name):
+        raise InputError(
+            f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
+            f"{training.go_on_with(run, recipe)}, or leave --resume and choose another --out"
+        )
     if data is not None:
         recipe = config.override(recipe, "data.source", training.located(data))
         # Asked for by name, nothing else will do.

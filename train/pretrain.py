@@ -153,8 +153,6 @@ def run_stage(
             if processes.main and not resume:
                 run.discard_preparation()
             raise
-        if processes.main:
-            run.write_recipe(recipe)
     recipe = processes.collect(recipe)[0]
     # The main process may have drawn random numbers where the others found what it had prepared.
     set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
@@ -169,6 +167,9 @@ def run_stage(
     model.checkpoint_activations = recipe.loop.checkpoint_activations
     steps_per_epoch = batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
     budget = Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
+    at_its_end = found is not None and require_budget(recipe, budget, run, found)
+    if processes.main:
+        run.write_recipe(recipe)
     trackers: list[Tracker] = []
     if processes.main:
         trackers = [console, MetricsFile(run.metrics, found.step if found else 0)]
@@ -182,6 +183,8 @@ def run_stage(
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")
+        if at_its_end:
+            console.say(f"{run.path} has come to its end: all of its {budget.describe()} are done")
     elif resume:
         console.say(f"{run.path} has no checkpoint yet: starting from the first step")
     how = [layout.description] if processes.count > 1 else []
@@ -195,6 +198,18 @@ def run_stage(
     finally:
         batches.close()
         tracker.close()
+
+
+def require_budget(recipe: Recipe, budget: Budget, run: Run, found: Checkpoint) -> bool:
+    """Whether the budget of a run is spent. Raises InputError where it is a new one, which leaves nothing to do."""
+    state = found.values("state")
+    spent = budget.progress(state["step"], state["seconds"]) >= 1
+    if spent and recipe.budget != run.read_recipe().budget:
+        raise InputError(
+            f"{run.path} has done {state['step']:,} steps in {state['seconds'] / 60:.1f} minutes: of a budget of "
+            f"{budget.describe()} nothing is left; give more, all counted from the first step"
+        )
+    return spent
 
 
 def stage_task(recipe: Recipe, stage: Stage, run: Run) -> Task:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine.run import Run
 from tests.cli.conftest import SMALL, Gpt
 
 ROOT = Path(__file__).parents[2]
@@ -310,7 +311,22 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(gpt: Gpt, number: s
         said = process.stdout.read()
     assert process.returncode == code
     assert f"{number.name}: stopping after step" in said and "gpt train nano --out run --resume" in said
-    assert gpt("train", "nano", "--out", "run", "--resume", "--steps", "1").code == 0
+    done = Run(Path("run")).find_checkpoint().step
+    spent = gpt("train", "nano", "--out", "run", "--resume", "--steps", "1")
+    assert spent.code == 2 and f"run has done {done} steps" in spent.err and "nothing is left" in spent.err
+    assert gpt("train", "nano", "--out", "run", "--resume", "--steps", str(done + 1)).code == 0
+
+
+def test_a_run_is_resumed_as_what_it_is(gpt: Gpt, trained: Path) -> None:
+    other = gpt("train", "tiny", "--out", str(trained), "--resume")
+    assert other.code == 2 and "a run of nano, not of tiny: go on with it by gpt train nano --out" in other.err
+    before = (trained / "config.json").read_bytes()
+    spent = gpt("train", "nano", "--out", str(trained), "--resume", "--tokens", "128")
+    assert spent.code == 2 and "has done 2 steps" in spent.err and (trained / "config.json").read_bytes() == before
+    ended = gpt("train", "--out", str(trained), "--resume")
+    assert ended.code == 0 and "has come to its end: all of its 2 steps are done" in ended.out
+    tuned = gpt("finetune", str(trained), "--out", str(trained), "--resume")
+    assert tuned.code == 2 and "is a pretrained run" in tuned.err and "gpt train nano --out" in tuned.err
 
 
 def test_unreachable_hub_falls_back_to_stories_only_where_not_asked_for(
