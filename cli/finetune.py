@@ -69,7 +69,7 @@ def finetune(
 
     if resume:
         columns = (column, prompt_column, response_column, messages_column)
-        training.refuse_changes(data, *columns, batch, rate, seed, setting, overwrite, precision)
+        training.refuse_changes(data, *columns, batch, rate, checkpoint, seed, setting, overwrite, precision)
         target = Run(out or run.with_name(f"{run.name}-chat"))
         recipe = training.resumed(target, run, training.FINETUNED)
     else:

@@ -56,7 +56,7 @@ def reward(
 
     target = Run(out or run.with_name(f"{run.name}-reward"))
     if resume:
-        training.refuse_changes(data, batch, rate, margin, seed, setting, overwrite, precision)
+        training.refuse_changes(data, batch, rate, margin, checkpoint, seed, setting, overwrite, precision)
         recipe = training.resumed(target, run, training.REWARD_MODEL)
     else:
         config = DataConfig(source=training.located(data or STORIES_PREFERENCES))

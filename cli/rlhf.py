@@ -210,7 +210,7 @@ def _align(
     target = Run(out or run.with_name(f"{run.name}-{method}"))
     pairs = budgets is not None
     if resume:
-        changes = (data, reward, rounds, *config.values(), rate, batch, seed, setting, overwrite, precision)
+        changes = (data, reward, rounds, *config.values(), rate, batch, checkpoint, seed, setting, overwrite, precision)
         training.refuse_changes(*changes, length=pairs)
         recipe = training.resumed(target, run, f"a run of {method}")
     else:

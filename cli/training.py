@@ -83,7 +83,8 @@ def adjust(
 
 
 def refuse_changes(*changes: object, length: bool = True) -> None:
-    if any(change not in (None, False, "auto", []) for change in changes):
+    # 0 is a change, though it equals False.
+    if any(change is not False and change not in (None, "auto", "latest", []) for change in changes):
         but = "; only --steps, --tokens, --epochs or --minutes may change" if length else ""
         raise InputError(f"--resume goes on with the run's own recipe{but}")
 
