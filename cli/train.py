@@ -35,6 +35,9 @@ def train(
     precision: Precision = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order of the data.")] = None,
     setting: training.Setting = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First check every byte of prepared data against its checksum.")
+    ] = False,
     resume: training.Resume = False,
     overwrite: training.Overwrite = False,
     wandb: training.WandB = False,
@@ -54,9 +57,9 @@ def train(
     training.distribute(gpus, nodes, rendezvous)
     from engine import config
     from engine.run import Run
-    from train.data.shards import is_prepared
+    from train.data.shards import TokenShards, is_prepared
     from train.data.sources import open_source
-    from train.pretrain import pretrain
+    from train.pretrain import SPLITS_USED, pretrain
 
     if preset is None and not (resume and out):
         raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
@@ -85,6 +88,14 @@ def train(
         },
         setting,
     )
+
+    if verify:
+        folder = next((each for each in (Path(recipe.data.source), run.data) if is_prepared(each)), None)
+        if folder is None:
+            raise InputError(f"--verify checks prepared data, and {recipe.data.source} is not: gpt data prepare --help")
+        for split in SPLITS_USED:
+            TokenShards.open(folder, split).verify()
+            typer.echo(f"{folder}, {split}: every checksum right")
 
     def check() -> None:
         if not is_prepared(recipe.data.source):

@@ -255,6 +255,8 @@ def prepare_data(recipe: Recipe, run: Run, console: Console, *, resume: bool) ->
     elif Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} has another tokenizer than {run.path} began with; choose other --data")
     shards = [TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED]
+    for each in shards:
+        each.check(tokenizer.eod)
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(recipe, model=model), Data(tokenizer, *shards)
 

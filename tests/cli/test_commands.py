@@ -114,8 +114,19 @@ def test_prepared_data_trains_a_model(gpt: Gpt) -> None:
     assert prepared.code == 0 and "train:" in prepared.out
     shown = gpt("data", "show", "ready", "--verify", "--split", "validation")
     assert "every checksum right" in shown.out and "little story" in shown.out
-    result = gpt("train", "nano", "--data", "ready", "--steps", "2", "--out", "run", *SMALL)
-    assert result.code == 0, result.err
+    train = ("train", "nano", "--data", "ready", "--steps", "2", "--out", "run", *SMALL)
+    result = gpt(*train, "--verify")
+    assert result.code == 0 and "ready, train: every checksum right" in result.out, result.err
+    tokens = Path("ready/train/00000.tokens")
+    tokens.write_bytes(tokens.read_bytes()[:-4] + b"\xff\xff" + tokens.read_bytes()[-2:])
+    for command in (
+        (*train[: -len(SMALL) - 2], "--out", "other", *SMALL),
+        ("train", "--out", "run", "--resume", "--verify"),
+    ):
+        refused = gpt(*command)
+        assert refused.code == 2 and "ready/train/00000.tokens is damaged: its SHA-256" in refused.err
+    nothing = gpt("train", "nano", "--verify")
+    assert nothing.code == 2 and "--verify checks prepared data, and stories is not" in nothing.err
 
 
 def test_local_files_train_on_a_machine_that_lacks_the_optional_packages(tmp_path: Path) -> None:

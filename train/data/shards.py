@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ FORMAT = 1
 SHARD_TOKENS = 64_000_000
 # A mapped file stays open, and 10^11 tokens are in more files than a process may open.
 MAPPED_FILES = 256
+# A split of so many bytes of tokens is read and compared with its checksums in a moment, so `check` does. Of a larger
+# one it looks at so many documents of every shard.
+SMALL_BYTES = 64 << 20
+LOOKED_AT, LOOK_TOKENS = 4, 4096
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 Progress = Callable[[int, int, int], None]
 
@@ -268,8 +272,11 @@ class TokenShards:
             raise InputError(f"{path} is missing; delete {self.place} and prepare the data again")
         expected = (shard["documents" if kind == "starts" else "tokens"] + 1) * self._dtype(kind).itemsize
         if (size := path.stat().st_size) != expected:
-            message = f"{path} is damaged: {size:,} bytes long where the index says {expected:,}"
-            raise InputError(f"{message}; delete {self.place} and prepare the data again")
+            raise self._damage(number, kind, f"{size:,} bytes long where the index says {expected:,}")
+
+    def _damage(self, number: int, kind: str, what: str) -> InputError:
+        path = self._path(number, kind)
+        return InputError(f"{path} is damaged: {what}; delete {self.place} and prepare the data again")
 
     def _map_file(self, number: int, kind: str) -> np.ndarray:
         return np.asarray(np.memmap(self._path(number, kind), self._dtype(kind), mode="r"))
@@ -280,27 +287,62 @@ class TokenShards:
             for kind, expected in shard["sha256"].items():
                 with self._path(number, kind).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        message = f"{self._path(number, kind)} is damaged: its SHA-256 is not the index's"
-                        raise InputError(f"{message}; delete {self.place} and prepare the data again")
+                        raise self._damage(number, kind, "its SHA-256 is not the index's")
+
+    def check(self, eod: int) -> None:
+        """What can be seen of damage in a moment: all of a small split, some documents of each shard of a large one.
+
+        Raises InputError with the name of the file.
+        """
+        if self.tokens * self._dtype("tokens").itemsize <= SMALL_BYTES:
+            self.verify()
+            return
+        for number, (first, after) in enumerate(pairwise(self._first.tolist())):
+            for document in np.linspace(first, after - 1, LOOKED_AT, dtype=np.int64).tolist():
+                _, start, stop = self._at(document)
+                self._ids(document, 0, min(stop - start + 1, LOOK_TOKENS))
+                if any(self._ids(document, place, 1)[0] != eod for place in (0, stop - start)):
+                    what = f"document {document - first + 1:,} of it does not stand between two ends of documents"
+                    raise self._damage(number, "tokens", what)
 
     @property
     def lengths(self) -> np.ndarray:
         """The tokens that every document trains on. int64 [documents], made anew each time."""
-        return np.concatenate([np.diff(self._map(number, "starts")) for number in range(len(self.index["shards"]))])
+        return np.concatenate([self._lengths(number) for number in range(len(self.index["shards"]))])
 
-    def _at(self, document: int) -> tuple[np.ndarray, int, int]:
+    def _lengths(self, number: int) -> np.ndarray:
+        starts, tokens = self._map(number, "starts"), self.index["shards"][number]["tokens"]
+        lengths = np.diff(starts)
+        if starts[0] != 0 or starts[-1] != tokens or lengths.min() < 1:
+            raise self._damage(number, "starts", f"its places do not rise from 0 to {tokens:,}")
+        return lengths
+
+    def _at(self, document: int) -> tuple[int, int, int]:
         number = int(np.searchsorted(self._first, document, "right")) - 1
         starts, local = self._map(number, "starts"), document - int(self._first[number])
-        return self._map(number, "tokens"), int(starts[local]), int(starts[local + 1])
+        return number, int(starts[local]), int(starts[local + 1])
+
+    def _ids(self, document: int, offset: int, count: int) -> np.ndarray:
+        """So many ids of a document from its eod on. Raises InputError for ids that no embedding has a row for."""
+        number, start, _ = self._at(document)
+        # Copied: a view would keep its file open.
+        ids = self._map(number, "tokens")[start + offset : start + offset + count].copy()
+        if count < 1 or len(ids) != count:
+            raise self._damage(
+                number, "starts", f"document {document - int(self._first[number]) + 1:,} of it has no end"
+            )
+        # Here, where it costs little and the file is known: in the embedding it is an IndexError, or a GPU's assertion.
+        if (most := int(ids.max())) >= self.vocab_size:
+            what = f"document {document - int(self._first[number]) + 1:,} of it holds the token {most:,}"
+            raise self._damage(number, "tokens", f"{what}, beyond the vocabulary of {self.vocab_size:,}")
+        return ids
 
     def document(self, document: int) -> np.ndarray:
         """The ids of one document of n tokens, the eods around it included. [n + 2]"""
-        tokens, start, stop = self._at(document)
-        return tokens[start : stop + 1].copy()
+        _, start, stop = self._at(document)
+        return self._ids(document, 0, stop - start + 1)
 
     def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a part of a document, which must lie within it. [length] each"""
-        tokens, start, _ = self._at(document)
-        # Copied: a view would keep its file open.
-        ids = tokens[start + offset : start + offset + length + 1].copy()
+        ids = self._ids(document, offset, length + 1)
         return ids[:-1], ids[1:]

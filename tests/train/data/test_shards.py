@@ -217,6 +217,42 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, source: Source, tok
         TokenShards.open(tmp_path / "good", "validation", tokenizer.fingerprint)
 
 
+def test_damage_is_seen_before_training_and_while_it_reads(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(source, tokenizer, tmp_path / "good", "train", workers=1, shard_tokens=10_000)
+
+    def damaged(kind: str, place: int, value: int) -> TokenShards:
+        folder = Path(shutil.copytree(tmp_path / "good", tmp_path / "out", dirs_exist_ok=True)) / "train"
+        numbers = np.fromfile(folder / f"00001.{kind}", "<i8" if kind == "starts" else "<u2")
+        numbers[place] = value
+        numbers.tofile(folder / f"00001.{kind}")
+        return TokenShards.open(tmp_path / "out", "train")
+
+    damaged("tokens", 0, tokenizer.eod).check(tokenizer.eod)
+    with pytest.raises(InputError, match=r"00001.tokens is damaged: its SHA-256"):
+        damaged("tokens", 5, tokenizer.eod).check(tokenizer.eod)
+    unknown = damaged("tokens", 1, 300)
+    first = int(unknown._first[1])
+    for read in (lambda: unknown.document(first), lambda: unknown.read(first, 1, 1)):
+        with pytest.raises(InputError, match=r"00001.tokens is damaged: document 1 .* token 300, beyond .* of 292"):
+            read()
+    unknown.read(first + 1, 0, 1)
+    # Of more than can be read in a moment, some documents.
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
+    damaged("tokens", 0, tokenizer.eod).check(tokenizer.eod)
+    with pytest.raises(InputError, match=r"00001.tokens is damaged: document 1 .* token 300"):
+        damaged("tokens", 1, 300).check(tokenizer.eod)
+    with pytest.raises(InputError, match=r"00001.tokens is damaged: document 1 .* not stand between two ends"):
+        damaged("tokens", 0, tokenizer.eod + 7).check(tokenizer.eod)
+    for place, value in ((0, 1), (2, 0), (-1, 20_000)):
+        with pytest.raises(InputError, match=r"00001.starts is damaged: its places do not rise from 0 to"):
+            assert damaged("starts", place, value).lengths
+    for value in (-1, 10**9):
+        with pytest.raises(InputError, match=r"00001.starts is damaged: document 1 of it has no end"):
+            damaged("starts", 1, value).document(first)
+
+
 def test_a_full_disk_says_how_to_go_on(
     tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
