@@ -18,7 +18,7 @@ Token = tuple[int, Step]
 
 
 class Piece(NamedTuple):
-    """What a step adds to a text. `produced`: is its token part of it? The id that ends a text is not."""
+    """What a step adds to a text. `produced`: is its token one of the text's?"""
 
     text: str
     tokens: list[Token]
@@ -27,18 +27,30 @@ class Piece(NamedTuple):
 
 
 class Choice:
-    """One text on its way. `unread`: how many of its prompt's tokens `echo` leaves out, where they have logprobs."""
+    """One text on its way. `unread`: how many of its prompt's tokens `echo` leaves out, where they have logprobs.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], echo: str = "", unread: int | None = None) -> None:
-        self.stream = TextStream(tokenizer, stop)
+    `closing`: is the piece that ends it one of its tokens? A message has none; of a completion clients count on one
+    entry for each token that was drawn, and slice the logprobs by position.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        echo: str = "",
+        unread: int | None = None,
+        *,
+        closing: bool = False,
+    ) -> None:
+        self.stream, self.closing = TextStream(tokenizer, stop), closing
         self.echo, self.unread, self.length, self.tokens = echo, unread, len(echo), 0
         self.finish: str | None = None
         self.held: list[Token] = []  # behind text that a stop string may yet take back
 
     def push(self, step: Step | None) -> Piece:
-        """The text that is now certain, and its tokens. None: time is up."""
+        """The text that is now certain, and its tokens. None: there will be no more."""
         start = self.length + len(self.stream.held)
-        produced = step is not None and step.finish != "stop"
+        produced = step is not None and (self.closing or step.finish != "stop")
         if step is None:
             text, self.stream.held, self.finish = self.stream.held, "", "length"
         else:

@@ -122,12 +122,15 @@ class Server:
     async def completions(self, http: Request) -> Response:
         asked, tokenizer = await self._read(http, CompletionRequest), self.served.tokenizer
         prompts, choices = [], []
+        if not (asked.max_tokens or asked.echo):
+            message = "Invalid value for 'max_tokens': 0 is only allowed where 'echo' is true."
+            raise APIError(400, message, param="max_tokens", code="invalid_value")
         for prompt in asked.prompt:
             prompts.append(self._ids(prompt))
             echo = "" if not asked.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             # The piece that begins every document is no part of a text.
             unread = int(isinstance(prompt, str)) if asked.echo and asked.logprobs is not None else None
-            choices += [Choice(tokenizer, asked.stop, echo, unread) for _ in range(asked.n)]
+            choices += [Choice(tokenizer, asked.stop, echo, unread, closing=True) for _ in range(asked.n)]
         return await self._answer(http, CompletionAnswer, asked, prompts, choices, asked.max_tokens, asked.logprobs)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -181,10 +184,9 @@ class Server:
         )
         eod = frozenset([served.tokenizer.eod])
         ends = chat_template.answer_ends(served.tokenizer) if served.chat else eod
+        most = context if max_tokens is None else max_tokens
         requests = [
-            batcher.Request(
-                prompts[index // asked.n], sampling.of_row(index), max_tokens or context, ends, top_logprobs
-            )
+            batcher.Request(prompts[index // asked.n], sampling.of_row(index), most, ends, top_logprobs)
             for index in range(len(choices))
         ]
         answer = kind(

@@ -145,7 +145,7 @@ class ChatRequest(Options):
 
 class CompletionRequest(Options):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)] = [""]
-    max_tokens: int = Field(16, ge=1)  # OpenAI's default
+    max_tokens: int = Field(16, ge=0)  # OpenAI's default; 0 with `echo` asks about the prompt alone
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
 

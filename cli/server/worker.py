@@ -14,7 +14,7 @@ from cli.server.guard import log_failure
 from cli.server.metrics import Metrics
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 
-# Of a text: a step, its prompt's tokens, or None where time is up.
+# Of a text: a step, its prompt's tokens, or None where nothing more will come: time is up, or nothing was asked for.
 Arrival = Step | list[Step] | None
 
 
@@ -159,6 +159,9 @@ class Worker:
             if read_prompts:
                 read = read_prompt(self.batcher.model, request.prompt, request.top_logprobs or 0)
                 self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, read))
+            if not request.max_tokens:
+                self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, None))
+                continue
             number = self.batcher.submit(request)
             job.numbers[index], self.owners[number] = number, (job, index)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -10,7 +11,7 @@ import torch
 
 from cli.server.answers import Choice
 from engine import chat_template
-from engine.batcher import Step
+from engine.batcher import Chosen, Running, Step
 from engine.generate import document_prompt, generate
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
@@ -133,12 +134,79 @@ def test_a_stop_string_ends_the_text_before_it(server: Live, stream: bool) -> No
     server.until(server.idle)
 
 
-def test_the_piece_that_ends_a_text_is_no_part_of_it(tokenizer: Tokenizer) -> None:
-    choice = Choice(tokenizer, (), "")
+def test_the_piece_that_ends_a_message_is_no_part_of_it_and_that_of_a_completion_is_its_last_token(
+    tokenizer: Tokenizer,
+) -> None:
     (token,) = tokenizer.encode("fox")[:1]
-    assert choice.push(Step(0, token, None)).produced
-    assert choice.push(Step(0, tokenizer.eod, "stop")) == ("", [], False, "stop")
-    assert choice.tokens == 1
+    end = Step(0, tokenizer.eod, "stop")
+    for closing, tokens in ((False, []), (True, [(len("echo") + len(tokenizer.decode([token])), end)])):
+        choice = Choice(tokenizer, (), "echo", closing=closing)
+        assert choice.push(Step(0, token, None)).produced
+        assert choice.push(end) == ("", tokens, closing, "stop")
+        assert choice.tokens == 1 + closing
+
+
+@pytest.fixture
+def ending(server: Live, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """ending(2): the model writes two tokens, and then the piece that ends a text."""
+
+    def write(tokens: int, end: str = "<|endoftext|>") -> list[int]:
+        tokenizer = server.served.tokenizer
+        ids = [*tokenizer.encode("the fox was brave")[:tokens], tokenizer.special[end]]
+
+        def choose(logits: torch.Tensor, first: int, chosen: list[Running]) -> Chosen:
+            for row, each in enumerate(chosen):
+                logits[row, ids[min(each.produced, tokens)]] = 1e3
+            return type(server.worker.batcher)._choose(server.worker.batcher, logits, first, chosen)
+
+        monkeypatch.setattr(server.worker.batcher, "_choose", choose)
+        return ids
+
+    return write
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("written", [0, 2])
+def test_every_token_of_prompt_and_completion_has_an_entry_the_ending_one_too(
+    server: Live, ending: Callable[..., list[int]], written: int, stream: bool
+) -> None:
+    tokenizer = server.served.tokenizer
+    prompt = document_prompt(tokenizer, PROMPT)
+    for end in ("<|endoftext|>", "<|end|>"):
+        ids = ending(written, end)
+        for echo in (True, False):
+            asked: dict[str, Any] = {"prompt": prompt, "echo": echo, "logprobs": 1, "max_tokens": written + 1, "n": 2}
+            streamed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            chunks = list(complete(server, **asked, **streamed)) if stream else [complete(server, **asked)]
+            assert chunks[-1].usage.completion_tokens == 2 * (written + 1)
+            for index in range(2):
+                choices = [each for chunk in chunks for each in chunk.choices if each.index == index]
+                text = "".join(choice.text for choice in choices)
+                assert text == (PROMPT if echo else "") + tokenizer.decode(ids)
+                assert [choice.finish_reason for choice in choices][-1] == "stop"
+                parts = [choice.logprobs for choice in choices if choice.logprobs]
+                tokens, logprobs, tops, offsets = (
+                    [each for part in parts for each in getattr(part, name)]
+                    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+                )
+                assert len(tokens) == len(logprobs) == len(tops) == len(offsets) == echo * len(prompt) + len(ids)
+                assert (tokens[-1], offsets[-1]) == (end, len(text)) and tops[-1] == {end: logprobs[-1]}
+        message = chat(server, logprobs=True, max_tokens=written + 1)
+        assert len(message.choices[0].logprobs.content) == written == message.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_prompt_alone_is_scored_where_no_token_is_asked_for(server: Live, logprobs: int | None, stream: bool) -> None:
+    usage = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = complete(server, echo=True, logprobs=logprobs, max_tokens=0, stream=stream, **usage)
+    chunks = list(answer) if stream else [answer]
+    choices = [each for chunk in chunks for each in chunk.choices]
+    assert "".join(choice.text for choice in choices) == PROMPT and choices[-1].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 0
+    entries = [each for choice in choices if choice.logprobs for each in choice.logprobs.tokens]
+    assert "".join(entries) == (PROMPT if logprobs == 0 else "")
+    server.until(server.idle)
 
 
 def test_tokens_wait_with_text_that_a_stop_string_may_take_back(tokenizer: Tokenizer) -> None:
