@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.chat_template import Message, answer_ends, answer_prompt, trim
+from engine.chat_template import Message, answer_prompt, text_ends, trim
 from engine.config import override
 from engine.errors import InputError
 from engine.generate import document_prompt, stream
@@ -107,7 +107,7 @@ class Conversation:
         return self._continue(prompt, sampling)
 
     def _continue(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        ends = answer_ends(self.tokenizer) if self.chat else None
+        ends = text_ends(self.tokenizer, chat=self.chat)
         limit = self.settings.max_tokens
         for piece in stream(self.model, self.tokenizer, [prompt], sampling, max_tokens=limit, stop_ids=ends):
             # At every token: the listener may turn away at any.

@@ -1,7 +1,7 @@
 """gpt generate"""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +41,7 @@ def generate(
     Example: gpt generate runs/nano "Once upon a time" --temperature 0.7 --seed 1
     """
     from engine import runtime
+    from engine.chat_template import text_ends
     from engine.generate import document_prompt, generate, stream
     from engine.run import Run
     from engine.sampling import Sampling
@@ -49,15 +50,15 @@ def generate(
         print(message, file=sys.stderr)
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    model, tokenizer = Run(path).load_model(runtime.choose(device, precision), which, notice)
-    prompts = [document_prompt(tokenizer, prompt)] * count
+    run = Run(path)
+    model, tokenizer = run.load_model(runtime.choose(device, precision), which, notice)
+    prompts, ends = [document_prompt(tokenizer, prompt)] * count, text_ends(tokenizer, chat=run.read_recipe().chat)
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop or (), "stop_ids": ends}
     if count == 1:
         print(prompt, end="")
-        for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop or ()):
+        for piece in stream(model, tokenizer, prompts, sampling, **limits):
             print(piece.text, end="", flush=True)
         print()
         return
-    for number, completion in enumerate(
-        generate(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop or ()), 1
-    ):
+    for number, completion in enumerate(generate(model, tokenizer, prompts, sampling, **limits), 1):
         print(f"--- {number} ---\n{prompt}{completion.text}")

@@ -50,7 +50,12 @@ def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 def answer_ends(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end an answer."""
-    return frozenset((tokenizer.special[END], tokenizer.eod))
+    return text_ends(tokenizer, chat=True)
+
+
+def text_ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
+    """The ids that end whatever a run writes: a document, and where it has learnt to chat (recipe.chat) an answer."""
+    return frozenset((tokenizer.special[END], tokenizer.eod) if chat else (tokenizer.eod,))
 
 
 def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[Message], int]:

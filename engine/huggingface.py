@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
-from engine.chat_template import END, JINJA
+from engine.chat_template import JINJA, text_ends
 from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
 from engine.errors import InputError
 from engine.model import GPT
@@ -45,8 +45,8 @@ def export(
 
     model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
     chat = run.read_recipe().chat
-    ends = [tokenizer.eod, tokenizer.special[END]] if chat else tokenizer.eod
-    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": ends}
+    ends = sorted(text_ends(tokenizer, chat=chat))
+    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": ends if chat else tokenizer.eod}
     pieces = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT, "pad_token": END_OF_DOCUMENT}
     contents: dict[str, dict[str, Any]] = {
         "config.json": their_config(model.config) | ids,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from engine.chat_template import Message, answer_ends, answer_prompt
+from engine.chat_template import Message, answer_prompt, text_ends
 from engine.generate import document_prompt, generate
 from engine.model import GPT
 from engine.runtime import inference
@@ -75,7 +75,7 @@ def score_stories(
         else document_prompt(tokenizer, f"{request.text}\n\n")
         for request in requests
     ]
-    answers = generate(model, tokenizer, prompts, sampling, stop_ids=answer_ends(tokenizer))
+    answers = generate(model, tokenizer, prompts, sampling, stop_ids=text_ends(tokenizer, chat=chat))
     return [score_story(request.facts, answer.text) for request, answer in zip(requests, answers, strict=True)]
 
 

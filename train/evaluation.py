@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine.chat_template import answer_ends, answer_prompt
+from engine.chat_template import answer_prompt, text_ends
 from engine.checkpoint import write_atomically
 from engine.errors import InputError
 from engine.generate import Completion, document_prompt, generate
@@ -85,7 +85,7 @@ class Contestant:
         return {name: Estimate(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
 
     def complete(self, cases: Sequence[Case], sampling: Sampling, max_tokens: int | None) -> list[Completion]:
-        prompts, ends = [self.prompt(case.prompt) for case in cases], answer_ends(self.tokenizer)
+        prompts, ends = [self.prompt(case.prompt) for case in cases], text_ends(self.tokenizer, chat=self.chat)
         return generate(self.model, self.tokenizer, prompts, sampling, max_tokens=max_tokens, stop_ids=ends)
 
 

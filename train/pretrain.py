@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.chat_template import text_ends
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig, Recipe, override
 from engine.errors import InputError
@@ -121,7 +122,7 @@ def read_documents(
         batches = PackedLoader(
             data.train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed, processes=runtime.processes
         )
-    return recipe, Stage(data, batches, lambda model: begin_documents(model, data.tokenizer, recipe.loop.samples))
+    return recipe, Stage(data, batches, lambda model: begin_documents(model, data.tokenizer, recipe))
 
 
 def run_stage(
@@ -364,9 +365,10 @@ def describe(recipe: Recipe, runtime: Runtime, data: Data, budget: Budget, peak:
     ]
 
 
-def begin_documents(model: GPT, tokenizer: Tokenizer, count: int) -> list[str]:
+def begin_documents(model: GPT, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
     """Documents that the model begins by itself. The same seeds at every step, to compare."""
-    return say(model, tokenizer, [document_prompt(tokenizer, "")] * count, frozenset([tokenizer.eod]))
+    prompts = [document_prompt(tokenizer, "")] * recipe.loop.samples
+    return say(model, tokenizer, prompts, text_ends(tokenizer, chat=recipe.chat))
 
 
 def say(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], ends: frozenset[int]) -> list[str]:

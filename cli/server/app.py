@@ -182,8 +182,7 @@ class Server:
             repetition_penalty=asked.repetition_penalty,
             seed=None if asked.seed is None else asked.seed % 2**62,
         )
-        eod = frozenset([served.tokenizer.eod])
-        ends = chat_template.answer_ends(served.tokenizer) if served.chat else eod
+        ends = chat_template.text_ends(served.tokenizer, chat=served.chat)
         most = context if max_tokens is None else max_tokens
         requests = [
             batcher.Request(prompts[index // asked.n], sampling.of_row(index), most, ends, top_logprobs)

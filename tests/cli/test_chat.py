@@ -135,7 +135,7 @@ def test_an_answer_ends_at_the_pieces_of_the_template(
     monkeypatch.setattr(module, "stream", stream)
     for chat in (True, False):
         list(talk(chat=chat).ask("hi"))
-    assert asked == {True: {tokenizer.special["<|end|>"], tokenizer.eod}, False: None}
+    assert asked == {True: {tokenizer.special["<|end|>"], tokenizer.eod}, False: {tokenizer.eod}}
 
 
 def test_retry_draws_another_answer_and_forgets_the_first(talk: Talk) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.run import Run
+from engine.tokenizer import Tokenizer
 from tests.cli.conftest import SMALL, Gpt
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,26 @@ def test_generate_goes_on_from_the_prompt_and_repeats_with_its_seed(gpt: Gpt, tr
     assert gpt("generate", str(trained), "Once upon", "--seed", "3", "--max-tokens", "12") == first
     several = gpt("generate", str(trained), "-n", "2", "--temperature", "0", "--max-tokens", "5")
     assert several.out.count("---") == 4
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_chat_model_generates_no_further_than_its_answer(
+    gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["recipe"]["chat"] = chat
+    (trained / "config.json").write_text(json.dumps(config))
+    end, steps = Tokenizer.load(trained / "tokenizer.model").special["<|end|>"], []
+
+    def choose(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        steps.append(len(logits))
+        return torch.full((len(logits),), end)
+
+    monkeypatch.setattr("engine.batcher.choose", choose)
+    for count in (1, 2):
+        steps.clear()
+        assert gpt("generate", str(trained), "Once", "-n", str(count), "--max-tokens", "4").code == 0
+        assert steps == ([count] if chat else [count] * 4)
 
 
 def test_resume_goes_on_and_a_second_run_in_the_folder_is_refused(gpt: Gpt, trained: Path) -> None:
