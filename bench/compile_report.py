@@ -85,7 +85,8 @@ def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Itera
     from kernels.cross_entropy.kernel import rows_kernel
     from kernels.cross_entropy.triton_backend import tile
 
-    fp32 = tuple(f"{name}_ptr" for name in ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy"))
+    rows = ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy")
+    fp32 = tuple(f"{name}_ptr" for name in ("logits", *rows))
     types = {**argument_types(rows_kernel, dtype, fp32=(*fp32, "z_loss", "inverse_temperature")), "targets_ptr": "*i64"}
     passes = {"loss": (True, True, False), "log_probs": (True, False, True), "log_probs backward": (False, True, True)}
     for vocab in vocabs:

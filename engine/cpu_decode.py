@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.cache import KVCache
 from engine.model import GPT, Block
 from engine.rotary import rotate
+from kernels import linear_scores
 
 
 class CpuDecoder:
@@ -28,7 +29,7 @@ class CpuDecoder:
         self.mm, self.addmm = (int8_mm, int8_addmm) if model.decode_int8 else (torch.mm, torch.addmm)
         held: Any = quantise if model.decode_int8 else Tensor.t
         self.blocks = [[each if each.ndim == 1 else held(each) for each in _weights(block)] for block in model.blocks]
-        self.head = held(model.head.weight)
+        self.head = quantise(model.head.weight) if model.decode_int8 else None
 
     @staticmethod
     def knows(model: GPT) -> bool:
@@ -62,7 +63,8 @@ class CpuDecoder:
             normed = torch.layer_norm(x, shape, mlp_norm, None, eps)
             x = self.addmm(x, F.gelu(self.mm(normed, expand)), contract)
         normed = torch.layer_norm(x, shape, self.model.final_norm.weight, None, eps)
-        return self.mm(normed, self.head).float()
+        # In int8 the weights are rounded by more than these scores.
+        return int8_mm(normed, self.head) if self.head else linear_scores(normed, self.model.head.weight)
 
 
 class Int8(NamedTuple):

@@ -143,8 +143,8 @@ def _logits(setup: Setup) -> int:
     rows = min(setup.tokens, block_rows(setup.tokens, vocab, size, gpu=setup.gpu))
     padded = -(-vocab // 16) * 16
     mixed = size < 4
-    # On a CPU what is shorter than fp32 is widened and shortened again.
-    block = rows * (padded * size + (0 if setup.gpu or not mixed else vocab * (4 + size)))
+    # Scores are fp32; their gradient is not, and neither are, on a CPU, the two parts that they are the sum of.
+    block = rows * padded * (max(size, 4) + (size * (1 if setup.gpu else 2) if mixed else 0))
     narrow = rows * model.width * size * (1 if setup.gpu else 4)
     copy = vocab * model.width * size if mixed else 0
     return block + narrow + (copy if setup.gpu else 2 * copy) - (copy if setup.shard else 0)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.cache import KVCache
 from engine.config import ModelConfig
 from engine.rotary import rotary_angles, rotate
-from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy
+from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, linear_scores
 
 
 class Linear(nn.Linear):
@@ -191,7 +191,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every piece as the next token: [..., V], fp32."""
-        return self.head(hidden).float()
+        return linear_scores(hidden, self.head.weight)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None

@@ -1,4 +1,4 @@
-"""The walk over the rows: logits are made a block at a time, turned into what is wanted, and overwritten.
+"""The walk over the rows: logits, in fp32, are made a block at a time, turned into what is wanted, and overwritten.
 
 Loss and gradients are taken while a block is at hand (the idea of Cut Cross-Entropy, arXiv:2411.09009, and of Liger
 Kernel, arXiv:2410.10989). The products are the library's; a backend does what lies between them.
@@ -13,16 +13,17 @@ from torch import Tensor
 from kernels.backend import backend
 from kernels.cross_entropy import torch_backend
 from kernels.cross_entropy.call import Options, Rows, Wide, accumulator
+from kernels.scores import linear_scores
 
 # A block of logits wants to stay in cache but be tall enough for an efficient matrix product. Measured on 2 CPU cores:
 # 512 rows of 4,096 pieces and 256 rows of 28,000 are fastest; 64 rows are 20% slower, all rows at once twice as slow.
 BLOCK_BYTES = 8 * 2**20
 SMALLEST_BLOCK = 256
 # A GPU has no such cache, but more units to fill, and adds each block's share to the whole [V, C] gradient in memory:
-# 1,024 rows of 128k pieces in bf16 are as few as hide that behind a product with C = 4,096. No more than an eighth of
-# the logits, though: the blocks are to be a small part of the plain peak; but of a few logits not so small a part that
-# the launches take longer than the work.
-GPU_BLOCK_BYTES = (32 * 2**20, 256 * 2**20)
+# 1,024 rows of 128k pieces (in fp32, and their gradients in bf16) are as few as hide that behind a product with
+# C = 4,096. No more than an eighth of the logits, though: the blocks are to be a small part of the plain peak; but of
+# a few logits not so small a part that the launches take longer than the work.
+GPU_BLOCK_BYTES = (32 * 2**20, 768 * 2**20)
 
 
 def summed_loss(
@@ -35,7 +36,7 @@ def summed_loss(
     gradients = _Gradients(hidden_NC, weight_VC, weight)
     step = _backend(hidden_NC)
     for block, hidden, targets, logits in _walk(hidden_NC, weight, targets_N, options):
-        gradients.add(block, hidden, step.statistics(logits, targets, rows.part(block), options, z_loss))
+        gradients.add(block, hidden, step.statistics(logits, targets, rows.part(block), options, z_loss, hidden.dtype))
     return (z_loss * lse.square() - log_probs).sum(), *gradients.result()
 
 
@@ -48,7 +49,7 @@ def row_statistics(
     rows = Rows(log_probs, lse, entropy if want_entropy else None)
     step = _backend(hidden_NC)
     for block, _, targets, logits in _walk(hidden_NC, weight_VC.to(hidden_NC.dtype), targets_N, options):
-        step.statistics(logits, targets, rows.part(block), options, None)
+        step.statistics(logits, targets, rows.part(block), options, None, hidden_NC.dtype)
     return log_probs, lse, entropy
 
 
@@ -73,7 +74,8 @@ def gradients(
     gradients = _Gradients(hidden_NC, weight_VC, weight)
     step = _backend(hidden_NC)
     for block, hidden, targets, logits in _walk(hidden_NC, weight, targets_N, options):
-        gradients.add(block, hidden, step.gradient(logits, targets, rows.part(block), upstream.part(block), options))
+        wide = step.gradient(logits, targets, rows.part(block), upstream.part(block), options, hidden.dtype)
+        gradients.add(block, hidden, wide)
     return gradients.result()
 
 
@@ -95,7 +97,7 @@ def block_rows(rows: int, vocab: int, element_size: int, *, gpu: bool) -> int:
     if not gpu:
         return max(SMALLEST_BLOCK, BLOCK_BYTES // (4 * vocab))
     fewest, most = GPU_BLOCK_BYTES
-    row_bytes = element_size * vocab
+    row_bytes = (element_size if element_size >= 4 else 4 + element_size) * vocab
     fitting = min(most, max(fewest, rows * row_bytes // 8)) // row_bytes
     return max(SMALLEST_BLOCK, fitting // 128 * 128)  # whole tiles of the products
 
@@ -112,13 +114,14 @@ def _walk(
     rows = block_rows(len(hidden_NC), vocab, hidden_NC.element_size(), gpu=hidden_NC.is_cuda)
     # Rows begin at multiples of 16 logits, whatever the vocabulary: a GPU's products need that to be fast.
     padded = -(-vocab // 16) * 16
-    buffer = torch.empty(min(rows, len(targets_N)), padded, dtype=hidden_NC.dtype, device=hidden_NC.device)[:, :vocab]
+    dtype = accumulator(hidden_NC)
+    buffer = torch.empty(min(rows, len(targets_N)), padded, dtype=dtype, device=hidden_NC.device)[:, :vocab]
     for start in range(0, len(targets_N), rows):
         block = slice(start, min(start + rows, len(targets_N)))
         targets = targets_N[block]
         # 0 * inf is NaN: a row that does not count must not be able to spoil the sums over rows.
         hidden = hidden_NC[block].masked_fill((targets == options.ignore_index)[:, None], 0.0)
-        yield block, hidden, targets, torch.mm(hidden, weight_VC.T, out=buffer[: len(targets)])
+        yield block, hidden, targets, linear_scores(hidden, weight_VC, out=buffer[: len(targets)])
 
 
 class _Gradients:

@@ -1,7 +1,7 @@
 """The kernel between the products: a program takes a row of logits, for what is known of it, and for its gradient.
 
 Two sweeps over the row: the first with a running maximum (Milakov & Gimelshein, arXiv:1805.02867), the second over what
-the L2 cache still holds, writing the gradient where the logits were. In memory the block is read once and written once.
+the L2 cache still holds, writing the gradient. In memory the block is read once and written once.
 
 Names: b_ a block in registers, o_ offsets.
 """
@@ -32,7 +32,8 @@ def _logits(
 
 @triton.jit
 def rows_kernel(
-    logits_ptr,  # [R, V]; where GRADIENT overwritten with the gradient by the products
+    logits_ptr,  # [R, V]
+    gradient_ptr,  # [R, V], of the same strides: by the products, written where GRADIENT. It may be the logits itself
     targets_ptr,  # int64 [R]
     log_probs_ptr,  # fp32 [R] like the other five; with STATISTICS written, else not used
     lse_ptr,  # with STATISTICS written, else read
@@ -54,6 +55,7 @@ def rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
+    wide_ptr = gradient_ptr + row * stride
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
         if STATISTICS:
@@ -64,7 +66,7 @@ def rows_kernel(
         if GRADIENT:
             for start in range(0, vocab, BLOCK_V):
                 o_v = start + tl.arange(0, BLOCK_V)
-                tl.store(row_ptr + o_v, tl.zeros([BLOCK_V], row_ptr.dtype.element_ty), mask=o_v < stride)
+                tl.store(wide_ptr + o_v, tl.zeros([BLOCK_V], wide_ptr.dtype.element_ty), mask=o_v < stride)
         return
 
     known = (target >= 0) & (target < vocab)
@@ -119,4 +121,4 @@ def rows_kernel(
             if SOFTCAP:
                 b_tanh = b_z / (softcap * inverse_temperature)
                 b_d *= 1.0 - b_tanh * b_tanh
-            tl.store(row_ptr + o_v, (b_d * inverse_temperature).to(row_ptr.dtype.element_ty), mask=o_v < stride)
+            tl.store(wide_ptr + o_v, (b_d * inverse_temperature).to(wide_ptr.dtype.element_ty), mask=o_v < stride)

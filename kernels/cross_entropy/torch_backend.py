@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy.call import Options, Rows, Wide, accumulator
+from kernels.cross_entropy.call import Options, Rows, Wide
 
 
-def statistics(raw: Tensor, targets: Tensor, rows: Rows, options: Options, z_loss: float | None) -> Wide | None:
-    """Fills in `rows`. With z_loss also the gradient of the sum of z_loss * lse^2 - log p(target)."""
+def statistics(
+    raw: Tensor, targets: Tensor, rows: Rows, options: Options, z_loss: float | None, dtype: torch.dtype
+) -> Wide | None:
+    """Fills in `rows`. With z_loss also the gradient, in `dtype`, of the sum of z_loss * lse^2 - log p(target)."""
     counts = targets != options.ignore_index
     targets = targets.masked_fill(~counts, 0)
     logits = _logits(raw, options)
@@ -28,11 +30,11 @@ def statistics(raw: Tensor, targets: Tensor, rows: Rows, options: Options, z_los
     if z_loss is None:
         return None
     scale = counts.to(lse.dtype)
-    return _wide(exponentials, scale * (1 + 2 * z_loss * lse) / total, -scale, targets, capped, raw.dtype, options)
+    return _wide(exponentials, scale * (1 + 2 * z_loss * lse) / total, -scale, targets, capped, dtype, options)
 
 
-def gradient(raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows, options: Options) -> Wide:
-    """Of the sum of rows * upstream, by the logits."""
+def gradient(raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows, options: Options, dtype: torch.dtype) -> Wide:
+    """Of the sum of rows * upstream, by the logits, in `dtype`."""
     targets = targets.masked_fill(targets == options.ignore_index, 0)
     logits = _logits(raw, options)
     capped = logits.clone() if options.softcap is not None else None
@@ -47,11 +49,10 @@ def gradient(raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows, options: 
         wide = log_p.exp()
         wide.mul_(log_p.add_(rows.entropy[:, None]).mul_(-upstream.entropy[:, None]).add_(factor[:, None]))
         factor = torch.ones_like(factor)
-    return _wide(wide, factor, upstream.log_probs, targets, capped, raw.dtype, options)
+    return _wide(wide, factor, upstream.log_probs, targets, capped, dtype, options)
 
 
-def _logits(raw: Tensor, options: Options) -> Tensor:
-    logits = raw.to(accumulator(raw))
+def _logits(logits: Tensor, options: Options) -> Tensor:
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits.div_(options.temperature) if options.temperature != 1 else logits

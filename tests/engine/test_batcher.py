@@ -1,6 +1,7 @@
 """Requests that come, go and are cancelled at any step; none notices the others."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,32 @@ def test_log_probabilities_are_those_of_the_model(gpt: GPT, ahead: bool) -> None
             assert step.logprob == pytest.approx(expected[step.token].item(), abs=1e-4)
             assert [token for token, _ in step.top] == expected.topk(3).indices.tolist()
             prompt = [*prompt, step.token]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_in_bf16_scores_are_fp32_from_the_last_product_on(
+    gpt: GPT, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    gpt.to(stored).compute_dtype = torch.bfloat16
+    seen: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.append(logits.clone())
+        return logits.argmax(-1)
+
+    monkeypatch.setattr("engine.batcher.choose", choose)
+    batcher = Batcher(gpt, slots=1)
+    batcher.submit(Request([5, 6, 7], GREEDY, 3))
+    while not batcher.idle:
+        batcher.step()
+    assert len(seen) == 3
+    for logits in seen:
+        assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).float().mean() > 0.9
+    with torch.no_grad():
+        hidden = gpt(torch.tensor([[5, 6, 7]]))[0, -1]
+        exact = hidden.float() @ gpt.head.weight.bfloat16().float().T
+        torch.testing.assert_close(gpt.logits(hidden), exact, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(seen[0][0].log_softmax(-1), exact.log_softmax(-1), rtol=0, atol=1e-3)
 
 
 def test_a_prompt_is_read_as_if_its_tokens_had_been_chosen(gpt: GPT) -> None:
