@@ -60,8 +60,12 @@ def prepare(
                 f"{split}: {shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
                 + speed
             )
+            if source.rows and fresh:
+                console.say(f"{split}: {source.describe_read(shards.documents)}")
     finally:
         console.close()
+    if source.held_out_by:
+        console.say(f"held out   {source.held_out_by}")
     console.say(f"use it     gpt train tiny --data {out}")
 
 

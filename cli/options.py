@@ -30,6 +30,8 @@ SamplingSeed = Annotated[int | None, typer.Option("--seed", help="The same seed 
 Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
 PromptColumn = Annotated[str | None, typer.Option(help="The column of the requests.")]
 ResponseColumn = Annotated[str | None, typer.Option(help="The column of the answers.")]
+ChosenColumn = Annotated[str | None, typer.Option(help="The column of the better answers; chosen unless given.")]
+RejectedColumn = Annotated[str | None, typer.Option(help="The column of the worse answers; rejected unless given.")]
 MessagesColumn = Annotated[str | None, typer.Option(help="The column of whole conversations.")]
 Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]
 

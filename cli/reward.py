@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from cli import training
-from cli.options import CheckpointName, Device, Precision, RunArgument
+from cli.options import (
+    CheckpointName,
+    ChosenColumn,
+    Device,
+    Precision,
+    PromptColumn,
+    RejectedColumn,
+    RunArgument,
+)
 from engine.errors import InputError
 
 
@@ -20,6 +28,9 @@ def reward(
             "set owner/name or a file, with columns chosen and rejected, and prompt where these do not hold it."
         ),
     ] = None,
+    prompt_column: PromptColumn = None,
+    chosen_column: ChosenColumn = None,
+    rejected_column: RejectedColumn = None,
     steps: training.Steps = None,
     tokens: training.Tokens = None,
     epochs: training.Epochs = None,
@@ -56,10 +67,17 @@ def reward(
 
     target = Run(out or run.with_name(f"{run.name}-reward"))
     if resume:
-        training.refuse_changes(data, batch, rate, margin, checkpoint, seed, setting, overwrite, precision)
+        columns = (prompt_column, chosen_column, rejected_column)
+        changes = (data, *columns, batch, rate, margin, checkpoint, seed, setting, overwrite, precision)
+        training.refuse_changes(*changes)
         recipe = training.resumed(target, run, training.REWARD_MODEL)
     else:
-        config = DataConfig(source=training.located(data or STORIES_PREFERENCES))
+        config = DataConfig(
+            source=training.located(data or STORIES_PREFERENCES),
+            prompt_column=prompt_column,
+            chosen_column=chosen_column,
+            rejected_column=rejected_column,
+        )
         recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate or RATE)
         if target.path.resolve() == run.resolve():
             raise InputError(f"{run} cannot become its own reward model; choose another folder with --out")

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from cli import rlhf_answers, training
-from cli.options import CheckpointName, Device, Precision, RunArgument
+from cli.options import (
+    CheckpointName,
+    ChosenColumn,
+    Device,
+    Precision,
+    PromptColumn,
+    RejectedColumn,
+    RunArgument,
+)
 from engine.errors import InputError
 
 app = typer.Typer(
@@ -29,6 +37,7 @@ def ppo(
     out: Annotated[Path | None, typer.Option(help="Folder of the new run; RUN-ppo unless given.")] = None,
     reward: rlhf_answers.Reward = None,
     data: rlhf_answers.Prompts = None,
+    prompt_column: PromptColumn = None,
     rounds: Rounds = None,
     beta: Beta = None,
     kl_target: Annotated[float | None, typer.Option(help="Steer beta so that answers have this KL, in nats.")] = None,
@@ -58,6 +67,7 @@ def ppo(
         run,
         out,
         data,
+        columns={"prompt_column": prompt_column},
         reward=reward,
         rounds=rounds,
         config={"beta": beta, "kl_target": kl_target},
@@ -79,6 +89,7 @@ def grpo(
     out: Annotated[Path | None, typer.Option(help="Folder of the new run; RUN-grpo unless given.")] = None,
     reward: rlhf_answers.Reward = None,
     data: rlhf_answers.Prompts = None,
+    prompt_column: PromptColumn = None,
     rounds: Rounds = None,
     beta: Beta = None,
     group: Annotated[int | None, typer.Option(help="Answers to each prompt, compared with one another; or 8.")] = None,
@@ -106,6 +117,7 @@ def grpo(
         run,
         out,
         data,
+        columns={"prompt_column": prompt_column},
         reward=reward,
         rounds=rounds,
         config={"beta": beta, "group": group},
@@ -132,6 +144,9 @@ def dpo(
             "set owner/name or a file, such as `gpt rlhf pairs` writes."
         ),
     ] = None,
+    prompt_column: PromptColumn = None,
+    chosen_column: ChosenColumn = None,
+    rejected_column: RejectedColumn = None,
     steps: training.Steps = None,
     tokens: training.Tokens = None,
     epochs: training.Epochs = None,
@@ -167,6 +182,11 @@ def dpo(
         run,
         out,
         data,
+        columns={
+            "prompt_column": prompt_column,
+            "chosen_column": chosen_column,
+            "rejected_column": rejected_column,
+        },
         budgets={"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
         config={"beta": beta, "label_smoothing": label_smoothing},
         rate=rate,
@@ -187,6 +207,7 @@ def _align(
     out: Path | None,
     data: str | None,
     *,
+    columns: dict[str, str | None],
     reward: str | None = None,
     rounds: int | None = None,
     budgets: dict[str, float | None] | None = None,
@@ -210,7 +231,8 @@ def _align(
     target = Run(out or run.with_name(f"{run.name}-{method}"))
     pairs = budgets is not None
     if resume:
-        changes = (data, reward, rounds, *config.values(), rate, batch, checkpoint, seed, setting, overwrite, precision)
+        named = (data, *columns.values(), reward, *config.values(), checkpoint)
+        changes = (*named, rounds, rate, batch, seed, setting, overwrite, precision)
         training.refuse_changes(*changes, length=pairs)
         recipe = training.resumed(target, run, f"a run of {method}")
     else:
@@ -225,9 +247,9 @@ def _align(
             if each.startswith("alignment."):
                 aligned = override_text(aligned, training.located_setting(each).removeprefix("alignment."))
         setting = [each for each in setting or [] if not each.startswith("alignment.")]
-        source = rlhf_answers.prompt_data(base, data)
+        source = rlhf_answers.prompt_data(base, data, columns["prompt_column"])
         if pairs:
-            source = DataConfig(source=training.located(data or STORIES_PREFERENCES))
+            source = DataConfig(source=training.located(data or STORIES_PREFERENCES), **columns)  # type: ignore[arg-type]
         sizes = {name: value for name, value in {"rounds": rounds, "batch": batch}.items() if value is not None}
         recipe = alignment_recipe(base, base.find_checkpoint(checkpoint), source, aligned, rate=rate, **sizes)
         if target.path.resolve() == run.resolve():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import CheckpointName, Device, Precision, RunArgument, Temperature
+from cli.options import CheckpointName, Device, Precision, PromptColumn, RunArgument, Temperature
 from cli.training import located
 from engine.errors import InputError
 
@@ -23,7 +23,7 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Conversations, as for gpt finetune, for their prompts; those that RUN was finetuned on unless given.",
+        help="Prompts, or conversations as for gpt finetune for theirs; those that RUN was finetuned on unless given.",
     ),
 ]
 
@@ -41,14 +41,16 @@ def named_reward(run: Path, reward: str | None) -> str:
     return located(str(beside))
 
 
-def prompt_data(run: "Run", data: str | None) -> "DataConfig":
-    """The conversations that were asked for, or those that a run was finetuned on, or the built-in ones."""
+def prompt_data(run: "Run", data: str | None, column: str | None) -> "DataConfig":
+    """The prompts that were asked for, or of what a run was finetuned on, or the built-in ones."""
     from engine.config import DataConfig
     from rlhf.prompts import prompts_of
     from train.data.conversations import STORIES_INSTRUCT
 
     if data is not None:
-        return DataConfig(source=located(data))
+        return DataConfig(source=located(data), prompt_column=column)
+    if column is not None:
+        raise InputError("--prompt-column names a column of --data")
     return prompts_of(run.read_recipe()) or DataConfig(source=STORIES_INSTRUCT)
 
 
@@ -59,6 +61,7 @@ def best_of_n(
     ] = None,
     reward: Reward = None,
     data: Prompts = None,
+    prompt_column: PromptColumn = None,
     n: Annotated[int, typer.Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
     prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts.")] = 64,
     temperature: Temperature = 1.0,
@@ -92,7 +95,7 @@ def best_of_n(
     base, machine = Run(run), runtime.choose(device, precision)
     recipe, tokenizer = base.read_recipe(), Tokenizer.load(base.tokenizer)
     model = load_frozen(base, machine, checkpoint)
-    source = open_prompts(prompt_data(base, data))
+    source = open_prompts(prompt_data(base, data, prompt_column))
     asked = encode_prompts(source, "validation", tokenizer, recipe.model.context, prompts).first(prompts)
     gold, ends = gold_reward(asked, tokenizer), answer_ends(tokenizer)
     rewards = {"reward": open_reward(named_reward(run, reward), tokenizer, machine, bool(gold)), **gold}
@@ -129,6 +132,7 @@ def pairs(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
     data: Prompts = None,
+    prompt_column: PromptColumn = None,
     judge: Annotated[
         str, typer.Option(help="Who scores the answers: `program`, or the run of a reward model.")
     ] = "program",
@@ -161,9 +165,10 @@ def pairs(
     path = out or base.path / "pairs.jsonl"
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")
-    source = open_prompts(prompt_data(base, data))
+    source = open_prompts(prompt_data(base, data, prompt_column))
     model, tokenizer = base.load_model(machine, checkpoint, console.say)
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
+    console.say(f"prompts    {asked.describe()}")
     reward = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
     begin, drawn = time.perf_counter(), 0
 

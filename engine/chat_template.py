@@ -6,7 +6,7 @@ A message is encoded as text between pieces that text cannot spell: nothing in i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.errors import InputError
 from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT, Tokenizer
@@ -27,6 +27,8 @@ JINJA = (
 class Message:
     role: str
     content: str
+    # Of what the assistant says: is it to be learnt, or only to be gone on from?
+    learn: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -39,7 +41,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     encoded = tokenizer.encode_batch([message.content for message in messages])
     for message, text in zip(messages, encoded, strict=True):
         ids += [tokenizer.special[f"<|{message.role}|>"], *text, tokenizer.special[END]]
-        learn += [False] + [message.role == "assistant"] * (len(text) + 1)
+        learn += [False] + [message.role == "assistant" and message.learn] * (len(text) + 1)
     return ids, learn
 
 

@@ -101,6 +101,9 @@ class DataConfig:
     prompt_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
+    # Of preferences: the answers that were liked better and worse; None are the columns chosen and rejected.
+    chosen_column: str | None = None
+    rejected_column: str | None = None
     # Read and tokenize while training, in the order of the data, and prepare nothing but what is held out.
     stream: bool = False
     # A run, or a file, to take the tokenizer from where the data has none yet; None trains one.
@@ -116,9 +119,7 @@ class DataConfig:
     final_evaluation_tokens: int = 500_000
 
     def __post_init__(self) -> None:
-        if (self.prompt_column is None) != (self.response_column is None) or (
-            self.prompt_column and self.messages_column
-        ):
+        if self.messages_column and (self.prompt_column or self.response_column):
             raise InputError("name --prompt-column and --response-column together, or --messages-column alone")
         _require(self, "data", ("holdout",), lambda share: 0 < share < 1, "between 0 and 1")
         counts = ("documents", "tokens", "evaluation_tokens", "final_evaluation_tokens")

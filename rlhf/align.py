@@ -131,7 +131,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
         loss=dpo.loss,
         evaluate=evaluate,
         measures=dpo.measures,
-        notes=(f"train      {train.describe()}", *begin_notes(recipe, watch)),
+        notes=(*train.describe_beside(validation), *begin_notes(recipe, watch)),
     )
     return recipe, stage
 
@@ -182,6 +182,7 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         measures=rollouts.method.measures,
         critic=ppo.critic if ppo else None,
         notes=(
+            *train.describe_beside(held_out),
             f"rollouts   {config.answers} answers, each learnt {config.passes} times; reward: {config.reward}",
             *begin_notes(recipe, watch),
         ),

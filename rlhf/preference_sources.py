@@ -1,14 +1,17 @@
 """Where preferences come from: requests for stories (built in), files, the Hub; and the formats in which they come.
 
-chosen and rejected   texts beside a prompt (a text, or turns in prompt, messages or conversations)
-                      a turn each, or lists of turns: the answer alone beside a prompt, or the whole conversation
+chosen and rejected   texts beside a prompt: a text or turns in instruction, prompt, question, messages or conversations
+                      a turn each, or lists of turns: what follows the prompt, or the whole conversation
                       texts with "\\n\\nHuman:" and "\\n\\nAssistant:", as in hh-rlhf
 gold                  where there is one: true where the chosen answer is truly the better one, false, or null
+
+What train.data.instruct_formats heeds or refuses beside a question, it does here as well.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from random import Random
 
@@ -16,9 +19,21 @@ from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
 from rlhf.preferences import Preference, judge
-from train.data.files import Row, column_names, readable
-from train.data.instruct_formats import MESSAGES, Conversation, read_turns
+from train.data.instruct_formats import Conversation, asked, turns_of, unwanted
+from train.data.rows import (
+    MESSAGES,
+    PROMPTS,
+    Columns,
+    Row,
+    Skipped,
+    cell,
+    column_names,
+    list_of,
+    peek,
+    text_of,
+)
 from train.data.sources import SPLITS, HubSource, Source, open_source
+from train.data.splits import prompt_key
 from train.data.stories import AskedFacts, forms, storybook
 from train.data.story_requests import StoryRequest, story_requests
 from train.data.story_score import score_story
@@ -36,47 +51,89 @@ def open_preferences(data: DataConfig) -> Source:
     """The preferences that `data` names. Raises InputError where it names nothing."""
     if data.source == STORIES_PREFERENCES:
         return StoryPreferences(data.source, limit=data.documents)
-    name = HUB_SETS.get(data.source, data.source)
-    source = open_source(name, holdout=data.holdout, limit=data.documents, pick=read_preferences)
+    name, pick = HUB_SETS.get(data.source, data.source), partial(read_preferences, data=data)
+    source = open_source(name, holdout=data.holdout, limit=data.documents, pick=pick, key=preference_key)
     return dataclasses.replace(source, stage="prefs") if isinstance(source, HubSource) else source
 
 
-def read_preferences(rows: Iterable[Row]) -> Iterator[Preference | None]:
-    """The preference that each row holds; None where it has no two answers to one prompt."""
+def preference_key(preference: Preference) -> Sequence[str]:
+    """What preferences must not have in common on both sides of a split: the prompt."""
+    return prompt_key(preference.prompt)
+
+
+def read_preferences(rows: Iterable[Row], data: DataConfig = DataConfig()) -> Iterator[Preference | Skipped]:  # noqa: B008
+    """The preference that each row holds, in the columns that `data` names or in the usual ones."""
+    head, rows = peek(rows)
+    columns = Columns(head)
+    of_turns = [name for name in MESSAGES if columns.holds(name, list)]
+    prompt = data.prompt_column or columns.first(PROMPTS, str, list) or next(iter(of_turns), None)
+    answers = [data.chosen_column or "chosen", data.rejected_column or "rejected"]
     for where, row in rows:
-        if not isinstance(row, Mapping) or not row.keys() >= {"chosen", "rejected"}:
-            raise InputError(f"{where}: a preference has columns chosen and rejected; there are {column_names(row)}")
+        if not isinstance(row, Mapping) or not row.keys() >= {*answers}:
+            raise InputError(
+                f"{where}: a preference has columns {' and '.join(answers)}; there are {column_names(row)}: name them "
+                "with --chosen-column and --rejected-column"
+            )
         gold = row.get("gold")
         if not (gold is None or isinstance(gold, bool)):
             raise InputError(f"{where}: gold is {gold!r}; it must be true, false or null")
-        prompt = _turns(next((row[name] for name in ("prompt", *MESSAGES) if row.get(name)), None), "user", where)
-        chosen, rejected = (_whole(prompt, _turns(row[name], "assistant", where)) for name in ("chosen", "rejected"))
-        if chosen[:-1] != rejected[:-1] or len(chosen) < 2 or {chosen[-1].role, rejected[-1].role} != {"assistant"}:
-            yield None
-        else:
-            yield Preference(tuple(chosen[:-1]), chosen[-1].content, rejected[-1].content, gold)
+        if data.prompt_column:
+            cell(row, data.prompt_column, where)
+        said = asked(row, prompt, where, partial(_turns, role="user", where=where))
+        told = [_turns(row[name], "assistant", where) for name in answers]
+        if said and said[-1].role == "assistant" and not said[-1].content:
+            said.pop()  # "\n\nAssistant:", after which the answers begin, with a space
+            told = [[Message(turn.role, turn.content.strip()) for turn in turns] for turns in told]
+        skipped, both = unwanted(row, where), [_whole(said, turns) for turns in told]
+        if any(row[name] is None for name in answers):
+            skipped = skipped or Skipped(where, "without an answer")
+        yield skipped or _preference(both, gold) or Skipped(where, "not two answers to one prompt")
+
+
+def _preference(both: Sequence[Conversation | None], gold: bool | None) -> Preference | None:
+    chosen, rejected = both
+    if not chosen or not rejected or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        return None
+    if {chosen[-1].role, rejected[-1].role} != {"assistant"} or chosen[-2].role != "user":
+        return None
+    return Preference(tuple(chosen[:-1]), chosen[-1].content, rejected[-1].content, gold)
 
 
 def _turns(value: object, role: str, where: str) -> Conversation:
-    """What stands in a cell as turns; a bare text is one by `role`."""
-    if value is None or isinstance(value, str):
-        text = readable(value) or ""
-        if not SPEAKER.match(text):
-            return [Message(role, text)] if value is not None else []
-        _, *parts = SPEAKER.split(text)
-        roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
-        return [Message(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]
-    return next(read_turns([(where, [value] if isinstance(value, Mapping) else value)]))[1] or []
+    """What stands in a cell as turns; a bare text is one by `role`, or several where it names its speakers."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping) or list_of(value) is not None:
+        return turns_of(value, where)
+    text = text_of(value, where)
+    if not SPEAKER.match(text):
+        return [Message(role, text)]
+    _, *parts = SPEAKER.split(text)
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    return [Message(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]
 
 
-def _whole(prompt: Conversation, turns: Conversation) -> Conversation:
-    """The prompt and the answer, where the turns are not the whole conversation already."""
-    return turns if len(turns) > 1 else prompt + turns
+def _whole(said: Conversation, turns: Conversation) -> Conversation | None:
+    """A prompt and what follows it, where the turns do not begin with the prompt themselves.
+
+    None where they begin with another one.
+    """
+    if not said or not turns or turns[0].role == "assistant":
+        return said + turns
+    system = [message for message in said if message.role == "system"]
+    bare = [message for message in turns if message.role != "system"]
+    own = [message for message in turns if message.role == "system"] or system
+    for question, repeated in zip(said[len(system) :], bare, strict=False):
+        if (question.role, question.content.strip()) != (repeated.role, repeated.content.strip()):
+            return None
+    return own + bare
 
 
 @dataclasses.dataclass
 class StoryPreferences(Source):
     """The built-in preferences: two answers to a request, as a noisy judge likes them."""
+
+    held_out_by: str = "heroes of a kind and trait that no training request names together"
 
     def describe(self) -> str:
         return f"{self.name}: pairs of answers to requests for stories, judged by the program itself"

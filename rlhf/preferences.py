@@ -13,9 +13,11 @@ import numpy as np
 from engine.chat_template import Message, render, trim
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
+from train.data.conversations import Encoded
 from train.data.loader import IGNORE_INDEX
 from train.data.shards import Progress
 from train.data.sources import Source
+from train.data.splits import hash_of, prompt_key
 
 # How surely the judge tells a better answer (a coin with sigma(difference / NOISE)), and how often it errs on top.
 NOISE = 0.5
@@ -40,17 +42,17 @@ def judge(prompt: Sequence[Message], answers: tuple[str, str], scores: tuple[flo
     return Preference(tuple(prompt), chosen, rejected, (difference > 0) == first if difference else None)
 
 
-class Pairs:
+class Pairs(Encoded):
     """Encoded preferences: what a loader packs, a pair as one document, the chosen conversation first.
 
     Nothing is predicted, so the targets only mark where the chosen one ends. `same` counts the pairs left out because
-    the answers do not differ, `dropped` those too long for the context, `unread` those in which the source found no two
-    answers to one prompt, `cut` those that lost their oldest turns to fit.
+    the answers do not differ, `dropped` those too long for the context, `cut` those that lost their oldest turns to
+    fit. `source` has read them, and knows what it skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
-        self.tokenizer, self.context = tokenizer, context
-        self.same = self.dropped = self.cut = self.unread = self.bytes = 0
+    def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
+        super().__init__(tokenizer, context, source)
+        self.same = self.dropped = self.cut = self.bytes = self.systems = 0
         self.gold: list[bool | None] = []
         self._ids, self._starts = array("i"), array("q", [0])  # two sequences a pair
 
@@ -75,6 +77,8 @@ class Pairs:
             self._starts.append(len(self._ids))
             self.bytes += int(self.tokenizer.byte_lengths[ids].sum())
         self.gold.append(preference.gold)
+        self.prompts.add(hash_of(prompt_key(preference.prompt)))
+        self.systems += preference.prompt[0].role == "system"
 
     def _render(self, prompt: Sequence[Message], answers: tuple[str, str]) -> list[list[int]]:
         return [render(self.tokenizer, [*prompt, Message("assistant", answer)])[0] for answer in answers]
@@ -115,13 +119,18 @@ class Pairs:
 
     def describe(self) -> str:
         lost = {
-            "without a difference": self.same,
-            "longer than the context": self.dropped,
-            "not two answers to one prompt": self.unread,
+            "left out, without a difference": self.same,
+            "left out, longer than the context": self.dropped,
+            "cut at a turn": self.cut,
         }
-        parts = [f"; {count:,} left out, {why}" for why, count in lost.items() if count]
-        parts += [f"; {self.cut:,} cut at a turn"] if self.cut else []
-        return f"{len(self):,} pairs, {self.tokens:,} tokens{''.join(parts)}"
+        return "; ".join(
+            [
+                f"{len(self):,} pairs{self.of_rows()}: {len(self.prompts):,} prompts, {self.systems:,} system "
+                f"texts; {self.tokens:,} tokens",
+                *(f"{count:,} {what}" for what, count in lost.items() if count),
+                *self.skipped(),
+            ]
+        )
 
 
 def encode_preferences(
@@ -134,14 +143,14 @@ def encode_preferences(
     progress: Progress = lambda documents, tokens, text_bytes: None,
 ) -> Pairs:
     """The pairs of a split, encoded, up to the one that reaches max_tokens. Raises InputError where none is left."""
-    pairs = Pairs(tokenizer, context)
+    source = dataclasses.replace(source)  # its own, to count what this split skips
+    pairs = Pairs(tokenizer, context, source)
     for number, preference in enumerate(source.documents(split)):
         pairs.add(preference)
         if number % 100 == 0:
             progress(len(pairs), pairs.tokens, pairs.bytes)
         if max_tokens is not None and pairs.tokens >= max_tokens:
             break
-    pairs.unread = source.skipped
     if not len(pairs):
         raise InputError(
             f"no pair of {source.name} ({split}) is left for a context of {context} tokens: {pairs.describe()}; choose "

@@ -4,24 +4,53 @@ import dataclasses
 
 import numpy as np
 
+from engine.chat_template import answer_prompt
 from engine.config import DataConfig, Recipe
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
 from rlhf.rewards import Prompt
 from train.data.conversations import STORIES_INSTRUCT, Conversations, StoryRequests, open_conversations
-from train.data.instruct_formats import Conversation
+from train.data.instruct_formats import Conversation, prompt_of
+from train.data.loader import IGNORE_INDEX
 from train.data.permutation import Permutation
 from train.data.sources import Source
+from train.data.splits import hash_of, prompt_key
 from train.data.stories import AskedFacts
 
 
 class Prompts(Conversations):
-    """Encoded conversations of which the first answer is left to the policy."""
+    """Encoded conversations of which the answer is left to the policy: they need none of their own."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
-        super().__init__(tokenizer, context)
+    def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
+        super().__init__(tokenizer, context, source)
         self.facts: list[AskedFacts | None] = []
         self.asked: list[Conversation] = []  # the messages before the answer
+
+    def ask(self, messages: Conversation, facts: AskedFacts | None = None) -> None:
+        """Encode one more, or count it as dropped where it leaves no room for an answer."""
+        asked = prompt_of(messages)
+        ids = answer_prompt(self.tokenizer, asked)
+        if len(ids) >= self.context:
+            self.dropped += 1
+            return
+        self._append(ids, [IGNORE_INDEX] * len(ids))
+        self.systems += asked[0].role == "system"
+        self.prompts.add(hash_of(prompt_key(asked)))
+        self.facts.append(facts)
+        self.asked.append(asked)
+
+    def prompt(self, number: int) -> list[int]:
+        inputs, _ = self.read(number, 0, int(self.lengths[number]))
+        return inputs.tolist()
+
+    def describe(self) -> str:
+        return "; ".join(
+            [
+                f"{len(self):,} prompts{self.of_rows()}, {self.systems:,} with a system text",
+                *([f"{self.dropped:,} left out, longer than the context"] if self.dropped else []),
+                *self.skipped(),
+            ]
+        )
 
     def __getitem__(self, number: int) -> Prompt:
         return Prompt(tuple(self.prompt(number)), self.facts[number])
@@ -39,8 +68,8 @@ class Prompts(Conversations):
 
 
 def open_prompts(data: DataConfig) -> Source:
-    """The conversations that `data` names. Raises InputError where it names documents, or nothing."""
-    source = open_conversations(data)
+    """The prompts that `data` names, answered or not. Raises InputError where it names documents, or nothing."""
+    source = open_conversations(data, answers=False)
     if source is None:
         raise InputError(f"{data.source} holds documents; prompts come from conversations, such as {STORIES_INSTRUCT}")
     return source
@@ -56,18 +85,14 @@ def prompts_of(recipe: Recipe) -> DataConfig | None:
 
 
 def encode_prompts(source: Source, split: str, tokenizer: Tokenizer, context: int, most: int) -> Prompts:
-    """The first `most` conversations of a split that fit, and the facts where they are the built-in requests."""
-    prompts = Prompts(tokenizer, context)
+    """The first `most` prompts of a split that fit, and the facts where they are the built-in requests."""
+    source = dataclasses.replace(source)  # its own, to count what this split skips
+    prompts = Prompts(tokenizer, context, source)
     told = source.requests(split) if isinstance(source, StoryRequests) else None
-    for number, messages in enumerate(source.documents(split)):
-        facts = next(told).facts if told else None
-        prompts.add(messages, f"conversation {number} of {source.name} ({split})")
-        if len(prompts) > len(prompts.facts):
-            answer = next(place for place, message in enumerate(messages) if message.role == "assistant")
-            prompts.facts.append(facts)
-            prompts.asked.append(messages[:answer])
+    for messages in source.documents(split):
+        prompts.ask(messages, next(told).facts if told else None)
         if len(prompts) == most:
             break
     if not len(prompts):
-        raise InputError(f"no conversation of {source.name} ({split}) fits into the context of {context} tokens")
+        raise InputError(f"no prompt of {source.name} ({split}) fits into the context of {context} tokens")
     return prompts

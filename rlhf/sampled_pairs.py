@@ -76,7 +76,7 @@ def sample_pairs(
 
 def to_json_line(pair: Preference) -> str:
     """A pair as rlhf.preference_sources.read_preferences reads it."""
-    turns = [vars(message) for message in pair.prompt]
+    turns = [{"role": message.role, "content": message.content} for message in pair.prompt]
     prompt = turns[0]["content"] if len(turns) == 1 else turns
     row = {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected, "gold": pair.gold}
     return json.dumps(row, ensure_ascii=False) + "\n"

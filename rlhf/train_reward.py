@@ -92,8 +92,7 @@ def train_reward(
             loss=partial(preference_loss, config=recipe.reward),
             evaluate=partial(evaluate_rewards, validation, answers),
             notes=(
-                f"train      {train.describe()}",
-                f"validation {validation.describe()}",
+                *train.describe_beside(validation),
                 f"scale      {len(answers)} answers of the base to held-out prompts: mean 0, deviation 1",
                 f"base       {recipe.base}, step {recipe.base_step}",
             ),

@@ -146,7 +146,7 @@ def read_conversations(
         Data(tokenizer, train, validation),
         batches,
         lambda model: answer_held_out(model, tokenizer, validation, recipe.loop.samples),
-        notes=(f"train      {train.describe()}", f"validation {validation.describe()}"),
+        notes=train.describe_beside(validation),
     )
 
 

@@ -77,7 +77,7 @@ def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer
     A text is cut to the context, and halved before the first word that begins past its middle.
     """
     if not isinstance(document, str):
-        first = next((n for n, message in enumerate(document) if message.role == "assistant"), 0)
+        first = next((n for n, message in enumerate(document) if message.role == "assistant" and message.learn), 0)
         return Case(document[:first], document[first].content, facts) if first else None
     # Room for the end, and for halves that take a token more than the whole. Of a character cut in two nothing is left.
     text = tokenizer.bytes_of(tokenizer.encode(document)[: context - 4]).decode(errors="ignore")

@@ -150,7 +150,8 @@ def run_stage(
             run.write_recipe(recipe)
         try:
             recipe, stage = prepare(recipe)
-        except InputError:
+        except Exception:
+            # Whatever was wrong: what is left half made would refuse the next try.
             if processes.main and not resume:
                 run.discard_preparation()
             raise
@@ -272,6 +273,8 @@ def stream_data(recipe: Recipe, run: Run, runtime: Runtime, console: Console) ->
     most = recipe.data.final_evaluation_tokens
     progress = console.preparing("validation")
     validation = prepare(source, tokenizer, run.data, "validation", max_tokens=most, progress=progress)
+    console.say(f"validation {source.describe_read(validation.documents)}")
+    console.say(f"held out   {source.held_out_by}")
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
     batches = StreamLoader(
         source, tokenizer, validation, recipe.tokens_per_pass, recipe.model.context, processes=runtime.processes
@@ -299,7 +302,11 @@ def prepare_source(recipe: Recipe, source: Source, run: Run, console: Console) -
     tokenizer = find_tokenizer(recipe, source, run, console)
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     for split, limit in limits.items():
-        prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
+        shards = prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
+        # A source that writes its documents itself reads no rows, and leaves none out.
+        if source.rows:
+            console.say(f"{split:10} {source.describe_read(shards.documents)}")
+    console.say(f"held out   {source.held_out_by}")
 
 
 def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:

@@ -265,6 +265,37 @@ def test_after_a_mistake_in_the_data_the_right_command_just_works(gpt: Gpt) -> N
     assert gpt("train", "nano", "--steps", "1", "--out", "run", *SMALL).code == 0
 
 
+def test_after_a_column_that_nobody_can_read_another_one_trains_and_says_what_is_held_out(gpt: Gpt) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([f"The fox sat down on stone number {n}." for n in range(60)])
+    buffers = pyarrow.array([b"caf\xe9"] * 60, pyarrow.binary()).buffers()
+    titles = pyarrow.Array.from_buffers(pyarrow.string(), 60, buffers)
+    for folder in ("data/train", "data/validation", "data/train/.ipynb_checkpoints"):
+        Path(folder).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"text": texts, "title": titles}), f"{folder}/a.parquet")
+    command = (
+        "train",
+        "nano",
+        "--steps",
+        "1",
+        "--data",
+        "data",
+        "--out",
+        "runs/a",
+        *SMALL,
+        "--set",
+        "data.documents=60",
+    )
+    refused = gpt(*command, "--column", "title")
+    assert refused.code == 2 and "a.parquet, row 1: column 'title' cannot be read" in refused.err
+    trained = gpt(*command)
+    assert trained.code == 0, trained.err
+    assert "train      60 documents of 60 rows read\n" in trained.out
+    assert "held out   the data's own validation split, by the name of the folder: validation/a.parquet" in trained.out
+
+
 def test_an_interrupted_preparation_goes_on_with_resume(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
     from train import pretrain
 
@@ -346,7 +377,7 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(gpt: Gpt, number: s
     assert f"{number.name}: stopping after step" in said and "gpt train nano --out run --resume" in said
     done = Run(Path("run")).find_checkpoint().step
     spent = gpt("train", "nano", "--out", "run", "--resume", "--steps", "1")
-    assert spent.code == 2 and f"run has done {done} steps" in spent.err and "nothing is left" in spent.err
+    assert spent.code == 2 and f"run has done {done:,} steps" in spent.err and "nothing is left" in spent.err
     assert gpt("train", "nano", "--out", "run", "--resume", "--steps", str(done + 1)).code == 0
 
 

@@ -18,6 +18,7 @@ from rlhf.preference_sources import answer, open_preferences, read_preferences
 from rlhf.preferences import Pairs, Preference, encode_preferences, judge
 from rlhf.train_reward import PairLoader
 from train.data.loader import IGNORE_INDEX
+from train.data.rows import Skipped
 from train.data.sources import SPLITS
 from train.data.story_requests import is_held_out_pair, story_requests
 from train.data.story_score import score_story
@@ -68,7 +69,10 @@ def test_what_is_no_preference_is_left_out_or_named() -> None:
     parted = {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("b")]}
     unasked = {"chosen": "a", "rejected": "b"}
     unanswered = {"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("c")]}
-    assert list(read_preferences(("row", row) for row in (parted, unasked, unanswered))) == [None] * 3
+    found = list(read_preferences(("row", row) for row in (parted, unasked, unanswered)))
+    assert found == [Skipped("row", "not two answers to one prompt")] * 3
+    (lost,) = read_preferences([("row", {"prompt": "a", "chosen": "b", "rejected": None})])
+    assert lost == Skipped("row", "without an answer")
     with pytest.raises(InputError, match=r"row 3: a preference has columns chosen and rejected; there are text"):
         list(read_preferences([("row 3", {"text": "a"})]))
 
@@ -81,8 +85,85 @@ def test_hub_sets_by_their_short_names(hub: Callable[..., None]) -> None:
     assert list(source.documents("test")) == [SUM] * 2
     assert next(source.documents("train")) == SUM
     text = "\n\nHuman: 2 + 2?\n\nAssistant: "
-    hub("Anthropic/hh-rlhf", train=[{"chosen": text + "4", "rejected": text + "5"}] * 60)
-    assert next(open_preferences(DataConfig(source="hh-rlhf")).documents("validation")) == SUM
+    rows = [{"chosen": text + "4", "rejected": text + "5"}] * 60
+    hub("Anthropic/hh-rlhf", train=rows, test=rows)
+    assert next(open_preferences(DataConfig(source="hh-rlhf")).documents("test")) == SUM
+
+
+def test_what_shares_a_prompt_stands_on_one_side(tmp_path: Path) -> None:
+    """Several pairs of one prompt, as `gpt rlhf pairs` writes them; and the same in whole conversations."""
+    rows = [{"prompt": f"{p} + 2?", "chosen": f"{a}", "rejected": f"{-a}"} for p in range(100) for a in range(1, 7)]
+    more = [
+        {side: [user(f"{p} + 2?"), assistant("Why?"), user("So."), assistant(side)] for side in ("chosen", "rejected")}
+        for p in range(100)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    source = open_preferences(DataConfig(source=str(tmp_path / "a.jsonl"), holdout=0.1))
+    train, held_out = ({each.prompt[0].content for each in source.documents(split)} for split in SPLITS[:2])
+    assert not train & held_out and (len(train), len(held_out)) == (90, 10)
+    assert sum(1 for split in SPLITS[:2] for _ in source.documents(split)) == 700
+    assert source.held_out_by == "one in 10 of the prompts, with all answers to them"
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"}, ASKED),
+        (
+            {"system": "Be brief.", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+            (Message("system", "Be brief."), *ASKED),
+        ),
+        ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, ASKED),
+        ({"instruction": "2 +", "input": "2?", "chosen": "4", "rejected": "5"}, (Message("user", "2 +\n\n2?"),)),
+        (
+            {
+                "prompt": [user("Hi")],
+                "chosen": [assistant("Hello"), user("2 + 2?"), assistant("4")],
+                "rejected": [assistant("Hello"), user("2 + 2?"), assistant("5")],
+            },
+            (Message("user", "Hi"), Message("assistant", "Hello"), *ASKED),
+        ),
+        (
+            {
+                "system": "Be brief.",
+                "prompt": "2 + 2? ",
+                "chosen": [user("2 + 2?"), assistant("4")],
+                "rejected": [user("2 + 2?"), assistant("5")],
+            },
+            (Message("system", "Be brief."), *ASKED),
+        ),
+    ],
+)
+def test_nothing_of_the_prompt_is_dropped_or_put_in(row: dict[str, Any], asked: tuple[Message, ...]) -> None:
+    assert list(read_preferences([("row 1", row)])) == [Preference(asked, "4", "5")]
+
+
+def test_columns_of_preferences_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"ask": "2 + 2?", "good": "4", "bad": "5"}) + "\n")
+    named = DataConfig(source=str(path), prompt_column="ask", chosen_column="good", rejected_column="bad")
+    assert list(open_preferences(named).documents("train")) == [SUM]
+    with pytest.raises(
+        InputError, match="columns chosen and rejected; there are ask, good, bad: name them with --chosen"
+    ):
+        list(open_preferences(DataConfig(source=str(path))).documents("train"))
+
+
+def test_before_training_a_person_sees_what_was_understood(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n // 2} + 2?", "chosen": "4", "rejected": "5"} for n in range(8)]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "chosen": None}])
+    )
+    (tmp_path / "val.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    source = open_preferences(DataConfig(source=str(tmp_path)))
+    train, held_out = (encode_preferences(source, split, tokenizer, 48) for split in SPLITS[:2])
+    assert train.describe_beside(held_out) == (
+        f"train      8 pairs of 9 rows: 4 prompts, 0 system texts; {train.tokens} tokens; "
+        f"1 left out, without an answer (first: {tmp_path}/train.jsonl, line 9)",
+        f"validation 1 pairs of 1 rows: 1 prompts, 0 system texts; {held_out.tokens} tokens",
+        "held out   the data's own validation split, by the name of the file: val.jsonl; "
+        "1 of its 1 prompts are trained on as well",
+    )
 
 
 def test_pairs_end_with_the_end_piece_and_know_their_prompt(tokenizer: Tokenizer) -> None:
@@ -109,7 +190,8 @@ def test_pairs_left_out_or_cut_are_counted(tokenizer: Tokenizer, tmp_path: Path)
     (tmp_path / "val.jsonl").write_text(json.dumps(rows[1]))
     source = open_preferences(DataConfig(source=str(tmp_path)))
     pairs = encode_preferences(source, "train", tokenizer, 48)
-    assert (len(pairs), pairs.same, pairs.dropped, pairs.cut, pairs.unread) == (2, 1, 1, 1, 1)
+    assert (len(pairs), pairs.same, pairs.dropped, pairs.cut) == (2, 1, 1, 1)
+    assert pairs.source and pairs.source.skipped == {"not two answers to one prompt": (1, f"{path}, line 5")}
     assert pairs.pair(0) == pairs.pair(1)
     said = pairs.describe()
     assert "1 left out, without a difference" in said and "1 left out, longer than the context" in said

@@ -1,5 +1,6 @@
-"""Local files as rows and documents: .txt .jsonl .json .csv .parquet. What is wrong is said with file and line."""
+"""Local files as rows: .txt .jsonl .json .csv .parquet. What is wrong is said with file and line."""
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -8,36 +9,49 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
+from train.data.rows import Row
+from train.data.splits import is_hidden
+
+if TYPE_CHECKING:
+    from pyarrow import DataType
+    from pyarrow.parquet import ParquetFile
 
 SEPARATOR = "<|endoftext|>"
-TEXT_COLUMNS = ("text", "contents", "content", "story", "document")
 # Long enough to fill a context many times, short enough that one text file gives documents to hold out.
 CUT_CHARACTERS = 8192
 SAMPLE_BYTES = 1 << 20
+# Rows of a Parquet file that are read at a time.
+BLOCK = 1024
 
-Row = tuple[str, object]  # where it stands, for messages, and what stands there
 
+def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
+    """The readable files that a path, folder or glob means, sorted, and the folder from which their names are read.
 
-def find_files(name: str) -> tuple[Path, ...]:
-    """The readable files that a path, folder or glob means, sorted. Raises InputError where there are none."""
+    Hidden ones are left out unless they are named themselves. Raises InputError where there are none.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if not file.name.startswith(".")]
+        found, root = list(path.rglob("*")), path
     elif path.exists() or not glob.has_magic(name):
-        found = [path]
+        found, root = [path], path.parent
     else:
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
         if not found:
             raise InputError(f"no file matches {name}; check the pattern and the folder it starts from")
     if found == [path] and not path.exists():
         raise InputError(f"no such file: {name}")
-    files = tuple(sorted(file for file in found if file.is_file() and file.suffix.lower() in EXTENSIONS))
+    asked = is_hidden(path, root)
+    readable = (file for file in found if file.is_file() and file.suffix.lower() in EXTENSIONS)
+    files = tuple(sorted(file for file in readable if asked or not is_hidden(file, root)))
     if not files:
         raise InputError(f"{name}: nothing to read there; text comes as {' '.join(EXTENSIONS)}: rename or convert it")
-    return files
+    return files, root
 
 
 def sample_hash(file: Path) -> str:
@@ -55,45 +69,6 @@ def read_rows(file: Path, cut: int = CUT_CHARACTERS) -> Iterator[Row]:
     if file.suffix.lower() == ".txt":
         return ((f"{file}, document {number}", text) for number, text in enumerate(_read_text(file, cut), 1))
     return READERS[file.suffix.lower()](file)
-
-
-def pick_texts(rows: Iterable[Row], column: str | None = None) -> Iterator[str | None]:
-    """The text of every row, None of an empty one: of the column asked for, or of the one the first row suggests."""
-    for where, row in rows:
-        if isinstance(row, str):
-            yield readable(row)
-            continue
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: a JSON object with a text column was expected, not {str(row)[:40]!r}")
-        if column is None:
-            column = _pick_column(row, where)
-        if column not in row:
-            raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}: choose one with --column")
-        text = row[column]
-        if not isinstance(text, str | None):
-            raise InputError(
-                f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --column"
-            )
-        yield readable(text)
-
-
-def readable(text: str | None) -> str | None:
-    """The text, if there is any, as a tokenizer can read it: JSON can spell half a surrogate pair."""
-    if not text or text.isspace():
-        return None
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _pick_column(row: Mapping[str, object], where: str) -> str:
-    known = [name for name in TEXT_COLUMNS if isinstance(row.get(name, 0), str | None)]
-    texts = known[:1] or [name for name, value in row.items() if isinstance(value, str)]
-    if len(texts) != 1:
-        raise InputError(f"{where}: which column is the text? There are {column_names(row)}: choose one with --column")
-    return texts[0]
-
-
-def column_names(row: object) -> str:
-    return (isinstance(row, Mapping) and ", ".join(map(str, row))) or "none"
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -151,7 +126,7 @@ def _read_json_lines(file: Path, lines: Iterable[str] | None = None) -> Iterator
     for number, line in enumerate(lines or _lines(file), 1):
         if not line.isspace():
             try:
-                yield f"{file}, line {number}", json.loads(line)
+                yield f"{file}, line {number}", _parse_json(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: broken JSON ({error}); mend or delete the line") from None
 
@@ -159,7 +134,9 @@ def _read_json_lines(file: Path, lines: Iterable[str] | None = None) -> Iterator
 def _read_json(file: Path) -> Iterator[Row]:
     text = "".join(_lines(file))
     try:
-        value = json.loads(text or "[]")
+        value = _parse_json(text or "[]")
+    except RecursionError as error:
+        raise InputError(f"{file}: broken JSON ({error}); mend the file") from None
     except json.JSONDecodeError as error:
         # Many a .json file holds JSON lines.
         if error.msg == "Extra data":
@@ -169,14 +146,38 @@ def _read_json(file: Path) -> Iterator[Row]:
     return ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
 
 
-def _read_csv(file: Path) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(_lines(file), strict=True)
+def _parse_json(text: str) -> Any:
+    """The value; an integer of thousands of digits, for which Python has no patience, is one without end."""
     try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=float)
+
+
+def _read_csv(file: Path) -> Iterator[Row]:
+    """Rows by the names in the first one. What parts them there, a comma, semicolon or tab, does so everywhere."""
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline()
+    parted = max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+    reader = csv.reader(_lines(file), strict=True, delimiter=parted)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise InputError(f"{file}, line 1: two columns have one name, of {', '.join(names)}; rename one")
         for row in reader:
-            yield f"{file}, line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
+            where = f"{file}, line {reader.line_num}"
+            if row and len(row) != len(names):
+                raise InputError(
+                    f"{where}: {len(row)} fields where the first line names {len(names)} ({', '.join(names)}); a text "
+                    f"that holds {parted!r} must stand in quotes"
+                )
+            if row:
+                yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise InputError(f"{file}, line {reader.reader.line_num}: broken CSV ({error}); mend the line") from None
+        raise InputError(f"{file}, line {reader.line_num}: broken CSV ({error}); mend the line") from None
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -185,13 +186,82 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"reading {file} needs pyarrow: pip install pyarrow, or convert the file to .jsonl") from None
-    try:
-        rows = (row for batch in parquet.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file}: damaged, or no parquet file ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
+    columns = ParquetColumns(file, lambda: parquet.ParquetFile(file), (pyarrow.ArrowException, OSError))
+    yield from ((f"{file}, row {number + 1}", ParquetRow(columns, number)) for number in range(columns.rows))
+
+
+class ParquetColumns:
+    """The columns of a Parquet file, each read from the disk when a row first asks for it, and then along with it."""
+
+    def __init__(
+        self, file: Path, open_file: "Callable[[], ParquetFile]", failures: tuple[type[Exception], ...]
+    ) -> None:
+        self.file, self.failures = file, failures
+        with self._plain_errors():
+            self.opened = open_file()
+        self.names: list[str] = self.opened.schema_arrow.names
+        self.rows: int = self.opened.metadata.num_rows
+        self._held: dict[str, tuple[int, Any, Iterator[Any]]] = {}  # the block read last, and those after it
+
+    def cell(self, name: str, number: int) -> Any:
+        """Python's value of a cell. Raises InputError with its place where there is none."""
+        block, place = divmod(number, BLOCK)
+        at, values, rest = self._held.get(name, (-1, None, iter(())))
+        with self._plain_errors():
+            if at < 0 or at > block:
+                at, rest = -1, self.opened.iter_batches(BLOCK, columns=[name])
+            while at < block:
+                at, values = at + 1, next(rest).column(0)
+        self._held[name] = (at, values, rest)
+        try:
+            value = values[place].as_py()
+            return _from_json(value, values.type) if "arrow.json" in str(values.type) else value
+        except (ValueError, OverflowError) as error:
+            raise InputError(
+                f"{self.file}, row {number + 1}: column {name!r} cannot be read ({error}); mend it or choose another"
+            ) from None
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self.failures as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.file}: damaged, or no parquet file ({reason}); fetch it again") from None
+
+
+class ParquetRow(Mapping[str, Any]):
+    """A row of which only those columns are read that are asked for."""
+
+    def __init__(self, columns: ParquetColumns, number: int) -> None:
+        self.columns, self.number = columns, number
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.columns.names:
+            raise KeyError(name)
+        return self.columns.cell(name, self.number)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns.names)
+
+    def __len__(self) -> int:
+        return len(self.columns.names)
+
+
+def _from_json(value: Any, kind: "DataType") -> Any:
+    """The value with what `datasets` stores as JSON text (Arrow's type arrow.json) made what it spells."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [_from_json(each, kind.value_type) for each in value]
+    if types.is_struct(kind):
+        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+    return json.loads(value) if getattr(kind, "extension_name", "") == "arrow.json" else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -1,83 +1,136 @@
 """The formats in which conversations come, recognised by their columns: rows in, conversations out.
 
 a list of turns                  {"role": "user", "content": ...} or {"from": "human", "value": ...}
-messages, conversations          a column that holds such a list
+messages, conversations          a column that holds such a list, or its JSON text
 instruction and response         or prompt, question; output, completion, answer; with context or input beside it
 message_id and parent_id         one message a row, as in OpenAssistant: of every tree the best-ranked path
 prompt.replies                   the same trees, one a row
 Features: Words: ... Story:      TinyStories-Instruct, line by line: the story answers what is said beside it
+
+Beside these, what changes the meaning of a row is heeded: system, system_prompt; history (earlier questions and
+answers); a weight of 0, or of a turn a train or loss of false (what is not to be learnt); a label of false (an answer
+that is a bad one). Calls of tools, pictures and sounds are refused by name: no model here has learnt what they are.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
-from train.data.files import SEPARATOR, Row, column_names, readable
+from train.data.files import SEPARATOR
+from train.data.rows import (
+    ANSWERS,
+    CONTEXTS,
+    MESSAGES,
+    PROMPTS,
+    RESPONSES,
+    Columns,
+    Row,
+    Skipped,
+    cell,
+    column_names,
+    list_of,
+    peek,
+    text_of,
+)
 
-MESSAGES = ("messages", "conversations", "conversation")
-PROMPTS = ("instruction", "prompt", "question")
-CONTEXTS = ("context", "input")
-RESPONSES = ("response", "output", "completion", "answer")
+SYSTEMS = ("system", "system_prompt", "system_message")
+HISTORY = "history"
+LABELS = ("label", "kto_tag")
+WEIGHTS = ("weight", "train", "loss")
+# Of a row and of a turn: what a conversation of texts cannot say.
+REFUSED = ("tools", "tool_calls", "functions", "function_call", "image", "images", "audio", "audios", "video", "videos")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 STORY_KEY = re.compile("^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
+UNANSWERED, UNASKED = "without an answer to learn", "without a question"
 
 Conversation = list[Message]
-# What is read, with where it stands; None where there is no conversation.
-Found = Iterator[tuple[str, Conversation | None]]
+# What is read, with where it stands.
+Found = Iterator[tuple[str, Conversation | Skipped]]
 Read = Callable[[Iterable[Row]], Found]
 
 
 def read_conversations(
-    rows: Iterable[Row], data: DataConfig, *, lenient: bool = False
-) -> Iterator[Conversation | None]:
-    """The conversations of rows of one format, in the columns that `data` names; None where a row, or a tree, has none.
+    rows: Iterable[Row], data: DataConfig, *, answers: bool = True
+) -> Iterator[Conversation | Skipped]:
+    """The conversations of rows of one format, in the columns that `data` names.
 
-    Raises InputError where the assistant says nothing; `lenient` leaves that out, for data that nobody here can mend.
+    Without `answers` each is a prompt (prompt_of); whether anything answers it does not matter.
     """
-    rows = iter(rows)
-    for where, row in rows:
-        read = recognise(row, data)
-        if read is None:
-            raise InputError(
-                f"{where}: where is the conversation? There are {column_names(row)}: name --prompt-column and "
-                "--response-column, or --messages-column"
-            )
-        for place, messages in read(chain([(where, row)], rows)):
-            if messages is None or (lenient and not has_answer(messages)):
-                yield None
-            else:
-                yield require_answer(messages, place)
+    head, rows = peek(rows)
+    read = recognise(head, data, answers=answers)
+    for where, messages in read(rows) if read else _refuse_all(rows):
+        if isinstance(messages, Skipped):
+            yield messages
+        elif answers:
+            yield messages if has_answer(messages) else Skipped(where, UNANSWERED)
+        else:
+            before = prompt_of(messages)
+            yield before if any(message.role == "user" for message in before) else Skipped(where, UNASKED)
 
 
-def recognise(row: object, data: DataConfig) -> Read | None:
-    """How to read rows like this one. None: they are no conversations."""
-    if isinstance(row, str):
-        return read_story_instructions if STORY_KEY.match(row) else None
-    if isinstance(row, list):
-        return read_turns
-    if not isinstance(row, Mapping):
-        return None
-    listed = data.messages_column or next((name for name in MESSAGES if isinstance(row.get(name), list)), None)
-    prompt = data.prompt_column or next((name for name in PROMPTS if isinstance(row.get(name), str)), None)
-    response = data.response_column or next((name for name in RESPONSES if isinstance(row.get(name), str)), None)
-    if listed and not data.prompt_column:
-        return lambda rows: read_turns((where, _cell(row, listed, where)) for where, row in rows)
-    if "message_id" in row or (isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"]):
+def recognise(rows: Sequence[object], data: DataConfig, *, answers: bool = True) -> Read | None:
+    """How to read rows like these. None: they are no conversations, or no prompts where none need an `answer`."""
+    if any(isinstance(row, list) for row in rows):
+        return _read_bare_turns
+    if any(isinstance(row, str) for row in rows):
+        return read_story_instructions if any(STORY_KEY.match(row) for row in rows if isinstance(row, str)) else None
+    columns = Columns(rows)
+    prompt = data.prompt_column or columns.first(PROMPTS, str, list)
+    response = data.response_column or columns.first(RESPONSES, str, list)
+    # A column of that name is meant, whatever stands in it: what does not is refused by its row.
+    response = response or next((name for name in RESPONSES if name in columns.names), None)
+    listed = [name for name in MESSAGES if any(list_of(value) is not None for value in columns.values(name))]
+    messages = data.messages_column or next(iter(listed), None)
+    if messages and not data.prompt_column:
+        return lambda rows: read_turns(rows, messages)
+    if "message_id" in columns.names or any("replies" in tree for tree in columns.values("prompt") if is_mapping(tree)):
         return read_trees
-    if prompt and response:
-        return lambda rows: read_pairs(rows, prompt, response)
-    if isinstance(row.get("text"), str) and STORY_KEY.match(row["text"]):
+    if prompt and (response or not answers):
+        return lambda rows: read_pairs(rows, prompt, response if answers else None)
+    if any(STORY_KEY.match(text) for text in columns.values("text") if isinstance(text, str)):
         return read_story_instructions
+    if answers and {*columns.names} >= {*ANSWERS}:
+        raise InputError(
+            f"there are {', '.join(columns.names)}: these are preferences; learn from them with `gpt reward` or "
+            "`gpt rlhf dpo`"
+        )
+    if answers and prompt and not data.column:
+        raise InputError(
+            f"there are {', '.join(columns.names)}: {prompt} holds questions, and nothing answers them; name the "
+            "answers with --prompt-column and --response-column, or the text to learn with --column"
+        )
     return None
 
 
+def _refuse_all(rows: Iterable[Row]) -> Found:
+    for where, row in rows:
+        raise InputError(
+            f"{where}: where is the conversation? There are {column_names(row)}: name --prompt-column and "
+            "--response-column, or --messages-column"
+        )
+    yield from ()
+
+
+def is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def prompt_of(messages: Conversation) -> Conversation:
+    """What is to be answered: all of it where it ends with a question, else what comes before the first answer."""
+    if messages and messages[-1].role == "user":
+        return messages
+    return list(takewhile(lambda message: message.role != "assistant", messages))
+
+
 def has_answer(messages: Conversation) -> bool:
-    return any(message.role == "assistant" and message.content.strip() for message in messages)
+    """Whether there is an answer to learn, and none is empty."""
+    answers = [message for message in messages if message.role == "assistant"]
+    return any(answer.learn for answer in answers) and all(answer.content.strip() for answer in answers)
 
 
 def require_answer(messages: Conversation, where: str) -> Conversation:
@@ -87,33 +140,127 @@ def require_answer(messages: Conversation, where: str) -> Conversation:
     return messages
 
 
-def read_turns(rows: Iterable[Row]) -> Found:
-    for where, turns in rows:
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise InputError(f"{where}: a list of turns with role and content was expected, not {str(turns)[:40]!r}")
-        yield where, [_message(turn, where) for turn in turns]
+def unwanted(row: Mapping[str, Any], where: str) -> Skipped | None:
+    """The row as skipped, where it says itself that it is not to be learnt.
+
+    Raises InputError where a column means what cannot be heeded.
+    """
+    refuse(row, where)
+    if any(row.get(name) is False for name in LABELS):
+        return Skipped(where, "labelled as bad answers")
+    return None if _is_learnt(row, WEIGHTS[:1], where) else Skipped(where, "of weight 0")
 
 
-def read_pairs(rows: Iterable[Row], prompt: str, response: str) -> Found:
+def refuse(row: Mapping[str, Any], where: str) -> None:
+    """Raises InputError where a row or a turn holds what a conversation of texts cannot."""
+    for name in REFUSED:
+        if row.get(name) not in (None, "", "[]", "{}", [], {}):
+            raise InputError(
+                f"{where}: there are {name}, of which a model of texts learns nothing right; leave such rows out, or "
+                "the column where it does not matter"
+            )
+
+
+def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> bool:
+    for name in names:
+        if (weight := part.get(name)) is not None:
+            if weight not in (0, 1):
+                raise InputError(
+                    f"{where}: {name} is {weight!r}; what is said is learnt (1) or not (0): nothing between"
+                )
+            if not weight:
+                return False
+    return True
+
+
+def asked(
+    row: Mapping[str, Any], prompt: str | None, where: str, turns: Callable[[object], Conversation]
+) -> Conversation:
+    """What stands before an answer: the system text, earlier turns, and the prompt, which `turns` reads."""
+    earlier: Conversation = []
+    for said in list_of(row.get(HISTORY)) or ():
+        if isinstance(said, Mapping):
+            earlier.append(_message(said, where))
+        elif (pair := list_of(said)) is not None and len(pair) == 2:
+            earlier += [Message("user", text_of(pair[0], where)), Message("assistant", text_of(pair[1], where))]
+        else:
+            raise InputError(f"{where}: history holds pairs of a question and its answer, not {str(said)[:40]!r}")
+    question = turns(row.get(prompt)) if prompt else []
+    beside = [text for name in CONTEXTS if name != prompt and (text := text_of(row.get(name), where))]
+    if len(question) == 1:
+        question = [Message(question[0].role, "\n\n".join(filter(None, [question[0].content, *beside])))]
+    if not any(message.role == "system" for message in question):
+        earlier = [Message("system", text) for name in SYSTEMS if (text := text_of(row.get(name), where))] + earlier
+    return earlier + question
+
+
+def turns_of(value: object, where: str) -> Conversation:
+    """The turns in a cell: a list of them, or one alone. Raises InputError where they are none."""
+    turns = [value] if isinstance(value, Mapping) else list_of(value)
+    if turns is None or not all(isinstance(turn, Mapping) for turn in turns):
+        raise InputError(f"{where}: a list of turns with role and content was expected, not {str(value)[:40]!r}")
+    return [_message(turn, where) for turn in turns]
+
+
+def _read_bare_turns(rows: Iterable[Row]) -> Found:
+    return ((where, turns_of(turns, where)) for where, turns in rows)
+
+
+def read_turns(rows: Iterable[Row], column: str) -> Found:
     for where, row in rows:
-        beside = [name for name in CONTEXTS if isinstance(row, Mapping) and row.get(name) and name != prompt]
-        asked = [_text(_cell(row, name, where), where) for name in (prompt, *beside)]
-        answer = Message("assistant", _text(_cell(row, response, where), where))
-        yield where, [Message("user", "\n\n".join(filter(None, asked))), answer]
+        value = cell(row, column, where)
+        assert isinstance(row, Mapping)
+        if skipped := unwanted(row, where):
+            yield where, skipped
+        elif value is None:
+            yield where, Skipped(where, UNANSWERED)
+        else:
+            turns = turns_of(value, where)
+            system = [] if any(turn.role == "system" for turn in turns) else asked(row, None, where, lambda value: [])
+            yield where, system + turns
+
+
+def read_pairs(rows: Iterable[Row], prompt: str, response: str | None) -> Found:
+    """A prompt and its response, each a text or turns; without a response the prompt alone."""
+    for where, row in rows:
+        cell(row, prompt, where)
+        answer = cell(row, response, where) if response else None
+        assert isinstance(row, Mapping)
+
+        def turns(value: object, role: str = "user", where: str = where) -> Conversation:
+            listed = list_of(value)
+            several = listed is not None and all(map(is_mapping, listed))
+            return turns_of(value, where) if several else [Message(role, text_of(value, where))]
+
+        if skipped := unwanted(row, where):
+            yield where, skipped
+            continue
+        messages = asked(row, prompt, where, turns)
+        if messages and messages[-1].content.strip():
+            yield where, messages + (turns(answer, "assistant") if response else [])
+        else:
+            yield where, Skipped(where, UNASKED)
 
 
 def read_trees(rows: Iterable[Row]) -> Found:
-    """Of every English tree the path of best-ranked replies, up to the assistant's last; None where it has none."""
-    roots: list[Mapping[str, Any]] = []
+    """Of every English tree the path of best-ranked replies, up to the assistant's last."""
+    roots: list[tuple[str, Mapping[str, Any]]] = []
     replies: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for where, row in rows:
         tree = row.get("prompt", row) if isinstance(row, Mapping) else None
         if not isinstance(tree, Mapping) or "message_id" not in tree:
             raise InputError(f"{where}: a message with message_id was expected, not {str(row)[:40]!r}")
         for message in _flat(tree):
-            parent = message.get("parent_id")
-            (roots if parent is None else replies[parent]).append(message)
-    for root in roots:
+            if message.get("deleted"):
+                continue
+            if (parent := message.get("parent_id")) is None:
+                roots.append((where, message))
+            else:
+                replies[parent].append(message)
+    for place, root in roots:
+        if root.get("lang", "en") != "en":
+            yield place, Skipped(place, "in another language than English")
+            continue
         path = [root]
         while below := replies.get(path[-1]["message_id"]):
             path.append(min(below, key=lambda reply: float("inf") if reply.get("rank") is None else reply["rank"]))
@@ -121,7 +268,7 @@ def read_trees(rows: Iterable[Row]) -> Found:
         messages = [_message(message, where) for message in path]
         while messages and messages[-1].role != "assistant":
             messages.pop()
-        yield where, messages if messages and root.get("lang", "en") == "en" else None
+        yield where, messages or [_message(root, where)]
 
 
 def _flat(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -134,40 +281,34 @@ def read_story_instructions(rows: Iterable[Row]) -> Found:
     """A story a document: a bare text, or the rows up to one that says <|endoftext|>."""
     lines: list[str] = []
     for where, row in rows:
-        text = row if isinstance(row, str) else _text(_cell(row, "text", where), where)
+        text = row if isinstance(row, str) else text_of(cell(row, "text", where), where)
         ends = isinstance(row, str) or SEPARATOR in text or STORY_KEY.search(text, 1) is not None
         lines.append(text.replace(SEPARATOR, ""))
         if ends:
-            yield where, _story_instruction("\n".join(lines))
+            yield where, _story_instruction("\n".join(lines), where)
             lines = []
     if lines:
-        yield "the last story", _story_instruction("\n".join(lines))
+        yield "the last story", _story_instruction("\n".join(lines), "the last story")
 
 
-def _story_instruction(document: str) -> Conversation | None:
+def _story_instruction(document: str, where: str) -> Conversation | Skipped:
     _, *parts = STORY_KEY.split(document)
     said = {key: text.strip() for key, text in zip(parts[::2], parts[1::2], strict=True)}
     story = said.pop("Story", "")
     request = "\n".join(f"{key}: {text}" for key, text in said.items()) or "Write a story."
-    return [Message("user", request), Message("assistant", story)] if story else None
+    return [Message("user", request), Message("assistant", story)] if story else Skipped(where, "without a story")
 
 
 def _message(turn: Mapping[str, Any], where: str) -> Message:
+    refuse(turn, where)
     role = str(turn.get("role", turn.get("from")))
     content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    if (parts := list_of(content)) is not None and all(map(is_mapping, parts)) and not isinstance(content, str):
+        # Content in parts, as in OpenAI's format: texts are put together, anything else is refused below.
+        if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:
+            raise InputError(f"{where}: a turn holds {other[0]!r}; texts alone are learnt: leave such rows out")
+        content = "\n".join(part["text"] for part in parts)
     try:
-        return Message(ROLES.get(role, role), _text(content, where))
+        return Message(ROLES.get(role, role), text_of(content, where), learn=_is_learnt(turn, WEIGHTS, where))
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _cell(row: object, column: str, where: str) -> Any:
-    if not isinstance(row, Mapping) or column not in row:
-        raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}")
-    return row[column]
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str | None):
-        raise InputError(f"{where}: text was expected, not {type(value).__name__}: {str(value)[:40]!r}")
-    return readable(value) or ""
+        raise InputError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None

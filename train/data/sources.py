@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from engine.errors import InputError
 from train.data import encoding
-from train.data.files import CUT_CHARACTERS, EXTENSIONS, Row, find_files, pick_texts, read_rows, sample_hash
+from train.data.files import CUT_CHARACTERS, EXTENSIONS, find_files, read_rows, sample_hash
+from train.data.rows import PEEKED, Row, Skipped, pick_texts
+from train.data.splits import SPLIT_WORDS, HoldOut, Key, files_by_split, text_key
 from train.data.stories import SPLITS, stories, write_story
 
-# What splits are called out there.
-SPLIT_WORDS = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
 HUB_SHORT_NAMES = {
     "tinystories": ("roneneldan/TinyStories", "text"),
     "dsir-pile": ("stanford-crfm/DSIR-filtered-pile-50M", "contents"),
@@ -29,13 +29,16 @@ PROBE_SECONDS = 8
 STORIES = {"train": 1_000_000, "validation": 5_000, "test": 5_000}
 STORY_CHARACTERS = 800  # more or less
 
+# Changes when other documents are held out than before, or other files make a split.
+SPLIT_RULE = 2
+
 Streams = dict[str, Callable[[], Iterable[Any]]]
-# Makes documents of rows, None of an empty one.
-Pick = Callable[[Iterable[Row]], Iterator[Any]]
+# Makes of rows documents, or says that it skipped them.
+Pick = Callable[..., Iterator[Any]]
 
 
 class Stream(Protocol):
-    """Documents, None for an empty one, that are read once, and the place that has been reached in them (JSON-able)."""
+    """Documents, and `Skipped` rows, that are read once, and the place that has been reached in them (JSON-able)."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -55,11 +58,13 @@ def open_source(
     holdout: float = 0.02,
     limit: int | None = None,
     pick: Pick | None = None,
+    key: Key = text_key,
 ) -> "Source":
     """The source of that name: stories, tinystories, dsir-pile, owner/dataset[:config], or a file, folder or glob.
 
-    `holdout` is the share of documents held out where the data brings no validation split, `limit` the number taken of
-    each split that it brings. Documents are the texts of a column, unless `pick` makes something else of the rows.
+    `holdout` is the share of documents held out where the data brings no validation split, those with one `key`
+    together; `limit` the number taken of each split that it brings. Documents are the texts of a column, unless `pick`
+    makes something else of the rows.
     Raises InputError where the name means nothing; the hub is asked when documents are.
     """
     if not 0 < holdout <= 0.5:
@@ -71,13 +76,14 @@ def open_source(
     if name in HUB_SHORT_NAMES:
         path, usual_column = HUB_SHORT_NAMES[name]
         column = column or usual_column
-        return HubSource(name, column, holdout, limit, pick or partial(pick_texts, column=column), path=path)
+        return HubSource(name, column, holdout, limit, pick or partial(pick_texts, column=column), key, path=path)
     pick = pick or partial(pick_texts, column=column)
     local = Path(name).expanduser()
     if local.exists() or glob.has_magic(name) or local.suffix.lower() in EXTENSIONS or name.startswith((".", "/", "~")):
-        return FileSource(name, column, holdout, limit, pick, files=find_files(name))
+        files, root = find_files(name)
+        return FileSource(name, column, holdout, limit, pick, key, files=files, root=root)
     if hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name):
-        return HubSource(name, column, holdout, limit, pick, path=hub[1], config=hub[2])
+        return HubSource(name, column, holdout, limit, pick, key, path=hub[1], config=hub[2])
     raise InputError(
         f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
         "also stories-instruct, dolly and others: gpt finetune --help), a Hugging Face data set as owner/name, or a "
@@ -85,23 +91,12 @@ def open_source(
     )
 
 
-def is_held_out(document: int, holdout: float) -> bool:
-    """Whether a document is held out: one of every round(1/holdout) in a row, at a place mixed from the block's number.
-
-    Decided by the number alone, so that a stream of unknown length is split while it is read. The first block gives its
-    second document, so that even two documents make a training and a validation split.
-    """
-    size = max(2, round(1 / holdout))
-    block, place = divmod(document, size)
-    mixed = block * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    return place == ((mixed ^ mixed >> 32) % size if block else 1)
-
-
 @dataclass
 class Source:
     """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
 
-    `skipped` counts the empty documents that the latest pass left out.
+    Of the latest pass: `rows` counts those that were read, `skipped` those that were left out, by reason, with where
+    the first of each stood; `held_out_by` says what decides which documents are held out.
     """
 
     name: str
@@ -109,7 +104,10 @@ class Source:
     holdout: float = 0.02
     limit: int | None = None
     pick: Pick = pick_texts
-    skipped: int = 0
+    key: Key = text_key
+    rows: int = 0
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    held_out_by: str = ""
 
     def describe(self) -> str:
         """One line for a person."""
@@ -125,7 +123,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which documents come out."""
-        parts = [type(self).__name__, self.column, self.holdout, self.limit, *self.identity()]
+        parts = [SPLIT_RULE, type(self).__name__, self.column, self.holdout, self.limit, *self.identity()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def check(self) -> None:
@@ -137,10 +135,26 @@ class Source:
         documents = islice(self._split(split), start, None)
         first = list(islice(documents, 1))
         if not first and start == 0:
-            bare = "it is empty" if split == "train" else "it has fewer than two documents"
-            why = f"its {self.skipped} documents are empty" if self.skipped else bare
+            bare = "it is empty" if split == "train" else "it has fewer than two documents that differ"
+            if self.key is not text_key and split != "train":
+                bare = "all of it has one prompt, and would stand on one side; name a file beside it validation"
+            why = self.describe_skipped() or bare
             raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
         return chain(first, documents)
+
+    def peek(self) -> list[object]:
+        """The first rows to train on, as they are."""
+        bare = replace(self, pick=lambda rows, head=None: (row for _, row in rows))
+        return list(islice(bare.streams()["train"](), PEEKED))
+
+    def describe_read(self, documents: int) -> str:
+        """How many documents came of how many rows in the latest pass, and what it left out, for a person."""
+        rows = f" of {self.rows:,} rows read" if self.rows else ""
+        return "; ".join(filter(None, [f"{documents:,} documents{rows}", self.describe_skipped()]))
+
+    def describe_skipped(self) -> str:
+        """What the latest pass left out, and why: for a person. "" where that was nothing."""
+        return "; ".join(f"{count:,} left out, {why} (first: {at})" for why, (count, at) in self.skipped.items())
 
     def chunks(self, split: str, start: int = 0) -> Iterator[Sequence[str]]:
         """The same documents, where they are texts, as they are dealt to the processes that encode them."""
@@ -157,19 +171,35 @@ class Source:
         if split not in SPLITS:
             raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
         streams = self.streams()
-        if "validation" in streams if split == "train" else split in streams:
+        brings = "validation" in streams
+        if brings:
+            self.held_out_by = f"the data's own validation split{self.split_rule()}"
+        else:
+            share = f"one in {max(2, round(1 / self.holdout))}"
+            by_text = f"{share} of the documents, equal ones on one side"
+            self.held_out_by = by_text if self.key is text_key else f"{share} of the prompts, with all answers to them"
+        if brings if split == "train" else split in streams:
             return self._present(streams[split])
         if split == "test":
             raise InputError(f"{self.name} has no test split; it has train and validation")
-        held_out, holdout = split == "validation", self.holdout
-        documents = enumerate(self._present(streams["train"]))
-        return (document for n, document in documents if is_held_out(n, holdout) == held_out)
+        held_out, wanted = HoldOut(self.holdout, self.key), split == "validation"
+        return (document for document in self._present(streams["train"]) if held_out(document) == wanted)
+
+    def split_rule(self) -> str:
+        """What the data's own splits were told apart by, in words to go on with."""
+        return ""
+
+    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.rows += 1
+            yield row
 
     def _present(self, stream: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-        self.skipped = 0
+        self.rows, self.skipped = 0, {}
         for document in islice(stream(), self.limit):
-            if document is None:
-                self.skipped += 1
+            if isinstance(document, Skipped):
+                count, first = self.skipped.get(document.why, (0, document.where))
+                self.skipped[document.why] = (count + 1, first)
             else:
                 yield document
 
@@ -209,8 +239,11 @@ class StoryRange(Sequence[str]):
         return write_story(self.numbers[index], self.split).text
 
 
+@dataclass
 class StoriesSource(Source):
     """The stories that the program writes itself."""
+
+    held_out_by: str = "stories that are written for validation alone"
 
     def describe(self) -> str:
         return "stories: written by the program itself"
@@ -238,31 +271,35 @@ class StoriesSource(Source):
 
 @dataclass
 class FileSource(Source):
-    """Local files, sorted. Where some are named train and others validation or test, as in val.jsonl, they are that."""
+    """Local files, sorted, in splits by the names of folders or files: train.data.splits.files_by_split."""
 
     files: tuple[Path, ...] = ()
+    root: Path = Path()
 
     def describe(self) -> str:
         megabytes = sum(file.stat().st_size for file in self.files) / 1e6
         return f"{self.name}: {len(self.files):,} file{'s' * (len(self.files) > 1)}, {megabytes:,.1f} MB"
 
     def identity(self) -> list[Any]:
-        return [CUT_CHARACTERS, *([file.name, file.stat().st_size, sample_hash(file)] for file in self.files)]
+        names = (str(file.relative_to(self.root)) for file in self.files)
+        sizes = ([file.stat().st_size, sample_hash(file)] for file in self.files)
+        return [CUT_CHARACTERS, *([name, *rest] for name, rest in zip(names, sizes, strict=True))]
 
     def streams(self) -> Streams:
-        groups: dict[str, list[Path]] = {}
-        for file in self.files:
-            words = re.split(r"[^a-z]+", file.stem.lower())
-            groups.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), ""), []).append(file)
-        if not groups.keys() > {"train"}:
-            groups = {"": list(self.files)}
-        groups["train"] = sorted(groups.get("train", []) + groups.pop("", []))
-        return {split: partial(self._read, files) for split, files in groups.items()}
+        splits, _ = files_by_split(self.files, self.root)
+        return {split: partial(self._read, files) for split, files in splits.items()}
+
+    def split_rule(self) -> str:
+        splits, rule = files_by_split(self.files, self.root)
+        names = sorted({str(file.relative_to(self.root)) for file in splits.get("validation", ())})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f", by the name of the {rule}: {names[0]}{more}" if names else ""
 
     def _read(self, files: list[Path]) -> Iterator[Any]:
         # A lone short text is cut finer: it, too, has to give a document to hold out.
         alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
-        return chain.from_iterable(self.pick(read_rows(file, min(CUT_CHARACTERS, alone))) for file in files)
+        rows = (self._counted(read_rows(file, min(CUT_CHARACTERS, alone))) for file in files)
+        return chain.from_iterable(map(self.pick, rows))
 
 
 @dataclass
@@ -290,7 +327,9 @@ class HubSource(Source):
 
         if isinstance(rows, Dataset):
             rows = rows.to_iterable_dataset()
-        return HubStream(self, split_dataset_by_node(rows, rank, world_size))
+        # Looked at apart: the place in a stream of rows is that of the last one that was read.
+        head = [] if self.column else list(rows.take(PEEKED))
+        return HubStream(self, split_dataset_by_node(rows, rank, world_size), head)
 
     def streams(self) -> Streams:
         return {split: partial(self.read, rows) for split, rows in self._splits().items()}
@@ -310,18 +349,21 @@ class HubSource(Source):
             _probe_hub(self.name)
         with self._plain_errors():
             splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
-        names = {name: name.removesuffix(f"_{self.stage}") for name in splits}
-        found = {SPLIT_WORDS.get(names[key], key): rows for key, rows in splits.items()}
+        found: dict[str, Any] = {}
+        for name, rows in splits.items():
+            bare = name.removesuffix(f"_{self.stage}")
+            found.setdefault(SPLIT_WORDS.get(bare, bare), rows)
         if len(found) == 1:
             return {"train": next(iter(found.values()))}
         if "train" not in found:
             raise InputError(f"{self.name} has no training split, only {', '.join(found)}; choose other --data")
         return found
 
-    def read(self, rows: Iterable[Any]) -> Iterator[Any]:
-        """The documents in rows of this data set, None for an empty one."""
+    def read(self, rows: Iterable[Any], head: Sequence[object] | None = None) -> Iterator[Any]:
+        """The documents in rows of this data set, which begins with `head`, and what is skipped."""
+        numbered = self._counted((f"{self.name}, row {at}", row) for at, row in enumerate(rows, 1))
         with self._plain_errors():
-            yield from self.pick((f"{self.name}, row {number}", row) for number, row in enumerate(rows, 1))
+            yield from self.pick(numbered) if head is None else self.pick(numbered, head)
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -354,9 +396,10 @@ class HubStream:
 
     source: HubSource
     rows: Any
+    head: Sequence[object]
 
     def __iter__(self) -> Iterator[Any]:
-        return self.source.read(self.rows)
+        return self.source.read(self.rows, self.head)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.rows.state_dict())

@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.processes import ALONE, Processes
 from engine.tokenizer import Tokenizer
 from train.data.loader import Batch, Prefetcher, pack
+from train.data.rows import Skipped
 from train.data.shards import TokenShards
 from train.data.sources import Source
 
@@ -150,8 +151,8 @@ class StreamLoader:
                 )
             passes, place = passes + 1, None
 
-    def _encode(self, documents: list[str | None]) -> Iterator[tuple[int, np.ndarray]]:
-        present = [(number, text) for number, text in enumerate(documents) if text is not None]
+    def _encode(self, documents: list[str | Skipped]) -> Iterator[tuple[int, np.ndarray]]:
+        present = [(number, text) for number, text in enumerate(documents) if isinstance(text, str)]
         encoded = self.tokenizer.encode_batch([text for _, text in present])
         for (number, _), tokens in zip(present, encoded, strict=True):
             ids = np.array([self.tokenizer.eod, *tokens, self.tokenizer.eod])

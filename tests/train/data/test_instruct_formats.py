@@ -9,8 +9,10 @@ import pytest
 
 from engine.config import DataConfig
 from engine.errors import InputError
-from train.data.conversations import open_conversations
+from engine.tokenizer import Tokenizer
+from train.data.conversations import Conversations, open_conversations
 from train.data.instruct_formats import Conversation
+from train.data.loader import IGNORE_INDEX
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 SHARE_GPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
@@ -47,16 +49,15 @@ def read(name: str, split: str = "train", **columns: Any) -> list[list[tuple[str
         ({"text": "Words: hi\nStory: hello"}, [("user", "Words: hi"), SAID[1]]),
     ],
 )
-def test_the_format_is_recognised_by_the_first_row(
-    tmp_path: Path, row: object, expected: list[tuple[str, str]]
-) -> None:
-    assert read(write(tmp_path / "a.jsonl", [row, row, row])) == [expected, expected]
+def test_the_format_is_recognised_by_its_columns(tmp_path: Path, row: object, expected: list[tuple[str, str]]) -> None:
+    # One prompt, so all of them stand on one side.
+    assert read(write(tmp_path / "a.jsonl", [row, row, row])) == [expected] * 3
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"ask": "hi", "reply": "hello", "talk": TURNS}] * 2)
-    assert read(file, prompt_column="ask", response_column="reply") == [SAID]
-    assert read(file, messages_column="talk") == [SAID]
+    assert read(file, prompt_column="ask", response_column="reply") == [SAID] * 2
+    assert read(file, messages_column="talk") == [SAID] * 2
     with pytest.raises(InputError, match=r"line 1: no column 'answer'; there are ask, reply, talk"):
         read(file, prompt_column="ask", response_column="answer")
     with pytest.raises(InputError, match="name --prompt-column and --response-column together"):
@@ -76,7 +77,6 @@ def test_a_column_of_text_makes_documents_of_what_could_be_conversations(tmp_pat
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "hi", "response": "  "}, "line 2: the assistant says nothing"),
         ({"prompt": "hi", "response": 5}, "line 2: text was expected, not int"),
         ({"prompt": "hi"}, "line 2: no column 'response'; there are prompt"),
     ],
@@ -84,14 +84,13 @@ def test_a_column_of_text_makes_documents_of_what_could_be_conversations(tmp_pat
 def test_a_bad_row_is_refused_by_its_line(tmp_path: Path, row: object, message: str) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "hello"}, row])
     with pytest.raises(InputError, match=message):
-        read(file, "validation")
+        read(file)
 
 
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
         ([{"role": "tool", "content": "x"}], "line 1: a message's role is 'tool'"),
-        (TURNS[:1], "line 1: the assistant says nothing"),
         ("hi", "line 1: a list of turns"),
     ],
 )
@@ -125,7 +124,7 @@ def test_a_forest_gives_the_best_ranked_path_of_every_english_tree(tmp_path: Pat
         {**each, "message_id": "b" + each["message_id"], "parent_id": each["parent_id"] and "b" + each["parent_id"]}
         for each in FOREST[:6]
     ]
-    assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST]
+    assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST, BEST]
 
 
 def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
@@ -134,7 +133,7 @@ def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
 
     rows = [{"message_tree_id": "1", "prompt": nested(FOREST[0])}] * 2
     rows[1] = json.loads(json.dumps(rows[1]).replace('_id": "', '_id": "b'))
-    assert read(write(tmp_path / "a.jsonl", rows)) == [BEST]
+    assert read(write(tmp_path / "a.jsonl", rows)) == [BEST, BEST]
 
 
 STORY = "Features: Dialogue\nStory: \n\nOne day.\nThe end.\nWords: quit, oak\n"
@@ -143,9 +142,9 @@ STORY = "Features: Dialogue\nStory: \n\nOne day.\nThe end.\nWords: quit, oak\n"
 def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -> None:
     expected = [("user", "Features: Dialogue\nWords: quit, oak"), ("assistant", "One day.\nThe end.")]
     (tmp_path / "a.txt").write_text(f"{STORY}<|endoftext|>\n" * 2)
-    assert read(str(tmp_path / "a.txt")) == [expected]
+    assert read(str(tmp_path / "a.txt")) == [expected, expected]
     lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"] * 2]
-    assert read(write(tmp_path / "b.jsonl", lines)) == [expected]
+    assert read(write(tmp_path / "b.jsonl", lines)) == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +160,8 @@ def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -
 def test_hub_sets_are_known_by_short_name_or_by_their_columns(
     hub: Callable[..., None], name: str, path: str, config: str | None, rows: list[object]
 ) -> None:
-    hub(path, config=config, train=rows * 3, test=rows)
-    assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 2, [SAID], [SAID])
+    hub(path, config=config, train=rows * 3, validation=rows, test=rows)
+    assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 3, [SAID], [SAID])
 
 
 def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_hub(hub: Callable[..., None]) -> None:
@@ -170,18 +169,147 @@ def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_h
     assert read("oasst1") == read("oasst1", "validation") == [BEST]
     rows = [{"prompt": "hi", "prompt_id": "1", "messages": TURNS, "chosen": TURNS, "rejected": TURNS}]
     hub("HuggingFaceH4/ultrafeedback_binarized", train_sft=rows * 3, test_sft=rows, train_prefs=rows, test_prefs=rows)
-    assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (2, [SAID])
+    assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (3, [SAID])
     lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"]]
     hub("roneneldan/TinyStoriesInstruct", train=lines, validation=lines)
     assert read("tinystories-instruct")[0][1] == ("assistant", "One day.\nThe end.")
 
 
-def test_what_a_known_set_lacks_is_left_out_and_counted(hub: Callable[..., None]) -> None:
-    rows = [{"instruction": "hi", "input": "", "output": output} for output in ("hello", "", "hello", "hello")]
+@pytest.mark.parametrize("known", [True, False])
+def test_an_empty_answer_is_left_out_counted_and_named(tmp_path: Path, hub: Callable[..., None], known: bool) -> None:
+    # The first row among them: what the file holds is not decided by one row.
+    rows = [{"instruction": "hi", "input": "", "output": output} for output in (None, "hello", " ", "hello", "hello")]
     hub("tatsu-lab/alpaca", train=rows)
-    source = open_conversations(DataConfig(source="alpaca"))
+    name = "alpaca" if known else write(tmp_path / "a.jsonl", rows)
+    source = open_conversations(DataConfig(source=name))
     assert source is not None
-    assert (len(list(source.documents("train"))), source.skipped) == (2, 1)
+    assert [said(conversation) for conversation in source.documents("train")] == [SAID] * 3
+    where = "tatsu-lab/alpaca, row 1" if known else f"{name}, line 1"
+    assert source.skipped == {"without an answer to learn": (2, where)}
+    assert source.describe_read(3) == (
+        f"3 documents of 5 rows read; 2 left out, without an answer to learn (first: {where})"
+    )
+
+
+def test_answers_that_are_no_text_are_an_error_and_never_another_task(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"question": "hi", "answer": ["hello"]}] * 3)
+    with pytest.raises(InputError, match=r"line 1: text was expected, not list"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "hi"}], "prompt holds questions, and nothing answers them"),
+        (
+            [{"prompt": "hi", "chosen": "a", "rejected": "b"}],
+            "these are preferences; learn from them with `gpt reward`",
+        ),
+    ],
+)
+def test_questions_alone_and_preferences_are_no_conversations(tmp_path: Path, rows: list[object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_conversations(DataConfig(source=write(tmp_path / "a.jsonl", rows)))
+
+
+YES, NO = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
+ASKED = {"role": "user", "content": "2 + 2?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"system_prompt": "be kind", "question": "hi", "response": "hello"}, [("system", "be kind"), *SAID]),
+        ({"system": "be kind", "messages": TURNS}, [("system", "be kind"), *SAID]),
+        ({"system": "", "prompt": "hi", "response": "hello"}, SAID),
+        ({"prompt": "hi", "response": "hello", "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b"), *SAID]),
+        ({"prompt": "hi", "response": "hello", "history": None, "label": True, "weight": 1, "tools": "[]"}, SAID),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, SAID),
+        ({"messages": json.dumps(TURNS)}, SAID),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}, SAID),
+    ],
+)
+def test_what_changes_the_meaning_of_a_row_is_heeded(
+    tmp_path: Path, row: object, expected: list[tuple[str, str]]
+) -> None:
+    assert read(write(tmp_path / "a.jsonl", [row])) == [expected]
+
+
+@pytest.mark.parametrize("unlearnt", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_turn_of_weight_0_is_gone_on_from_and_not_learnt(
+    tmp_path: Path, tokenizer: Tokenizer, unlearnt: dict[str, object]
+) -> None:
+    row = {"messages": [ASKED, {**NO, **unlearnt}, {"role": "user", "content": "No."}, YES]}
+    source = open_conversations(DataConfig(source=write(tmp_path / "a.jsonl", [row])))
+    assert source is not None
+    conversations = Conversations(tokenizer, 48)
+    for messages in source.documents("train"):
+        conversations.add(messages, "here")
+    inputs, targets = conversations.read(0, 0, conversations.tokens)
+    learnt = targets[targets != IGNORE_INDEX].tolist()
+    assert learnt == [*tokenizer.encode("4"), tokenizer.special["<|end|>"]]
+    assert tokenizer.encode("5")[-1] in inputs and conversations.answers == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "skipped"),
+    [
+        ([{"prompt": "hi", "completion": "hello", "label": bool(n)} for n in (1, 0)], "labelled as bad answers"),
+        ([{"messages": TURNS, "kto_tag": bool(n)} for n in (1, 0)], "labelled as bad answers"),
+        ([{"prompt": "hi", "response": "hello", "weight": n} for n in (1.0, 0.0)], "of weight 0"),
+        ([{"prompt": prompt, "response": "hello"} for prompt in ("hi", None)], "without a question"),
+        ([{"messages": turns} for turns in (TURNS, None)], "without an answer to learn"),
+        ([{"messages": turns} for turns in (TURNS, TURNS[:1])], "without an answer to learn"),
+        (
+            [{"messages": [*TURNS, *more]} for more in ([], [ASKED, {**YES, "content": None}])],
+            "without an answer to learn",
+        ),
+    ],
+)
+def test_rows_that_are_not_to_be_learnt_are_skipped_and_counted(
+    tmp_path: Path, rows: list[object], skipped: str
+) -> None:
+    name = write(tmp_path / "a.jsonl", rows)
+    source = open_conversations(DataConfig(source=name))
+    assert source is not None
+    assert [said(conversation) for conversation in source.documents("train")] == [SAID]
+    assert source.skipped == {skipped: (1, f"{name}, line 2")}
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [ASKED, CALL, *TURNS]}, "line 1: there are tool_calls"),
+        ({"messages": TURNS, "tools": [{"name": "w"}]}, "line 1: there are tools"),
+        ({"prompt": "hi", "response": "hello", "images": ["a.png"]}, "line 1: there are images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, YES]}, "line 1: a turn holds 'image_url'"),
+        ({"messages": [ASKED, {**YES, "weight": 0.5}]}, r"line 1: weight is 0.5; .* learnt \(1\) or not \(0\)"),
+        ({"prompt": "hi", "response": "hello", "history": ["a"]}, "line 1: history holds pairs"),
+    ],
+)
+def test_what_cannot_be_heeded_is_refused_by_name(tmp_path: Path, row: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(write(tmp_path / "a.jsonl", [row]))
+
+
+def test_deleted_replies_are_not_learnt(tmp_path: Path) -> None:
+    rows = [{**row, "deleted": row["message_id"] == "3"} for row in FOREST[:6]]
+    assert read(write(tmp_path / "a.jsonl", rows)) == [[BEST[0], ("assistant", "assistant 2")]]
+
+
+def test_chat_rows_that_datasets_wrote_as_json_text_are_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    # Turns of several shapes: datasets 5 stores what it has no one type for as JSON text.
+    parts = [{"type": "text", "text": "hi"}]
+    rows = [{"messages": [{"role": "user", "content": content}, TURNS[1]]} for content in ("hi", parts)]
+    loaded = datasets.load_dataset(
+        "json", data_files=write(tmp_path / "a.jsonl", rows), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    loaded.to_parquet(str(tmp_path / "a.parquet"))
+    assert read(str(tmp_path / "a.parquet")) == read(str(tmp_path / "a.jsonl")) == [SAID, SAID]
 
 
 def test_without_the_hub_the_error_says_what_to_do(hub: Callable[..., None]) -> None:

@@ -111,7 +111,7 @@ class FailingSource(FileSource):
 @pytest.mark.parametrize("steps", [[1], [150], [60, 1, 200], [100] * 8])
 def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, tokenizer: Tokenizer, steps: list[int]) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
-    source = FailingSource("texts", files=(tmp_path / "texts.jsonl",))
+    source = FailingSource("texts", files=(tmp_path / "texts.jsonl",), root=tmp_path)
     prepare(source, tokenizer, tmp_path / "whole", "train", workers=1, shard_tokens=1000)
     for step in steps:
         source.left = step

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from train.data import sources
-from train.data.sources import HubUnreachable, is_held_out, open_source
+from train.data.sources import HubUnreachable, open_source
+from train.data.splits import is_held_out
 
 Hub = Callable[..., None]
 
@@ -56,7 +57,7 @@ def test_two_documents_are_enough_for_two_splits(tmp_path: Path) -> None:
 
 def test_a_single_document_cannot_be_validated_on(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"text": "only"}])
-    with pytest.raises(InputError, match="no text for the validation split: it has fewer than two documents"):
+    with pytest.raises(InputError, match="for the validation split: it has fewer than two documents that differ"):
         read(file, "validation")
 
 
@@ -75,7 +76,8 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "", " \n", None, "two", "three")])
     source = open_source(str(file))
     assert list(source.documents("train")) == ["one", "three"]
-    assert source.skipped == 3
+    assert source.skipped == {"empty": (3, f"{file}, line 2")}
+    assert source.describe_read(2) == f"2 documents of 6 rows read; 3 left out, empty (first: {file}, line 2)"
 
 
 def test_half_a_surrogate_pair_becomes_text(tmp_path: Path) -> None:
@@ -120,6 +122,8 @@ def test_stories_have_three_splits() -> None:
         ("lines.json", '{"text": "first"}\n{"text": "second\\n"}\n'),
         ("strings.json", '["first", "second\\n"]'),
         ("a.csv", 'id,text\n1,first\n2,"second\n"\n'),
+        ("semicolon.csv", 'id;text\n1;first\n2;"second\n"\n'),
+        ("tab.csv", '\ufeffid\ttext\n1\tfirst\n2\t"second\n"\n'),
         ("a.txt", "first\n<|endoftext|>\nsecond\n<|endoftext|>\n"),
         ("A.TXT", "\ufefffirst\r\n<|endoftext|>\r\nsecond\r\n"),
     ],
@@ -139,6 +143,42 @@ def test_parquet_gives_its_text_column(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == ["story 0", "story 2"]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     assert "bad.parquet: damaged, or no parquet file" in refusal(tmp_path / "bad.parquet")
+
+
+def test_columns_that_nobody_asked_for_are_not_read(tmp_path: Path) -> None:
+    """A number of thousands of digits, a date beyond the calendar, a title that is no UTF-8: none of it is the text."""
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "number.jsonl").write_text('{"text": "first"}\n{"text": "second", "id": ' + "7" * 5000 + "}\n")
+    assert read(tmp_path / "number.jsonl", holdout=0.5) == ["first"]
+    far = pyarrow.array([2**31 - 1] * 3, pyarrow.int32()).cast(pyarrow.date32())
+    buffers = pyarrow.array([b"caf\xe9"] * 3, pyarrow.binary()).buffers()
+    titles = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    texts = pyarrow.array(["a", "b", "c"])
+    parquet.write_table(pyarrow.table({"day": far, "title": titles, "text": texts}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["a", "c"]
+    for column in ("day", "title"):
+        message = refusal(tmp_path / "a.parquet", column=column)
+        assert f"a.parquet, row 1: column {column!r} cannot be read" in message
+
+
+def test_a_parquet_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    from train.data import files
+
+    monkeypatch.setattr(files, "BLOCK", 7)
+    rows = [{"id": n, "text": f"text {n}", "late": f"late {n}"} for n in range(100)]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
+    assert sorted(read(tmp_path / "a.parquet") + read(tmp_path / "a.parquet", "validation")) == sorted(
+        str(row["text"]) for row in rows
+    )
+    found = [row for _, row in files.read_rows(tmp_path / "a.parquet")]
+    # A column that is first asked for in the middle, and one that is gone back in.
+    assert [found[place]["late"] for place in (50, 99, 3)] == ["late 50", "late 99", "late 3"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -194,10 +234,56 @@ def test_files_named_after_splits_are_those_splits(tmp_path: Path) -> None:
     assert read(tmp_path, "test") == [f"test {n}" for n in range(3)]
 
 
-def test_a_file_that_is_merely_called_test_is_trained_on(tmp_path: Path) -> None:
-    for name in ("my_test", "other"):
-        write_rows(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(3)])
-    assert len(read(tmp_path)) == 5
+def test_what_is_merely_called_test_is_trained_on(tmp_path: Path) -> None:
+    write_rows(tmp_path / "my_test.jsonl", [f"text {n}" for n in range(3)])
+    assert len(read(tmp_path)) == len(read(tmp_path / "*.jsonl")) == len(read(tmp_path / "my_test.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train/part-0", "validation/part-0"),
+        ("default/train/0", "default/dev/0"),
+        ("training", "validation"),
+        ("corpus", "validation"),
+        ("corpus", "tiny val-00001"),
+        ("train/dev-notes", "valid/train-0"),  # a folder's name counts before a file's
+    ],
+)
+def test_splits_are_told_by_folders_and_names_as_datasets_does(tmp_path: Path, train: str, held_out: str) -> None:
+    for name, count in ((train, 5), (held_out, 2)):
+        (tmp_path / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(count)])
+    source = open_source(str(tmp_path))
+    assert len(list(source.documents("train"))) == 5
+    assert [*source.documents("validation")] == [f"{held_out} {n}" for n in range(2)]
+    assert source.held_out_by.startswith("the data's own validation split, by the name of the f")
+    assert f"{held_out}.jsonl" in source.held_out_by
+
+
+def test_the_folders_above_the_data_name_no_split(tmp_path: Path) -> None:
+    (tmp_path / "validation" / "test").mkdir(parents=True)
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"validation/test/{name}.jsonl", [f"{name} {n}" for n in range(3)])
+    assert len(read(tmp_path / "validation")) == len(read(tmp_path / "validation/test/*.jsonl")) == 5
+
+
+def test_what_an_editor_or_a_system_hides_is_no_data(tmp_path: Path) -> None:
+    for folder in (".ipynb_checkpoints", "__MACOSX", ".git/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_rows(tmp_path / folder / "stories.jsonl", ["copy"])
+    write_rows(tmp_path / "stories.jsonl", [f"text {n}" for n in range(4)])
+    assert len(read(tmp_path)) == len(read(tmp_path / "**/*.jsonl")) == 3
+    # But what is asked for by its name is read.
+    assert read(tmp_path / ".git" / "*" / "*.jsonl", holdout=0.5) == ["copy"]
+
+
+def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
+    texts = [f"text {n % 200}" for n in range(1000)]
+    file = write_rows(tmp_path / "a.jsonl", texts)
+    train, validation = read(file), read(file, "validation")
+    assert not {*train} & {*validation} and len(train) + len(validation) == 1000
+    assert len({*validation}) == 4
 
 
 # Bad input: one message with the place and the way out.
@@ -207,7 +293,11 @@ def test_a_file_that_is_merely_called_test_is_trained_on(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a.txt has no text for the train split: it is empty"),
-        ("a.jsonl", b'""\n""\n', r"a.jsonl has no text for the train split: its 2 documents are empty"),
+        (
+            "a.jsonl",
+            b'""\n""\n',
+            r"a.jsonl has no text for the train split: 2 left out, empty \(first: .*a.jsonl, line 1\)",
+        ),
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', r"a.jsonl, line 2: broken JSON .*; mend or delete the line"),
         ("a.json", b'[\n{"text": "good"},\n}]', r"a.json, line 3: broken JSON .*; mend the file"),
         ("a.jsonl", b'{"text": "good"}\n{"txt": "bad"}\n', r"a.jsonl, line 2: no column 'text'; there are txt: choose"),
@@ -220,6 +310,15 @@ def test_a_file_that_is_merely_called_test_is_trained_on(tmp_path: Path) -> None
         ("a.jsonl", b"[1, 2]\n", r"a.jsonl, line 1: a JSON object with a text column was expected, not '\[1, 2\]'"),
         ("a.jsonl", b'{"text": "good"}\n{"text": 5}\n', r"a.jsonl, line 2: column 'text' holds int, not text"),
         ("a.csv", b'text\n"never closed\n', r"a.csv, line 2: broken CSV"),
+        (
+            "a.csv",
+            b"id,text\n1,cold, and dark\n",
+            r"a.csv, line 2: 3 fields where the first line names 2 \(id, text\); .*','",
+        ),
+        ("a.csv", b"id,text\n\n1\n", r"a.csv, line 3: 1 fields where the first line names 2"),
+        ("a.csv", b"text,text\na,b\n", r"a.csv, line 1: two columns have one name"),
+        ("a.jsonl", b'{"id": "a", "messages": []}', r"which column is the text\?.* learnt by `gpt finetune`"),
+        ("a.jsonl", b'{"prompt": "a"}', r"which column is the text\?.* learnt by `gpt finetune`"),
         ("a.txt", b"good\nna\xefve\n", r"a.txt, line 2, byte 3: not UTF-8 text"),
         ("a.csv", b"text\ncaf\xe9\n", r"a.csv, line 2, byte 4: not UTF-8 text"),
         ("a.txt", b"\x7fELF\x02\x00\x00", r"a.txt, line 1, byte 6: not UTF-8 text \(zero byte\); .* binary"),
