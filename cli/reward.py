@@ -36,7 +36,10 @@ def reward(
     epochs: training.Epochs = None,
     minutes: training.Minutes = None,
     batch: training.Batch = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate at its highest; 5e-4 unless given.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate at its highest; 5e-4, or 1e-4 if implicit.")] = None,
+    implicit: Annotated[
+        bool, typer.Option("--implicit", help="Score by how much likelier an answer has become, instead of by a head.")
+    ] = False,
     margin: Annotated[float | None, typer.Option(help="By how much the chosen answer has to win.")] = None,
     checkpoint: CheckpointName = "latest",
     device: Device = "auto",
@@ -63,12 +66,12 @@ def reward(
     from engine.config import DataConfig
     from engine.run import Run
     from rlhf.preference_sources import STORIES_PREFERENCES
-    from rlhf.train_reward import RATE, reward_recipe, train_reward
+    from rlhf.train_reward import reward_recipe, train_reward
 
     target = Run(out or run.with_name(f"{run.name}-reward"))
     if resume:
         columns = (prompt_column, chosen_column, rejected_column)
-        changes = (data, *columns, batch, rate, margin, checkpoint, seed, setting, overwrite, precision)
+        changes = (data, *columns, batch, rate, implicit, margin, checkpoint, seed, setting, overwrite, precision)
         training.refuse_changes(*changes)
         recipe = training.resumed(target, run, training.REWARD_MODEL)
     else:
@@ -78,7 +81,7 @@ def reward(
             chosen_column=chosen_column,
             rejected_column=rejected_column,
         )
-        recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate or RATE)
+        recipe = reward_recipe(Run(run), Run(run).find_checkpoint(checkpoint), config, rate, implicit=implicit)
         if target.path.resolve() == run.resolve():
             raise InputError(f"{run} cannot become its own reward model; choose another folder with --out")
     recipe = training.adjust(

@@ -86,10 +86,11 @@ def best_of_n(
     from engine.checkpoint import write_atomically
     from engine.run import Run
     from engine.tokenizer import Tokenizer
-    from rlhf.align import gold_reward, load_frozen
+    from rlhf.align import gold_reward
     from rlhf.best_of_n import best_of_n, draw_answers
     from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD, measure_policy, plot_frontier
     from rlhf.prompts import encode_prompts, open_prompts
+    from rlhf.reward_model import load_frozen
     from rlhf.rewards import open_reward
 
     base, machine = Run(run), runtime.choose(device, precision)

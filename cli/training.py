@@ -66,7 +66,7 @@ def adjust(
     """The recipe with what was asked for on the command line; None, and precision "auto", was not asked for."""
     from engine import config
 
-    scores = recipe.model.scalar_head
+    scores = recipe.scores
     if chosen := {name: value for name, value in budgets.items() if value is not None}:
         budget = config.BudgetConfig(**chosen)  # type: ignore[arg-type]
         if budget.tokens is not None:
@@ -77,8 +77,8 @@ def adjust(
             recipe = config.override(recipe, name, value)
     for each in settings or []:
         recipe = config.override_text(recipe, located_setting(each))
-    if recipe.model.scalar_head != scores:
-        raise InputError("model.scalar_head makes a reward model: train one with `gpt reward RUN`")
+    if recipe.scores != scores:
+        raise InputError("model.scalar_head and reward.implicit make reward models: train one with `gpt reward RUN`")
     return recipe
 
 
@@ -108,7 +108,7 @@ def resumed(target: "Run", base: Path | None, kind: str) -> "Recipe":
 def kind_of(recipe: "Recipe") -> str:
     from engine import config
 
-    if recipe.model.scalar_head:
+    if recipe.scores:
         return REWARD_MODEL
     if recipe.base is None:
         return IMPORTED if recipe.data.source == config.IMPORTED else PRETRAINED
@@ -211,7 +211,7 @@ def start(
     console.say(f"report     {run.report}")
     if run.loss_plot.exists():
         console.say(f"loss plot  {run.loss_plot}")
-    if recipe.model.scalar_head:
+    if recipe.scores:
         return
     if not recipe.chat:
         console.say(f'try it     gpt generate {run.path} "Once upon a time"')

@@ -228,9 +228,13 @@ class RewardConfig:
 
     margin: float = 0.0
     centring: float = 0.01
+    # A reward that is beta times the log of how much likelier an answer is than the base finds it, without a head.
+    implicit: bool = False
+    beta: float = 0.5
 
     def __post_init__(self) -> None:
         _require(self, "reward", ("margin", "centring"), lambda x: x >= 0, "at least 0")
+        _require(self, "reward", ("beta",), lambda x: x > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.data.stream and self.budget.epochs is not None:
             raise InputError("nobody knows the length of a stream: give --tokens, --steps or --minutes, not epochs")
+
+    @property
+    def scores(self) -> bool:
+        """Is it a reward model, which scores texts and writes none?"""
+        return self.model.scalar_head or self.reward.implicit
 
     @property
     def tokens_per_step(self) -> int:

@@ -134,7 +134,7 @@ class Run:
         from engine.model import GPT
 
         recipe = self.read_recipe()
-        if recipe.model.scalar_head:
+        if recipe.scores:
             raise InputError(f"{self.path} is a reward model: it scores texts and writes none; name {recipe.base}")
         found = self.find_checkpoint(which, notice)
         tokenizer = Tokenizer.load(self.tokenizer)

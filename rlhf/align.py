@@ -28,7 +28,7 @@ from rlhf.grpo import GRPO
 from rlhf.ppo import PPO
 from rlhf.preference_sources import open_preferences
 from rlhf.prompts import encode_prompts, open_prompts, prompts_of
-from rlhf.reward_model import RewardModel
+from rlhf.reward_model import RewardModel, load_frozen
 from rlhf.rewards import PROGRAM, ProgramReward, Prompt, Reward, open_reward
 from rlhf.rollout import roll_out
 from rlhf.train_reward import adamw, read_pairs, require_room_for_pairs
@@ -196,9 +196,10 @@ def weights_of(reward: str) -> str | None:
 
 
 def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardModel:
-    """PPO's critic as it begins: a copy of the reward model, or without one the policy's body under a head of zeros."""
-    if recipe.alignment.reward != PROGRAM:
-        return RewardModel.load(Run(Path(recipe.alignment.reward)), runtime)
+    """PPO's critic as it begins: a copy of a reward model with a head, else the policy's body under a head of zeros."""
+    reward = Run(Path(recipe.alignment.reward))
+    if recipe.alignment.reward != PROGRAM and not reward.read_recipe().reward.implicit:
+        return RewardModel.load(reward, runtime)
     critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
     critic.take_backbone(base.tensors("model"))
     # Expecting nothing is wiser than expecting anything.
@@ -210,14 +211,6 @@ def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardMo
 def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:
     """The model that the policy begins as, frozen."""
     return load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
-
-
-def load_frozen(run: Run, runtime: Runtime, which: str, context: int | None = None) -> GPT:
-    """A model to draw from and to compare with. Its weights stay fp32, or a policy's first KL would not be 0."""
-    model, _ = run.load_model(dataclasses.replace(runtime, precision="fp32"), which)
-    model.compute_dtype = runtime.dtype
-    model.config = dataclasses.replace(model.config, context=context or model.config.context)
-    return model.requires_grad_(False)
 
 
 def check_reward(recipe: Recipe) -> None:

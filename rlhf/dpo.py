@@ -7,12 +7,11 @@ from engine.config import AlignmentConfig
 from engine.model import GPT
 from engine.runtime import inference
 from engine.tokenizer import Tokenizer
-from rlhf.log_probs import answer_log_probs
+from rlhf.log_probs import sequence_log_probs, target_answers
 from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.preferences import Pairs
 from rlhf.train_reward import PairBatch
 from train.averages import Measures
-from train.data.loader import IGNORE_INDEX, Batch
 from train.evaluate import whole_pieces
 
 
@@ -43,10 +42,13 @@ class DPO:
         if not batch.pairs:
             # Of many processes one may have got none: 0, and gradients of 0 for those that wait for them.
             return policy.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-        targeted = self._answers(batch)
-        now = _sums(policy, targeted)
+        bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
+        # Padding behind the last pair is cut off.
+        pairs = PairBatch(batch.tokens[: int(bounds[-1])], batch.targets, bounds, batch.max_seqlen)
+        targeted = target_answers(pairs, self.assistant)
+        now = sequence_log_probs(policy, targeted).view(-1, 2)
         with torch.no_grad():
-            before = _sums(self.reference, targeted)
+            before = sequence_log_probs(self.reference, targeted).view(-1, 2)
         (chosen, rejected), (was_chosen, was_rejected) = now.unbind(1), before.unbind(1)
         four = (chosen, rejected, was_chosen, was_rejected)
         if self.config.method == "ipo":
@@ -62,25 +64,3 @@ class DPO:
         }
         measures.add(sums, batch.pairs)
         return found.loss
-
-    def _answers(self, batch: PairBatch) -> PairBatch:
-        """The same pairs, with the tokens of their answers as targets; padding behind the last pair is cut off."""
-        bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
-        tokens = batch.tokens[: int(bounds[-1])]
-        places = torch.arange(len(tokens), device=tokens.device)
-        sequence = torch.bucketize(places, bounds[1:], right=True)
-        begins = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=tokens.device)
-        # No text spells this piece: where it stands last, the answer begins.
-        begins = begins.scatter_reduce(0, sequence, places * (tokens == self.assistant), "amax")
-        targets = tokens.roll(-1).masked_fill(places < begins[sequence], IGNORE_INDEX)
-        targets[bounds[1:].long() - 1] = IGNORE_INDEX
-        return PairBatch(tokens, targets, bounds, batch.max_seqlen)
-
-
-def _sums(model: GPT, batch: Batch) -> Tensor:
-    """Log-probabilities of whole answers: fp32 [pairs, chosen and rejected]."""
-    log_probs, _ = answer_log_probs(model, batch)
-    places = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]
-    sequence = torch.bucketize(places, batch.cu_seqlens[1:], right=True)
-    sums = torch.zeros(len(batch.cu_seqlens) - 1, device=log_probs.device).index_add(0, sequence, log_probs)
-    return sums.view(-1, 2)

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ModelConfig, RewardConfig
+from engine.config import ModelConfig, Recipe, RewardConfig
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, inference
+from engine.tokenizer import Tokenizer
+from rlhf.log_probs import sequence_log_probs, target_answers
 from train.data.loader import Batch
 
 # What is scored at a time, unless one sequence alone is longer.
@@ -39,13 +43,13 @@ class RewardModel(GPT):
     def load(cls, run: Run, runtime: Runtime, which: str = "latest") -> "RewardModel":
         """The trained reward model of a run, normalised. Raises InputError where the run holds none."""
         recipe = run.read_recipe()
-        if not recipe.model.scalar_head:
+        if not recipe.scores:
             raise InputError(f"{run.path} is no reward model; train one with `gpt reward {run.path}`")
         found = run.find_checkpoint(which)
         measured = found.evaluation() or {}
         if not {"sample_mean", "sample_std"} <= measured.keys():
             raise InputError(f"{found.path} was not measured to its end; go on with `gpt reward ... --resume`")
-        model = cls(recipe.model)
+        model = ImplicitRewardModel.begin(recipe, run, runtime) if recipe.reward.implicit else cls(recipe.model)
         model.load_state_dict(found.tensors("model"))
         model.normalise(measured["sample_mean"], measured["sample_std"])
         model.compute_dtype = runtime.dtype
@@ -82,6 +86,46 @@ class RewardModel(GPT):
                 bounds = torch.tensor([0, *map(len, some)], dtype=torch.int32, device=device).cumsum(0).int()
                 found.append(self.last_rewards(tokens, bounds, max(map(len, some))))
         return ((torch.cat(found) - self.mean) / self.std).cpu() if found else torch.empty(0)
+
+
+class ImplicitRewardModel(RewardModel):
+    """A language model as a reward model: beta times the log of how much likelier it finds an answer than the base.
+
+    Rafailov et al., arXiv:2305.18290, section 5: every language model is one. Where a model is small and comparisons
+    are few it tells far more of them right than a head on the last hidden state: what was asked for is heeded at every
+    token already, and need not first be gathered at the end.
+    """
+
+    def __init__(self, config: ModelConfig, reference: GPT, assistant: int, beta: float) -> None:
+        super().__init__(config)
+        self.assistant, self.beta = assistant, beta
+        self._reference = (reference,)  # in a tuple it is no part of this module: neither trained nor saved
+
+    @classmethod
+    def begin(cls, recipe: Recipe, run: Run, runtime: Runtime) -> "ImplicitRewardModel":
+        """As it is before it has learnt, beside the base of its run. Raises InputError where that is gone."""
+        reference = load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
+        assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
+        return cls(recipe.model, reference, assistant, recipe.reward.beta)
+
+    def take_backbone(self, weights: dict[str, Tensor]) -> None:
+        """All the weights of the base: its head is what scores."""
+        self.load_state_dict(weights)
+
+    def last_rewards(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """The reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""
+        answers = target_answers(Batch(tokens, tokens, cu_seqlens, max_seqlen), self.assistant)
+        with torch.no_grad():
+            before = sequence_log_probs(self._reference[0], answers)
+        return self.beta * (sequence_log_probs(self, answers) - before)
+
+
+def load_frozen(run: Run, runtime: Runtime, which: str, context: int | None = None) -> GPT:
+    """A model to draw from and to compare with. Its weights stay fp32, or a policy's first KL would not be 0."""
+    model, _ = run.load_model(replace(runtime, precision="fp32"), which)
+    model.compute_dtype = runtime.dtype
+    model.config = replace(model.config, context=context or model.config.context)
+    return model.requires_grad_(False)
 
 
 def _batches(sequences: Sequence[Sequence[int]], context: int, tokens_per_batch: int) -> Iterator[list[Sequence[int]]]:

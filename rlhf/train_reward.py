@@ -19,7 +19,7 @@ from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from rlhf.preference_sources import open_preferences
 from rlhf.preferences import Pairs, encode_preferences
-from rlhf.reward_model import RewardModel, measure_preferences, preference_loss
+from rlhf.reward_model import ImplicitRewardModel, RewardModel, measure_preferences, preference_loss
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.finetune import finetuning_recipe, load_base
 from train.loop import Outcome
@@ -27,6 +27,8 @@ from train.pretrain import Console, Data, Stage, run_stage
 
 # Of nano; Muon at a rate of its own tells no more pairs right and takes longer.
 RATE = 5e-4
+# Of an implicit one, whose every weight has learnt to write already.
+IMPLICIT_RATE = 1e-4
 # Answers of the finetuned model that set the scale of the rewards: their mean is 0 and their deviation 1.
 ANSWERS = 128
 
@@ -61,7 +63,9 @@ def adamw(rate: float) -> OptimizerConfig:
     return OptimizerConfig("adamw", rate, rate, rate, rate, beta2=0.999, weight_decay=0.0, eps=1e-5)
 
 
-def reward_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float = RATE) -> Recipe:
+def reward_recipe(
+    base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float | None = None, *, implicit: bool = False
+) -> Recipe:
     """The recipe of a reward model that begins with a finetuned run: one epoch of AdamW.
 
     Raises InputError where the run is no chat model, or `data` names nothing.
@@ -69,8 +73,9 @@ def reward_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: flo
     if not base.read_recipe().chat:
         raise InputError(f"{base.path} has not learnt conversations; finetune it first: gpt finetune {base.path}")
     open_preferences(data)
+    rate = rate or (IMPLICIT_RATE if implicit else RATE)
     recipe = dataclasses.replace(finetuning_recipe(base, checkpoint, data), optimizer=adamw(rate))
-    return override(recipe, "model.scalar_head", True)
+    return override(recipe, "reward.implicit" if implicit else "model.scalar_head", True)
 
 
 def train_reward(
@@ -80,6 +85,8 @@ def train_reward(
 
     def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
         require_room_for_pairs(recipe)
+        if recipe.reward.implicit and recipe.loop.shard:
+            raise InputError("an implicit reward model is compared with its base, token by token: leave out --shard")
         base = None if resume and run.has_checkpoint() else load_base(recipe, run)
         tokenizer = Tokenizer.load(run.tokenizer)
         train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
@@ -88,7 +95,7 @@ def train_reward(
             Data(tokenizer, train, validation),
             batches,
             lambda model: show_rewards(model, tokenizer, answers[: recipe.loop.samples]),
-            model=partial(begin, base),
+            model=partial(begin, base, recipe, run, runtime),
             loss=partial(preference_loss, config=recipe.reward),
             evaluate=partial(evaluate_rewards, validation, answers),
             notes=(
@@ -125,8 +132,11 @@ def read_pairs(
     return train, validation, batches
 
 
-def begin(base: Checkpoint | None, config: ModelConfig) -> RewardModel:
-    model = RewardModel(config)
+def begin(base: Checkpoint | None, recipe: Recipe, run: Run, runtime: Runtime, config: ModelConfig) -> RewardModel:
+    if recipe.reward.implicit:
+        model: RewardModel = ImplicitRewardModel.begin(recipe, run, runtime)
+    else:
+        model = RewardModel(config)
     if base:
         model.take_backbone(base.tensors("model"))
     return model

@@ -27,7 +27,7 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
     Raises InputError where `data` names nothing.
     """
     before = base.read_recipe()
-    if before.model.scalar_head:
+    if before.scores:
         raise InputError(f"{base.path} is a reward model; name the run that it began with, {before.base}")
     # The rates of a run that was finetuned itself are low already.
     share = rate if rate is not None else RATE if before.base is None else 1.0

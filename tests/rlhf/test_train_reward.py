@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import BudgetConfig, DataConfig
+from engine.chat_template import Message, answer_prompt
+from engine.config import BudgetConfig, DataConfig, override
 from engine.errors import InputError
+from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, choose
-from rlhf.reward_model import RewardModel
+from engine.tokenizer import Tokenizer
+from rlhf.reward_model import ImplicitRewardModel, RewardModel
 from rlhf.train_reward import reward_recipe, train_reward
 from tests.train.conftest import Recorder
 from train.data.loader import Batch
@@ -115,3 +118,50 @@ def test_what_cannot_be_is_refused(
     chat.write_recipe(dataclasses.replace(chat.read_recipe(), chat=False))
     with pytest.raises(InputError, match="has not learnt conversations"):
         reward_recipe(chat, chat.find_checkpoint(), likes_foxes)
+
+
+def test_an_implicit_reward_is_how_much_likelier_an_answer_has_become(
+    chat: Run, likes_foxes: DataConfig, cpu: Runtime, tmp_path: Path
+) -> None:
+    recipe = reward_recipe(chat, chat.find_checkpoint(), likes_foxes, 0.01, implicit=True)
+    run = Run(tmp_path / "reward")
+    outcome = train_reward(dataclasses.replace(recipe, budget=BudgetConfig(steps=20)), run, cpu, Recorder())
+    assert outcome.evaluation["accuracy"] > 0.9 and outcome.evaluation["loss"] < 0.4
+    model, base = RewardModel.load(run, cpu), chat.load_model(cpu)[0]
+    assert isinstance(model, ImplicitRewardModel)
+
+    def log_prob(writer: GPT, prompt: list[int], answer: list[int]) -> float:
+        with torch.no_grad():
+            scores = writer.head(writer(torch.tensor([*prompt, *answer])[None]))[0].log_softmax(-1)
+        return sum(float(scores[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
+
+    tokenizer = Tokenizer.load(run.tokenizer)
+    prompt = answer_prompt(tokenizer, [Message("user", "say 3")])
+    answer = [*tokenizer.encode("fox 3"), tokenizer.special["<|end|>"]]
+    expected = recipe.reward.beta * (log_prob(model, prompt, answer) - log_prob(base, prompt, answer))
+    measured = run.find_checkpoint().evaluation() or {}
+    normalised = (expected - measured["sample_mean"]) / measured["sample_std"]
+    assert float(model.score([[*prompt, *answer]])) == pytest.approx(normalised, rel=1e-3)
+    own = model.score(json.loads((run.path / "answers.json").read_text()))
+    assert float(own.mean()) == pytest.approx(0, abs=1e-4) and float(own.std(correction=0)) == pytest.approx(
+        1, abs=1e-4
+    )
+
+
+def test_an_implicit_reward_model_begins_with_rewards_of_0_and_needs_its_base(
+    chat: Run, likes_foxes: DataConfig, cpu: Runtime, tmp_path: Path
+) -> None:
+    recipe = reward_recipe(chat, chat.find_checkpoint(), likes_foxes, implicit=True)
+    model = ImplicitRewardModel.begin(recipe, chat, cpu)
+    model.take_backbone(chat.find_checkpoint().tensors("model"))
+    torch.testing.assert_close(model.score([[1, 5, 6, 7], [1, 8, 9]]), torch.zeros(2))
+    run = Run(tmp_path / "reward")
+    sharded = override(recipe, "loop.shard", True)
+    with pytest.raises(InputError, match="leave out --shard"):
+        train_reward(sharded, run, cpu, Recorder())
+    train_reward(dataclasses.replace(recipe, budget=BudgetConfig(steps=1)), run, cpu, Recorder())
+    with pytest.raises(InputError, match="is a reward model: it scores texts"):
+        run.load_model(cpu)
+    shutil.rmtree(chat.path)
+    with pytest.raises(InputError, match="chat is not a run"):
+        RewardModel.load(run, cpu)
