@@ -85,9 +85,10 @@ def test_hub_sets_by_their_short_names(hub: Callable[..., None]) -> None:
     assert list(source.documents("test")) == [SUM] * 2
     assert next(source.documents("train")) == SUM
     text = "\n\nHuman: 2 + 2?\n\nAssistant: "
-    rows = [{"chosen": text + "4", "rejected": text + "5"}] * 60
-    hub("Anthropic/hh-rlhf", train=rows, test=rows)
-    assert next(open_preferences(DataConfig(source="hh-rlhf")).documents("test")) == SUM
+    hub("Anthropic/hh-rlhf", train=[{"chosen": text + "4", "rejected": text + "5"}] * 60)
+    held_out = open_preferences(DataConfig(source="hh-rlhf"))
+    assert next(held_out.documents("validation")) == SUM
+    assert held_out.held_out_by == "one in 50 of the documents by their number: all have one prompt"
 
 
 def test_what_shares_a_prompt_stands_on_one_side(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ def read(file: Path, rows: Sequence[object], tokenizer: Tokenizer, context: int 
 )
 def test_prompts_need_no_answers_and_answers_do_not_count(tmp_path: Path, tokenizer: Tokenizer, row: object) -> None:
     prompts = read(tmp_path / "a.jsonl", [row] * 3, tokenizer)
-    assert prompts.asked == [[Message("user", "2 + 2?")]] * 3 and prompts.dropped == 0
+    assert prompts.asked == [[Message("user", "2 + 2?")]] * 2 and prompts.dropped == 0
     assert prompts[0].ids == tuple(answer_prompt(tokenizer, prompts.asked[0]))
-    assert prompts.describe() == "3 prompts of 3 rows, 0 with a system text"
+    assert prompts.describe() == "2 prompts of 3 rows, 0 with a system text"
 
 
 def test_a_prompt_holds_all_that_was_said_before_the_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:

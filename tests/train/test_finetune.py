@@ -156,7 +156,7 @@ def test_another_run_in_the_place_of_the_base_is_refused_by_what_differs(
 
 
 def test_documents_continue_pretraining_with_the_tokenizer_of_the_base(tune: Tune, base: Run, tmp_path: Path) -> None:
-    (tmp_path / "play.txt").write_text("".join(f"Speak, owl {n}, speak! The night is long.\n\n" for n in range(400)))
+    (tmp_path / "play.txt").write_text("Speak, owl, speak! The night is long.\n\n" * 400)
     _, recorder = tune(DataConfig(source=str(tmp_path / "play.txt")))
     run = Run(tmp_path / "tuned")
     assert not run.read_recipe().chat

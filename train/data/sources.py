@@ -17,7 +17,7 @@ from engine.errors import InputError
 from train.data import encoding
 from train.data.files import CUT_CHARACTERS, EXTENSIONS, find_files, read_rows, sample_hash
 from train.data.rows import PEEKED, Row, Skipped, pick_texts
-from train.data.splits import SPLIT_WORDS, HoldOut, Key, files_by_split, text_key
+from train.data.splits import SPLIT_WORDS, HoldOut, Key, files_by_split, hash_of, is_held_out, text_key
 from train.data.stories import SPLITS, stories, write_story
 
 HUB_SHORT_NAMES = {
@@ -135,9 +135,7 @@ class Source:
         documents = islice(self._split(split), start, None)
         first = list(islice(documents, 1))
         if not first and start == 0:
-            bare = "it is empty" if split == "train" else "it has fewer than two documents that differ"
-            if self.key is not text_key and split != "train":
-                bare = "all of it has one prompt, and would stand on one side; name a file beside it validation"
+            bare = "it is empty" if split == "train" else "it has fewer than two documents"
             why = self.describe_skipped() or bare
             raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
         return chain(first, documents)
@@ -182,8 +180,25 @@ class Source:
             return self._present(streams[split])
         if split == "test":
             raise InputError(f"{self.name} has no test split; it has train and validation")
-        held_out, wanted = HoldOut(self.holdout, self.key), split == "validation"
-        return (document for document in self._present(streams["train"]) if held_out(document) == wanted)
+        return self._side(self._present(streams["train"]), split == "validation")
+
+    def _side(self, documents: Iterator[Any], held_out: bool) -> Iterator[Any]:
+        """Those of the documents that are held out, or the others."""
+        first: list[Any] = []
+        keys: set[int] = set()
+        for document in documents:
+            first.append(document)
+            keys.add(hash_of(self.key(document)))
+            if len(keys) > 1:
+                break
+        by_key = HoldOut(self.holdout, self.key) if len(keys) > 1 else None
+        if by_key is None:
+            # Nothing to tell them apart by: held out all the same, and said.
+            same = "are equal" if self.key is text_key else "have one prompt"
+            self.held_out_by = f"one in {max(2, round(1 / self.holdout))} of the documents by their number: all {same}"
+        for number, document in enumerate(chain(first, documents)):
+            if held_out == (by_key(document) if by_key else is_held_out(number, self.holdout)):
+                yield document
 
     def split_rule(self) -> str:
         """What the data's own splits were told apart by, in words to go on with."""

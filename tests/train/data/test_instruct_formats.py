@@ -50,14 +50,13 @@ def read(name: str, split: str = "train", **columns: Any) -> list[list[tuple[str
     ],
 )
 def test_the_format_is_recognised_by_its_columns(tmp_path: Path, row: object, expected: list[tuple[str, str]]) -> None:
-    # One prompt, so all of them stand on one side.
-    assert read(write(tmp_path / "a.jsonl", [row, row, row])) == [expected] * 3
+    assert read(write(tmp_path / "a.jsonl", [row, row, row])) == [expected, expected]
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"ask": "hi", "reply": "hello", "talk": TURNS}] * 2)
-    assert read(file, prompt_column="ask", response_column="reply") == [SAID] * 2
-    assert read(file, messages_column="talk") == [SAID] * 2
+    assert read(file, prompt_column="ask", response_column="reply") == [SAID]
+    assert read(file, messages_column="talk") == [SAID]
     with pytest.raises(InputError, match=r"line 1: no column 'answer'; there are ask, reply, talk"):
         read(file, prompt_column="ask", response_column="answer")
     with pytest.raises(InputError, match="name --prompt-column and --response-column together"):
@@ -124,7 +123,7 @@ def test_a_forest_gives_the_best_ranked_path_of_every_english_tree(tmp_path: Pat
         {**each, "message_id": "b" + each["message_id"], "parent_id": each["parent_id"] and "b" + each["parent_id"]}
         for each in FOREST[:6]
     ]
-    assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST, BEST]
+    assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST]
 
 
 def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
 
     rows = [{"message_tree_id": "1", "prompt": nested(FOREST[0])}] * 2
     rows[1] = json.loads(json.dumps(rows[1]).replace('_id": "', '_id": "b'))
-    assert read(write(tmp_path / "a.jsonl", rows)) == [BEST, BEST]
+    assert read(write(tmp_path / "a.jsonl", rows)) == [BEST]
 
 
 STORY = "Features: Dialogue\nStory: \n\nOne day.\nThe end.\nWords: quit, oak\n"
@@ -142,9 +141,9 @@ STORY = "Features: Dialogue\nStory: \n\nOne day.\nThe end.\nWords: quit, oak\n"
 def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -> None:
     expected = [("user", "Features: Dialogue\nWords: quit, oak"), ("assistant", "One day.\nThe end.")]
     (tmp_path / "a.txt").write_text(f"{STORY}<|endoftext|>\n" * 2)
-    assert read(str(tmp_path / "a.txt")) == [expected, expected]
+    assert read(str(tmp_path / "a.txt")) == [expected]
     lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"] * 2]
-    assert read(write(tmp_path / "b.jsonl", lines)) == [expected, expected]
+    assert read(write(tmp_path / "b.jsonl", lines)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +159,8 @@ def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -
 def test_hub_sets_are_known_by_short_name_or_by_their_columns(
     hub: Callable[..., None], name: str, path: str, config: str | None, rows: list[object]
 ) -> None:
-    hub(path, config=config, train=rows * 3, validation=rows, test=rows)
-    assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 3, [SAID], [SAID])
+    hub(path, config=config, train=rows * 3, test=rows)
+    assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 2, [SAID], [SAID])
 
 
 def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_hub(hub: Callable[..., None]) -> None:
@@ -169,7 +168,7 @@ def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_h
     assert read("oasst1") == read("oasst1", "validation") == [BEST]
     rows = [{"prompt": "hi", "prompt_id": "1", "messages": TURNS, "chosen": TURNS, "rejected": TURNS}]
     hub("HuggingFaceH4/ultrafeedback_binarized", train_sft=rows * 3, test_sft=rows, train_prefs=rows, test_prefs=rows)
-    assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (3, [SAID])
+    assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (2, [SAID])
     lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"]]
     hub("roneneldan/TinyStoriesInstruct", train=lines, validation=lines)
     assert read("tinystories-instruct")[0][1] == ("assistant", "One day.\nThe end.")
@@ -183,11 +182,11 @@ def test_an_empty_answer_is_left_out_counted_and_named(tmp_path: Path, hub: Call
     name = "alpaca" if known else write(tmp_path / "a.jsonl", rows)
     source = open_conversations(DataConfig(source=name))
     assert source is not None
-    assert [said(conversation) for conversation in source.documents("train")] == [SAID] * 3
+    assert [said(conversation) for conversation in source.documents("train")] == [SAID] * 2
     where = "tatsu-lab/alpaca, row 1" if known else f"{name}, line 1"
     assert source.skipped == {"without an answer to learn": (2, where)}
-    assert source.describe_read(3) == (
-        f"3 documents of 5 rows read; 2 left out, without an answer to learn (first: {where})"
+    assert source.describe_read(2) == (
+        f"2 documents of 5 rows read; 2 left out, without an answer to learn (first: {where})"
     )
 
 
@@ -309,7 +308,7 @@ def test_chat_rows_that_datasets_wrote_as_json_text_are_read(tmp_path: Path) -> 
         "json", data_files=write(tmp_path / "a.jsonl", rows), split="train", cache_dir=str(tmp_path / "cache")
     )
     loaded.to_parquet(str(tmp_path / "a.parquet"))
-    assert read(str(tmp_path / "a.parquet")) == read(str(tmp_path / "a.jsonl")) == [SAID, SAID]
+    assert read(str(tmp_path / "a.parquet")) == read(str(tmp_path / "a.jsonl")) == [SAID]
 
 
 def test_without_the_hub_the_error_says_what_to_do(hub: Callable[..., None]) -> None:

@@ -57,7 +57,7 @@ def test_two_documents_are_enough_for_two_splits(tmp_path: Path) -> None:
 
 def test_a_single_document_cannot_be_validated_on(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"text": "only"}])
-    with pytest.raises(InputError, match="for the validation split: it has fewer than two documents that differ"):
+    with pytest.raises(InputError, match="no text for the validation split: it has fewer than two documents"):
         read(file, "validation")
 
 
@@ -276,6 +276,12 @@ def test_what_an_editor_or_a_system_hides_is_no_data(tmp_path: Path) -> None:
     assert len(read(tmp_path)) == len(read(tmp_path / "**/*.jsonl")) == 3
     # But what is asked for by its name is read.
     assert read(tmp_path / ".git" / "*" / "*.jsonl", holdout=0.5) == ["copy"]
+
+
+def test_where_all_are_equal_some_are_held_out_all_the_same_and_it_is_said(tmp_path: Path) -> None:
+    source = open_source(str(write_rows(tmp_path / "a.jsonl", ["one text"] * 60)))
+    assert (len(list(source.documents("train"))), len(list(source.documents("validation")))) == (59, 1)
+    assert source.held_out_by == "one in 50 of the documents by their number: all are equal"
 
 
 def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
