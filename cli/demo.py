@@ -22,7 +22,8 @@ def demo(
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The seed, or the first of --seeds.")] = 0,
     control: Annotated[
-        bool, typer.Option("--control", help="Also PPO without a price on KL: what becomes of the true score?")
+        bool,
+        typer.Option("--control", help="Also PPO without a price on KL, which takes long: is the true score lost?"),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in the folder first.")] = False,
 ) -> None:
