@@ -19,7 +19,7 @@ from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
 from rlhf.preferences import Preference, judge
-from train.data.instruct_formats import Conversation, asked, turns_of, unwanted
+from train.data.instruct_formats import Conversation, are_turns, asked, turns_of, unwanted
 from train.data.rows import (
     MESSAGES,
     PROMPTS,
@@ -28,7 +28,6 @@ from train.data.rows import (
     Skipped,
     cell,
     column_names,
-    list_of,
     peek,
     text_of,
 )
@@ -103,7 +102,7 @@ def _turns(value: object, role: str, where: str) -> Conversation:
     """What stands in a cell as turns; a bare text is one by `role`, or several where it names its speakers."""
     if value is None:
         return []
-    if isinstance(value, Mapping) or list_of(value) is not None:
+    if isinstance(value, Mapping) or are_turns(value):
         return turns_of(value, where)
     text = text_of(value, where)
     if not SPEAKER.match(text):

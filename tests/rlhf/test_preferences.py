@@ -115,6 +115,7 @@ def test_what_shares_a_prompt_stands_on_one_side(tmp_path: Path) -> None:
             (Message("system", "Be brief."), *ASKED),
         ),
         ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, ASKED),
+        ({"prompt": "[2, 2]", "chosen": "4", "rejected": "5"}, (Message("user", "[2, 2]"),)),
         ({"instruction": "2 +", "input": "2?", "chosen": "4", "rejected": "5"}, (Message("user", "2 +\n\n2?"),)),
         (
             {

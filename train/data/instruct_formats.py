@@ -194,6 +194,12 @@ def asked(
     return earlier + question
 
 
+def are_turns(value: object) -> bool:
+    """Whether a cell holds a list of turns, or its JSON text: not a text such as [1, 2], which is one."""
+    listed = list_of(value)
+    return listed is not None and all(map(is_mapping, listed)) and bool(listed or not isinstance(value, str))
+
+
 def turns_of(value: object, where: str) -> Conversation:
     """The turns in a cell: a list of them, or one alone. Raises InputError where they are none."""
     turns = [value] if isinstance(value, Mapping) else list_of(value)
@@ -228,9 +234,7 @@ def read_pairs(rows: Iterable[Row], prompt: str, response: str | None) -> Found:
         assert isinstance(row, Mapping)
 
         def turns(value: object, role: str = "user", where: str = where) -> Conversation:
-            listed = list_of(value)
-            several = listed is not None and all(map(is_mapping, listed))
-            return turns_of(value, where) if several else [Message(role, text_of(value, where))]
+            return turns_of(value, where) if are_turns(value) else [Message(role, text_of(value, where))]
 
         if skipped := unwanted(row, where):
             yield where, skipped
