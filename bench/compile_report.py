@@ -40,7 +40,7 @@ class Case:
 def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Case]:
     """Every row of the tile table: causal and packed, as training runs it; decode split, with blocks of 16 keys."""
     from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
-    from kernels.attention.decode_kernel import decode_kernel
+    from kernels.attention.decode import decode_kernel
     from kernels.attention.forward import forward_kernel
 
     kernels = (forward_kernel, delta_kernel, dk_dv_kernel, dq_kernel, decode_kernel, decode_kernel)
@@ -63,15 +63,15 @@ def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterat
 
 def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Case]:
     """With a residual, without and with a bias; parameters in fp32, as training keeps them."""
-    from kernels.layernorm import kernels, operators
+    from kernels import layernorm_triton as kernels
 
     fp32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partial_ptr", "out_ptr", "eps")
     for width in widths:
         for bias in (False, True):
             launches: list[tuple[str, Any, dict[str, int]]] = [
-                ("forward", kernels.forward_kernel, operators.forward_options(width)),
-                ("backward", kernels.backward_kernel, operators.backward_options(width)),
-                ("sum", kernels.sum_kernel, operators.sum_options(2 * width if bias else width)),
+                ("forward", kernels.forward_kernel, kernels.forward_options(width)),
+                ("backward", kernels.backward_kernel, kernels.backward_options(width)),
+                ("sum", kernels.sum_kernel, kernels.sum_options(2 * width if bias else width)),
             ]
             for name, function, options in launches:
                 constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True}
@@ -82,8 +82,7 @@ def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[
 
 def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Case]:
     """Loss and gradient in one, and log-probabilities with an entropy, forward and backward."""
-    from kernels.cross_entropy.kernel import rows_kernel
-    from kernels.cross_entropy.triton_backend import tile
+    from kernels.cross_entropy_triton import rows_kernel, tile
 
     rows = ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy")
     fp32 = tuple(f"{name}_ptr" for name in ("logits", *rows))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import ModelConfig
-from kernels.cross_entropy.blocks import block_rows
+from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]
 GIB = 2**30
@@ -138,7 +138,7 @@ def peak_memory(setup: Setup) -> int:
 
 
 def _logits(setup: Setup) -> int:
-    """A block of logits, and what is made of it and of the head (kernels/cross_entropy/blocks.py)."""
+    """A block of logits, and what is made of it and of the head (kernels/cross_entropy.py)."""
     model, size, vocab = setup.model, setup.element_size, setup.model.outputs
     rows = min(setup.tokens, block_rows(setup.tokens, vocab, size, gpu=setup.gpu))
     padded = -(-vocab // 16) * 16

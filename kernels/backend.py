@@ -1,16 +1,26 @@
 """Which implementation of the kernels runs: "triton" or "torch"."""
 
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@torch.compiler.assume_constant_result
+
+def uncompiled(function: Function) -> Function:
+    """Mark a function in which values decide what happens, which torch.compile cannot follow: it leaves it alone."""
+    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend(device: torch.device) -> str:
-    """ "triton" on a CUDA device on which a Triton kernel really ran, else "torch". GPT_KERNELS=torch|triton overrides.
+    """Return "triton" on a CUDA device on which a Triton kernel really ran, else "torch".
 
-    On a CPU Triton runs only interpreted (TRITON_INTERPRET=1): slowly, for tests. Raises ValueError for another name.
+    GPT_KERNELS=torch|triton overrides. On a CPU Triton runs only interpreted (TRITON_INTERPRET=1): slowly, for tests.
+    Raises ValueError where GPT_KERNELS holds another name.
     """
     asked = os.environ.get("GPT_KERNELS", "")
     if asked not in ("", "torch", "triton"):
@@ -22,9 +32,9 @@ def backend(device: torch.device) -> str:
 
 @cache
 def why_not_triton(device: torch.device) -> str | None:
-    """None where a probe kernel ran on the device and gave the right answer, else the reason."""
+    """Return None where a probe kernel ran on the device and gave the right answer, else the reason."""
     try:
-        from kernels.probe import probe
+        from kernels.jit import probe
 
         return probe(device)
     except Exception as error:  # a missing package, compiler or driver, each with errors of its own

@@ -1,22 +1,23 @@
 """Tile sizes: per kernel, family of architectures and head dim, the row that runs, then others that wait to be timed.
 
-Registers (of 255 a thread) and shared memory are what the compiler says of bf16, causal and packed (Triton 3.7); no
-row spills on sm_80, 89 and 90 (some do on sm_100, which takes the rows of sm_90 until it has its own). No row has been
-timed yet: what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as long as its products at
-D = 64, twice as long at 32 and half as long at 128, so that smaller heads want more warps on a multiprocessor (65,536
-registers): the products of some fill the exponentials of others.
+Registers (of 255 a thread) and shared memory are what the compiler (Triton 3.7) says of bf16, causal and packed; no row
+spills on sm_80, 89 and 90. Some do on sm_100, which takes the rows of sm_90 until it has its own. No row has been timed
+yet: what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as long as its products at D = 64,
+twice as long at 32 and half as long at 128. Smaller heads therefore want more warps on a multiprocessor (it has 65,536
+registers), so that the products of some warps run during the exponentials of others.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries (of decode: rows) and keys per block, warps per program, stages of the load pipeline.
+    """Queries (for decode: rows) and keys per block, warps per program, stages of the load pipeline.
 
-    descriptors: tiles are loaded by the copy engine (TMA). specialize: by warps of their own (forward kernel only).
+    descriptors: the copy engine (TMA) loads the tiles. specialize: warps of their own do it (forward kernel only).
     split: tiles that need no mask have a loop of their own ("keys" only; the other kernels always do so).
     """
 
@@ -29,73 +30,54 @@ class Tile:
     split: bool = True
 
 
+HEAD_DIMS = (32, 64, 128, 256)
 # (kernel, family, largest head dim)
+# fmt: off
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
-    ("forward", "sm_90", 32): (
-        Tile(128, 64, 4, 3, True),  # 167 registers: three programs at a time
-        Tile(128, 128, 8, 3, True),  # 153
-        Tile(64, 128, 4, 3, True),  # 150
-        Tile(128, 128, 4, 2, True, True),
-    ),
-    ("forward", "sm_90", 64): (
-        Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
-        Tile(128, 128, 8, 2, True),  # 164
-        Tile(128, 128, 8, 3, True),  # 164
-        Tile(128, 64, 4, 3, True, True),
-        Tile(128, 128, 4, 2, True, True),
-    ),
-    ("forward", "sm_90", 128): (
-        Tile(128, 128, 8, 2, True),  # 200 registers, 161 KiB
-        Tile(128, 64, 8, 3, True),  # 164
-        Tile(64, 64, 4, 3, True),  # 145, 113 KiB: two programs at a time
-        Tile(128, 64, 4, 3, True, True),
-        Tile(128, 128, 4, 2, True, True),
-        Tile(128, 128, 8, 2),  # 246: what descriptors save
-    ),
-    ("forward", "sm_90", 256): (
-        Tile(64, 64, 8, 2, True),  # 181 registers, 161 KiB
-        Tile(128, 64, 8, 2, True),  # 249
-    ),
-    ("keys", "sm_90", 32): (
-        Tile(64, 128, 8, 2, True),  # 244 registers
-        Tile(64, 64, 4, 3, True, split=False),  # 215
-        Tile(64, 128, 8, 2, True, split=False),  # 218
-    ),
-    ("keys", "sm_90", 64): (
-        Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
-        Tile(64, 128, 8, 3, True, split=False),  # 239
-        Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
-        Tile(64, 128, 8, 2, split=False),  # 219
-    ),
+    ("forward", "sm_90", 32): (Tile(128, 64, 4, 3, True),  # 167 registers: three programs at a time
+                               Tile(128, 128, 8, 3, True),  # 153
+                               Tile(64, 128, 4, 3, True),  # 150
+                               Tile(128, 128, 4, 2, True, True)),
+    ("forward", "sm_90", 64): (Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
+                               Tile(128, 128, 8, 2, True),  # 164
+                               Tile(128, 128, 8, 3, True),  # 164
+                               Tile(128, 64, 4, 3, True, True),
+                               Tile(128, 128, 4, 2, True, True)),
+    ("forward", "sm_90", 128): (Tile(128, 128, 8, 2, True),  # 200 registers, 161 KiB
+                                Tile(128, 64, 8, 3, True),  # 164
+                                Tile(64, 64, 4, 3, True),  # 145, 113 KiB: two programs at a time
+                                Tile(128, 64, 4, 3, True, True),
+                                Tile(128, 128, 4, 2, True, True),
+                                Tile(128, 128, 8, 2)),  # 246: what descriptors save
+    ("forward", "sm_90", 256): (Tile(64, 64, 8, 2, True),  # 181 registers, 161 KiB
+                                Tile(128, 64, 8, 2, True)),  # 249
+    ("keys", "sm_90", 32): (Tile(64, 128, 8, 2, True),  # 244 registers
+                            Tile(64, 64, 4, 3, True, split=False),  # 215
+                            Tile(64, 128, 8, 2, True, split=False)),  # 218
+    ("keys", "sm_90", 64): (Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
+                            Tile(64, 128, 8, 3, True, split=False),  # 239
+                            Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
+                            Tile(64, 128, 8, 2, split=False)),  # 219
     # In one loop: two, or 64 queries, spill.
-    ("keys", "sm_90", 128): (
-        Tile(32, 128, 8, 2, True, split=False),  # 254 registers, 96 KiB
-        Tile(64, 64, 8, 2, True, split=False),  # 248
-    ),
+    ("keys", "sm_90", 128): (Tile(32, 128, 8, 2, True, split=False),  # 254 registers, 96 KiB
+                             Tile(64, 64, 8, 2, True, split=False)),  # 248
     ("keys", "sm_90", 256): (Tile(32, 32, 8, 1, True, split=False),),  # 178 registers; in two loops it spills
-    ("queries", "sm_90", 32): (
-        Tile(64, 64, 4, 3, True),  # 113 registers: four programs at a time
-        Tile(128, 64, 8, 3, True),  # 113
-        Tile(128, 128, 8, 3, True),  # 177
-    ),
-    ("queries", "sm_90", 64): (
-        Tile(128, 64, 8, 3, True),  # 122 registers: two programs at a time
-        Tile(64, 64, 4, 3, True),  # 122
-        Tile(128, 128, 8, 2, True),  # 216
-    ),
-    ("queries", "sm_90", 128): (
-        Tile(128, 64, 8, 2, True),  # 182 registers, 128 KiB
-        Tile(128, 64, 8, 3, True),  # 180
-        Tile(64, 64, 4, 2, True),  # 173, 97 KiB: two programs at a time
-        Tile(128, 128, 8, 2, True),  # 245
-    ),
-    ("queries", "sm_90", 256): (
-        Tile(64, 32, 8, 2, True),  # 188 registers; with one stage it spills
-        Tile(32, 32, 8, 1, True),  # 128
-    ),
-    # Decode waits for memory, not for products: what counts is how many bytes are under way, here 32 to 64 KiB a
-    # program, and two to four programs on a multiprocessor. A row is a new token of one of the heads that share a key
-    # head: up to 16 rows, the fewest that tensor cores multiply, or more ("tall"). Paged and split.
+    ("queries", "sm_90", 32): (Tile(64, 64, 4, 3, True),  # 113 registers: four programs at a time
+                               Tile(128, 64, 8, 3, True),  # 113
+                               Tile(128, 128, 8, 3, True)),  # 177
+    ("queries", "sm_90", 64): (Tile(128, 64, 8, 3, True),  # 122 registers: two programs at a time
+                               Tile(64, 64, 4, 3, True),  # 122
+                               Tile(128, 128, 8, 2, True)),  # 216
+    ("queries", "sm_90", 128): (Tile(128, 64, 8, 2, True),  # 182 registers, 128 KiB
+                                Tile(128, 64, 8, 3, True),  # 180
+                                Tile(64, 64, 4, 2, True),  # 173, 97 KiB: two programs at a time
+                                Tile(128, 128, 8, 2, True)),  # 245
+    ("queries", "sm_90", 256): (Tile(64, 32, 8, 2, True),  # 188 registers; with one stage it spills
+                                Tile(32, 32, 8, 1, True)),  # 128
+    # Decode waits for memory, not for products. What counts is how many bytes are under way: here 32 to 64 KiB for each
+    # program, with two to four programs on a multiprocessor. A row is a new token of one of the heads that share a key
+    # head. "decode" is for up to 16 rows, the fewest that tensor cores multiply, "decode-tall" for more. Compiled paged
+    # and split.
     ("decode", "sm_90", 32): (Tile(16, 128, 4, 4), Tile(16, 64, 4, 4)),  # 78, 65 registers
     ("decode", "sm_90", 64): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 4)),  # 114, 80 registers
     ("decode", "sm_90", 128): (Tile(16, 64, 4, 3), Tile(16, 32, 4, 4)),  # 164, 114 registers
@@ -126,47 +108,47 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     ("decode-tall", "sm_80", 64): (Tile(64, 64, 4, 3),),  # 195 registers
     ("decode-tall", "sm_80", 128): (Tile(64, 32, 4, 3),),  # 246 registers
     ("decode-tall", "sm_80", 256): (Tile(64, 16, 8, 3),),  # 220 registers
-    # Exact fp32 has no tensor cores, and tiles twice the size: for checks, not for speed.
-    ("forward", "fp32", 32): (Tile(64, 32, 4, 1),),
-    ("forward", "fp32", 64): (Tile(32, 32, 4, 1),),
-    ("forward", "fp32", 128): (Tile(32, 16, 8, 1),),
-    ("forward", "fp32", 256): (Tile(16, 16, 8, 1),),
-    ("keys", "fp32", 32): (Tile(32, 32, 4, 1),),
-    ("keys", "fp32", 64): (Tile(32, 32, 4, 1),),
-    ("keys", "fp32", 128): (Tile(16, 16, 4, 1, split=False),),
-    ("keys", "fp32", 256): (Tile(16, 16, 4, 1, split=False),),
-    ("queries", "fp32", 32): (Tile(32, 32, 4, 1),),
-    ("queries", "fp32", 64): (Tile(32, 32, 4, 1),),
-    ("queries", "fp32", 128): (Tile(16, 16, 4, 1),),
-    ("queries", "fp32", 256): (Tile(16, 16, 8, 1),),
-    ("decode", "fp32", 32): (Tile(16, 64, 4, 2),),
-    ("decode", "fp32", 64): (Tile(16, 32, 4, 2),),
-    ("decode", "fp32", 128): (Tile(16, 16, 4, 2),),
-    ("decode", "fp32", 256): (Tile(16, 16, 4, 2),),
-    ("decode-tall", "fp32", 32): (Tile(16, 64, 4, 2),),
-    ("decode-tall", "fp32", 64): (Tile(16, 32, 4, 2),),
-    ("decode-tall", "fp32", 128): (Tile(16, 16, 4, 2),),
-    ("decode-tall", "fp32", 256): (Tile(16, 16, 4, 2),),
+}
+# fmt: on
+
+# Exact fp32 has no tensor cores, and its tiles take twice the memory: these rows are for checks, not for speed.
+_FP32 = {
+    "forward": ((64, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    "keys": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "queries": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    "decode-tall": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+}
+TABLE |= {
+    (name, "fp32", size): (Tile(*row, split=name != "keys" or size < 128),)
+    for name, four in _FP32.items()
+    for size, row in zip(HEAD_DIMS, four, strict=True)
 }
 
 
 def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
-    """The row that runs for a kernel, by its name in the table, and elements of so many bytes on a device."""
+    """Return the row that runs for a kernel, by its name in the table, and elements of so many bytes on a device."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
 
 
 def rows(kernel: str, architecture: int, head_dim: int, element_size: int) -> tuple[Tile, ...]:
-    """All rows by number of the architecture (80, 89, 90); the first is the one that runs."""
-    largest = next(size for size in (32, 64, 128, 256) if head_dim <= size)
-    if kernel == "delta":  # it reads two tiles once, and has no loop: 32 elements of each to a thread
+    """Return all rows for an architecture by its number (80, 89, 90); the first is the one that runs."""
+    largest = next(size for size in HEAD_DIMS if head_dim <= size)
+    if kernel == "delta":  # it reads two tiles once, and has no loop: a thread takes 32 elements of each
         return (Tile(queries=4096 // largest, keys=0, warps=4, stages=1),)
     return TABLE[kernel, family(architecture, element_size), largest]
 
 
 def family(architecture: int, element_size: int) -> str:
-    """ "fp32"; or "sm_90" where there are TMA, wgmma (or its heir) and 227 KiB of shared memory; or "sm_80"."""
+    """Return "fp32"; or "sm_90" where there are TMA, wgmma (or its heir) and 227 KiB of shared memory; or "sm_80"."""
     if element_size > 2:
         return "fp32"
     # sm_120, the consumer chip, is younger and yet has none of the three.
     return "sm_90" if 90 <= architecture < 120 else "sm_80"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, and 1 for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,1 +1,0 @@
-"""Attention: training (flash_attention) and generation (decode_attention)."""

@@ -1,170 +1,226 @@
-"""decode_attention, the public function: checks its arguments and hands them to a backend."""
+"""Attention of a few new tokens over a long cache: the decode kernel, the merge kernel, and their launches.
 
-from dataclasses import replace
+A program holds the queries of all heads that share a key head, row = token * group + member, so that every key is read
+once. One such program alone would leave most of a GPU idle, so that several share the keys of a sequence: each leaves
+the softmax of its own keys with their log-sum-exp, and a second kernel merges them (Flash-Decoding, Dao et al. 2023).
+
+Lengths are read on the device, and the grid depends on shapes alone: a CUDA graph can be replayed as sequences grow.
+Names: b_ is a block in registers, o_ are offsets.
+"""
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.call import Call, check_options
-from kernels.attention.torch_backend import dense
-from kernels.backend import backend
+from kernels import tiles
+from kernels.attention import tile
+from kernels.attention.reference import Call
+from kernels.jit import jit, kernel, tanh
+
+# So many programs per multiprocessor keep it reading while one starts and another ends.
+PROGRAMS = 4
+# Keys of a split. With fewer, a program is over before its loads are under way; with more, one long sequence in a batch
+# of short ones runs on alone.
+FEWEST, MOST = 256, 4096
+MOST_SPLITS = 256
+# Keys of a split for each row of the key head: so many that what the rows leave behind, fp32, takes at most a sixteenth
+# of the memory of a bf16 cache.
+KEYS_PER_ROW = 16
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    *,
-    block_table: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention of the T newest tokens of each sequence (Flash-Decoding; PagedAttention, arXiv:2309.06180).
+@jit
+def _blocks(table_ptr, key, end, BLOCK_S: tl.constexpr, PAGE: tl.constexpr):
+    """Return the numbers of the blocks that hold keys [key, key + BLOCK_S), int64."""
+    o_key = key + tl.arange(0, BLOCK_S)
+    return tl.load(table_ptr + o_key // PAGE, mask=o_key < end, other=0).to(tl.int64)
 
-    q [B, T, H, D]: T is meant to be 1 to 16, and may be any. k_cache, v_cache [B, S, Hkv, D], with a dense last
-    dimension, of which the first cache_lengths[b] entries (int32 or int64 [B], the T new ones counted in, at most S)
-    belong to sequence b. With block_table, int32 [B, blocks], the caches are [any, block_size, Hkv, D], and key j of
-    sequence b is row j % block_size of block block_table[b, j // block_size].
 
-    Query t stands at position cache_lengths[b] - T + t; before position 0 it gives 0. scale, window and softcap as in
-    flash_attention. Returns [B, T, H, D]. What cache and table hold beyond a length does not matter, even NaN (the
-    torch backend wants it finite where a dense cache has unequal lengths). For inference: from the Triton kernels
-    there is no way back to a gradient. They leave the lengths on the device, so that a CUDA graph can hold them.
+@jit
+def _load_keys(
+    base_ptr,  # of the head
+    o_start,  # [BLOCK_S] or one for all, int64: where their sequence or block begins
+    o_row,  # [BLOCK_S] their rows there
+    inside,  # [BLOCK_S]
+    stride_row, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of keys or values, [BLOCK_S, BLOCK_D]."""
+    o_d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + (o_start + o_row.to(tl.int64) * stride_row)[:, None] + o_d[None, :]
+    mask = inside[:, None]
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & (o_d < HEAD_DIM)[None, :]
+    # What lies in a cache beyond the length may be NaN, and 0 * NaN is NaN.
+    return tl.load(pointers, mask=mask, other=0.0)
 
-    Raises ValueError naming the argument that does not fit.
+
+@kernel
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr,
+    out_ptr,  # [batch, queries, heads, splits, HEAD_DIM], with SPLIT fp32
+    lse_ptr,  # fp32 [batch, queries, heads, splits], in units of log2; written with SPLIT only
+    lengths_ptr,  # int32 or int64 [batch], dense
+    table_ptr,  # int32 [batch, blocks], read with PAGE only
+    stride_q_batch, stride_q_token, stride_q_head,
+    stride_k_batch, stride_k_token, stride_k_head,  # with PAGE, a batch is a block
+    stride_v_batch, stride_v_token, stride_v_head,
+    stride_table_batch,
+    queries,
+    keys,  # that the cache has room for, per sequence
+    key_heads, group, splits,
+    scale, softcap_log2, window,  # as in the forward kernel
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # rows
+    BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr,  # keys per block of a paged cache, 0 where it is not paged
+    SPLIT: tl.constexpr,  # splits > 1
+):  # fmt: skip
+    # Programs that read the same keys are neighbours, and share them in the L2 cache.
+    blocks = tl.cdiv(queries * group, BLOCK_T)
+    row = tl.program_id(0) % blocks * BLOCK_T
+    split = tl.program_id(0) // blocks % splits
+    head = tl.program_id(0) // blocks // splits % key_heads
+    batch = (tl.program_id(0) // blocks // splits // key_heads).to(tl.int64)
+
+    o_row = row + tl.arange(0, BLOCK_T)
+    real = o_row < queries * group
+    o_token = o_row // group
+    o_head = head * group + o_row % group
+    o_out = ((batch * queries + o_token) * key_heads * group + o_head) * splits + split
+
+    # The keys that some row of this program sees are dealt out anew for each length: even of a short sequence in a
+    # large cache, every split gets its share.
+    length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), keys)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - queries + row // group - window + 1, 0)
+    end = tl.maximum(length - queries + tl.minimum((row + BLOCK_T - 1) // group, queries - 1) + 1, begin)
+    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_S) * BLOCK_S
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+    if SPLIT:  # noqa: SIM102 - one is decided by the compiler, the other when it runs
+        if begin >= end:
+            tl.store(lse_ptr + o_out, tl.full([BLOCK_T], float("-inf"), tl.float32), mask=real)
+            return
+
+    o_d = tl.arange(0, BLOCK_D)
+    inside = real[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_q = batch * stride_q_batch + o_token.to(tl.int64) * stride_q_token + o_head.to(tl.int64) * stride_q_head
+    b_q = tl.load(q_ptr + o_q[:, None] + o_d[None, :], mask=inside, other=0.0)  # [BLOCK_T, BLOCK_D]
+    k_ptr += head.to(tl.int64) * stride_k_head
+    v_ptr += head.to(tl.int64) * stride_v_head
+    o_position = length - queries + o_token
+
+    b_out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_T], tl.float32)
+    start = batch  # where the keys of the tile begin: the number of the sequence, or the numbers of their blocks
+    if PAGE:
+        table_ptr += batch * stride_table_batch
+        start = _blocks(table_ptr, begin, end, BLOCK_S, PAGE)
+    for key in tl.range(begin, end, BLOCK_S):
+        o_key = key + tl.arange(0, BLOCK_S)
+        held = o_key < end
+        o_place = o_key
+        next_start = start
+        if PAGE:
+            o_place = o_key % PAGE
+            # Looked up a tile ahead: the compiler loads keys early only where their addresses wait for no other load.
+            next_start = _blocks(table_ptr, key + BLOCK_S, end, BLOCK_S, PAGE)
+        b_k = _load_keys(k_ptr, start * stride_k_batch, o_place, held, stride_k_token, BLOCK_D, HEAD_DIM)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
+        unit = scale
+        if SOFTCAP:
+            b_s = tanh(b_s * scale)
+            unit = softcap_log2
+        mask = tile.visible(o_position[:, None], o_key[None, :], end, window, True, WINDOW)
+        b_s = tl.where(mask, b_s, float("-inf"))
+        b_p, b_rescale, b_max, b_sum = tile.softmax_step(b_s, b_max, b_sum, unit, True)
+        b_v = _load_keys(v_ptr, start * stride_v_batch, o_place, held, stride_v_token, BLOCK_D, HEAD_DIM)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision="ieee")
+        start = next_start
+
+    # A row that saw no key has sum 0 and maximum -inf. It gives 0, and -inf for its log-sum-exp.
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = b_out / b_sum[:, None]
+    tl.store(out_ptr + o_out[:, None] * HEAD_DIM + o_d[None, :], b_out.to(out_ptr.dtype.element_ty), mask=inside)
+    if SPLIT:
+        tl.store(lse_ptr + o_out, b_max + tl.log2(b_sum), mask=real)
+
+
+@kernel
+def merge_kernel(
+    part_ptr,  # fp32 [rows, SPLITS, HEAD_DIM]; that of an empty split was never written
+    lse_ptr,  # fp32 [rows, SPLITS], in units of log2
+    out_ptr,  # [rows, HEAD_DIM]
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of a program: a part of the head dim where there are many splits
+    SPLITS: tl.constexpr,
+):
+    # A part is the softmax of its own keys, so that exp2(lse) * part is the sum of exp(score) * value over them. Hence
+    # the whole is sum(exp2(lse) * part) / sum(exp2(lse)); the largest log-sum-exp is subtracted first, so that nothing
+    # overflows. One program adds up all parts of a row, in the same order every time.
+    chunks = tl.cdiv(HEAD_DIM, BLOCK_D)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    o_d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_part = row * SPLITS + tl.arange(0, SPLITS)
+    b_lse = tl.load(lse_ptr + o_part)  # [SPLITS]
+    b_max = tl.max(b_lse, 0)
+    # exp2(-inf - -inf) would be NaN in a row that sees nothing.
+    b_weight = tl.exp2(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max))
+    # All parts are loaded, even those that were never written, since only the log-sum-exps tell which these are and to
+    # wait for them would take longer.
+    b_part = tl.load(part_ptr + o_part[:, None] * HEAD_DIM + o_d[None, :], mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+    b_part = tl.where((b_lse > float("-inf"))[:, None], b_part, 0.0)  # [SPLITS, BLOCK_D]
+    b_sum = tl.sum(b_weight, 0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_sum == 0.0, 1.0, b_sum)
+    tl.store(out_ptr + row * HEAD_DIM + o_d, b_out.to(out_ptr.dtype.element_ty), mask=o_d < HEAD_DIM)
+
+
+def splits(programs: int, rows: int, keys: int, device: torch.device) -> int:
+    """Return into how many parts the keys are split, where `programs` programs share each part.
+
+    `rows` is how many rows a key head has. The room in the cache decides, not the lengths, which only the GPU knows. It
+    is a power of two, so that few kernels are compiled.
     """
-    _check(q, k_cache, v_cache, cache_lengths, block_table)
-    scale = check_options(q.shape[-1], scale, window, softcap)
-    call = Call(True, scale, window, softcap, None, None, q.shape[1], k_cache.shape[1])
-    if backend(q.device) == "triton" and q.dtype != torch.float64:
-        return _triton(q, k_cache, v_cache, cache_lengths, block_table, call)
-    # The lengths decide here, which torch.compile cannot follow. Its wrapper would take longer than a short cache does.
-    run = _uncompiled if torch.compiler.is_compiling() else _torch
-    return run(q, k_cache, v_cache, cache_lengths, block_table, call)
+    wanted = max(PROGRAMS * tiles.multiprocessors(device) // programs, keys // MOST)
+    allowed = min(keys // max(FEWEST, KEYS_PER_ROW * rows), MOST_SPLITS)
+    return 1 << max(min(wanted, allowed), 1).bit_length() - 1
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None) -> None:
-    """Once per layer and token: what is compared is at hand, not computed."""
-    shape, cache = q.shape, k_cache.shape
-    for name, size in (("q", shape), ("k_cache", cache)):
-        if len(size) != 4:
-            raise ValueError(f"{name} has shape {tuple(size)}; expected [batch, length, heads, head_dim]")
-    if v_cache.shape != cache:
-        raise ValueError(f"v_cache has shape {tuple(v_cache.shape)}; expected that of k_cache, {tuple(cache)}")
-    if cache[3] != shape[3]:
-        raise ValueError(f"k_cache has head dim {cache[3]}; expected that of q, {shape[3]}")
-    if cache[2] == 0 or shape[2] % cache[2] != 0:
-        raise ValueError(f"q has {shape[2]} heads; expected a multiple of the {cache[2]} heads of k_cache")
-    batch, dtype, device = shape[0], q.dtype, q.device
-    if not dtype.is_floating_point:
-        raise ValueError(f"q is {dtype}; expected a floating dtype")
-    if k_cache.dtype != dtype or v_cache.dtype != dtype:
-        raise ValueError(f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; expected the dtype of q ({dtype})")
-    if cache_lengths.shape != (batch,) or cache_lengths.dtype not in (torch.int64, torch.int32):
-        came = f"{cache_lengths.dtype} {tuple(cache_lengths.shape)}"
-        raise ValueError(f"cache_lengths is {came}; expected int32 or int64 [{batch}], for each sequence of q")
-    if block_table is None:
-        if cache[0] != batch:
-            raise ValueError(f"k_cache has batch {cache[0]}; expected that of q, {batch}")
-    elif block_table.ndim != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32:
-        came = f"{block_table.dtype} {tuple(block_table.shape)}"
-        raise ValueError(f"block_table is {came}; expected int32 [{batch}, blocks], a row for each sequence of q")
-    elif cache[1] == 0:
-        raise ValueError("k_cache has blocks of 0 keys; expected at least 1")
-    for name, other in (("k_cache", k_cache), ("v_cache", v_cache), ("cache_lengths", cache_lengths)):
-        if other.device != device:
-            raise ValueError(f"{name} is on {other.device}; expected the device of q ({device})")
-    if block_table is not None and block_table.device != device:
-        raise ValueError(f"block_table is on {block_table.device}; expected the device of q ({device})")
-
-
-def _triton(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    block_table: Tensor | None,
-    call: Call,
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None, call: Call
 ) -> Tensor:
-    # Imported here: a machine that runs the torch backend needs no Triton.
-    from kernels.attention.decode_launch import decode
-
-    if not 1 <= q.shape[-1] <= 256:
-        raise ValueError(f"q has head dim {q.shape[-1]}; expected 1 to 256 (GPT_KERNELS=torch takes any)")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        # A copy would cost more than the attention.
-        if cache.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {cache.stride(-1)} in its last dimension; expected 1")
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    table = block_table if block_table is None or block_table.stride(-1) == 1 else block_table.contiguous()
-    return decode(q, k_cache, v_cache, cache_lengths, table, call.scale, call.window, call.softcap)
-
-
-def _torch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    block_table: Tensor | None,
-    call: Call,
-) -> Tensor:
-    queries, window, lengths = q.shape[1], call.window, cache_lengths.tolist()
-    shortest, longest = min(lengths, default=0), max(lengths, default=0)
-    if block_table is None and shortest >= queries and call.softcap is None and (queries == 1 or shortest != longest):
-        seen = slice(_seen(shortest, queries, window).start, longest)
-        # A single query, the last, sees all of the keys that it is given.
-        alike = shortest == longest
-        visible_BTS = None if alike else _visible(cache_lengths, queries, seen, window)
-        return _attend(q, k_cache[:, seen], v_cache[:, seen], visible_BTS, call.scale)
-    if queries == 1:
-        call = replace(call, causal=False, window=None)
-    if block_table is None and shortest == longest:
-        seen = _seen(longest, queries, window)
-        return dense(q, k_cache[:, seen], v_cache[:, seen], call, return_lse=False)[0]
-    out = torch.empty_like(q)
-    for row, length in enumerate(lengths):
-        seen = _seen(length, queries, window)
-        k, v = (_of_sequence(cache, row, seen, block_table) for cache in (k_cache, v_cache))
-        out[row : row + 1] = dense(q[row : row + 1], k[None], v[None], call, return_lse=False)[0]
+    """Return out like q, contiguous: see op.decode_attention."""
+    batch, queries, heads, head_dim = q.shape
+    page = 0 if block_table is None else k_cache.shape[1]
+    keys = k_cache.shape[1] if block_table is None else page * block_table.shape[1]
+    key_heads = k_cache.shape[2]
+    rows = queries * (heads // key_heads)
+    # 16 rows are the fewest that the tensor cores multiply.
+    size = tiles.tile("decode" if rows <= 16 else "decode-tall", q.device, head_dim, q.element_size())
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    programs = batch * key_heads * triton.cdiv(rows, size.queries)
+    if not programs:
+        return out
+    count = splits(programs, rows, keys, q.device)
+    part, lse = out, None
+    if count > 1:
+        part = torch.empty((batch, queries, heads, count, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((batch, queries, heads, count), dtype=torch.float32, device=q.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    decode_kernel[(programs * count,)](
+        q, k_cache, v_cache, part, lse, cache_lengths.contiguous(), block_table,
+        *q.stride()[:-1], *k_cache.stride()[:-1], *v_cache.stride()[:-1],
+        0 if block_table is None else block_table.stride(0),
+        queries, keys, key_heads, heads // key_heads, count, *call.scales(), min(call.window or 0, keys),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=size.queries, BLOCK_S=size.keys, WINDOW=call.window is not None,
+        SOFTCAP=call.softcap is not None, PAGE=page, SPLIT=count > 1, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    if count > 1:
+        # 4,096 numbers are few enough to be loaded all at once; 16 in a row fill two sectors of memory.
+        width = min(max(4096 // count, 16), block_d)
+        merge_kernel[(batch * queries * heads * triton.cdiv(head_dim, width),)](
+            part, lse, out, HEAD_DIM=head_dim, BLOCK_D=width, SPLITS=count
+        )
     return out
-
-
-_uncompiled = torch.compiler.disable(_torch)
-
-
-def _visible(cache_lengths: Tensor, queries: int, seen: slice, window: int | None) -> Tensor:
-    position_BT = cache_lengths[:, None] + torch.arange(-queries, 0, device=cache_lengths.device)
-    distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=cache_lengths.device)
-    visible_BTS = distance_BTS >= 0
-    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
-
-
-def _attend(q: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, visible_BTS: Tensor | None, scale: float) -> Tensor:
-    """All sequences at once: of small ones, twice as fast as one by one."""
-    out_BHTD = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k_BSHD.transpose(1, 2),
-        v_BSHD.transpose(1, 2),
-        attn_mask=None if visible_BTS is None else visible_BTS[:, None],
-        scale=scale,
-        enable_gqa=q.shape[2] != k_BSHD.shape[2],
-    )
-    return out_BHTD.transpose(1, 2)
-
-
-def _seen(length: int, queries: int, window: int | None) -> slice:
-    """The keys that one of the newest `queries` sees."""
-    start = 0 if window is None else max(length - queries - window + 1, 0)
-    return slice(start, max(length, start))
-
-
-def _of_sequence(cache: Tensor, row: int, seen: slice, block_table: Tensor | None) -> Tensor:
-    if block_table is None:
-        return cache[row, seen]
-    size = cache.shape[1]
-    first = seen.start // size
-    blocks = block_table[row, first : -(-seen.stop // size)]
-    return cache[blocks].flatten(0, 1)[seen.start - first * size : seen.stop - first * size]

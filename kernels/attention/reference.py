@@ -1,16 +1,71 @@
-"""Attention written out in plain PyTorch: the definition that every other implementation is compared with.
+"""Attention in plain PyTorch: the definition, and the torch backend, which runs where no Triton kernel can be launched.
 
-It holds the whole [T, S] score matrix, works in any floating dtype including float64, and is differentiable.
+attention_reference holds the whole [T, S] score matrix, works in any floating dtype including float64, and is
+differentiable: every other implementation is compared with it.
 """
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.backend import uncompiled
+
+
+class Call(NamedTuple):
+    """What an attention is asked for besides q, k and v, in the order of the operators' arguments.
+
+    It is packed where it has both cu_seqlens, else dense. longest_q and longest_k bound the lengths of the sequences.
+    """
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    longest_q: int
+    longest_k: int
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def scales(self) -> tuple[float, float]:
+        """Return the arguments `scale` and `softcap_log2` of the Triton kernels.
+
+        exp(x) = exp2(x * log2(e)), and a GPU has an instruction for exp2 alone: scores are computed in units of log2,
+        with log2(e) multiplied into the scale beforehand. With a cap c, c * tanh(s / c) needs the scores divided by c
+        first, and log2(e) goes into the cap.
+        """
+        log2_e = 1.4426950408889634
+        if self.softcap is None:
+            return self.scale * log2_e, 0.0
+        return self.scale / self.softcap, self.softcap * log2_e
+
+    def sequences(self, q: Tensor) -> int:
+        return q.shape[0] if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+
+    def strides(self, *tensors: Tensor) -> tuple[int, ...]:
+        """Return the strides of every dimension but the last, with 0 for the batch that packed tensors do not have.
+
+        Of queries, keys, values and their gradients these are batch, token and head. Of a log-sum-exp, [B, H, T] or
+        packed [H, tokens], they are batch and head: its last dimension is that of tokens, since a program reads and
+        writes it for the rows of one head.
+        """
+        batch = () if self.cu_seqlens_q is None else (0,)
+        return tuple(stride for tensor in tensors for stride in (*batch, *tensor.stride()[:-1]))
+
+
+def empty_results(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """Return room for out, like q but contiguous, and for the log-sum-exp, fp32 [B, H, T] or packed [H, tokens]."""
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def visible(
     queries: int, keys: int, *, causal: bool, window: int | None, device: torch.device | str = "cpu"
 ) -> Tensor | None:
-    """Which keys each query may attend to: bool [T, S], or None where every query sees every key.
+    """Return which keys each query may attend to: bool [T, S], or None where every query sees every key.
 
     The last query is aligned with the last key, so that T < S means "T new tokens after S - T old ones". `window`
     counts the keys a query sees on either side of its own position, its own included: i - j < window (and j - i <
@@ -38,7 +93,7 @@ def attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v. Returns (out [B, T, H, D], log-sum-exp of the scores [B, H, T]).
+    """Return softmax(scale * q k^T + mask) v, [B, T, H, D], and the log-sum-exp of the scores, [B, H, T].
 
     k and v may have fewer heads than q, if their number divides it. A row that sees no key gives 0, and -inf for its
     log-sum-exp. `softcap` c replaces each score s by c * tanh(s / c) (Gemma 2, arXiv:2408.00118).
@@ -58,3 +113,94 @@ def attention_reference(
     finite_BHT = lse_BHT.masked_fill(lse_BHT == float("-inf"), 0.0)
     probabilities_BHTS = torch.exp(scores_BHTS - finite_BHT[..., None])
     return torch.einsum("bhts,bshd->bthd", probabilities_BHTS, v_BSHD), lse_BHT
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the output, and the log-sum-exp where it is asked for, as flash_attention gives them."""
+    if call.cu_seqlens_q is None:
+        return _dense(q, k, v, call, return_lse)
+    return _packed(q, k, v, call, return_lse)
+
+
+@uncompiled
+def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+    lengths_q = [end - start for start, end in pairwise(call.cu_seqlens_q.tolist())]
+    lengths_k = [end - start for start, end in pairwise(call.cu_seqlens_k.tolist())]
+    # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size
+    # gradient per sequence.
+    parts = zip(torch.split(q, lengths_q), torch.split(k, lengths_k), torch.split(v, lengths_k), strict=True)
+    results = [_dense(q_part[None], k_part[None], v_part[None], call, return_lse) for q_part, k_part, v_part in parts]
+    out = torch.cat([out[0] for out, _ in results]) if results else torch.empty_like(q)
+    if not return_lse:
+        return out, None
+    none = torch.empty(q.shape[1], 0, device=q.device)
+    return out, torch.cat([none, *(lse[0] for _, lse in results if lse is not None)], dim=-1)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    causal, scale, window, softcap = call.causal, call.scale, call.window, call.softcap
+    queries, keys = q.shape[1], k.shape[1]
+    # SDPA gives NaN for a row without keys, and knows neither softcap nor log-sum-exp.
+    rows_without_keys = keys == 0 or (queries > keys and (causal or window is not None))
+    if return_lse or softcap is not None or rows_without_keys or queries == 0:
+        out, lse = attention_reference(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
+        return out, lse.float()
+    square = causal and queries == keys and (window is None or window >= keys)
+    mask = None if square else visible(queries, keys, causal=causal, window=window, device=q.device)
+    return _sdpa(q, k, v, mask, square, scale), None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, square: bool, scale: float) -> Tensor:
+    q_BHTD, k_BHSD, v_BHSD = (each.transpose(1, 2) for each in (q, k, v))
+    gqa = q.shape[2] != k.shape[2]
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa
+    ).transpose(1, 2)
+
+
+def decode_torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None, call: Call
+) -> Tensor:
+    """Return what decode_attention gives."""
+    queries, window, lengths = q.shape[1], call.window, cache_lengths.tolist()
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    if block_table is None and shortest >= queries and call.softcap is None and (queries == 1 or shortest != longest):
+        # All sequences at once, which is twice as fast for small ones as one by one. A single query, the last, sees all
+        # of the keys that it is given.
+        seen = slice(_seen(shortest, queries, window).start, longest)
+        mask = None if shortest == longest else _visible(cache_lengths, queries, seen, window)[:, None]
+        return _sdpa(q, k_cache[:, seen], v_cache[:, seen], mask, False, call.scale)
+    if queries == 1:
+        call = call._replace(causal=False, window=None)
+    if block_table is None and shortest == longest:
+        seen = _seen(longest, queries, window)
+        return _dense(q, k_cache[:, seen], v_cache[:, seen], call, return_lse=False)[0]
+    out = torch.empty_like(q)
+    for row, length in enumerate(lengths):
+        seen = _seen(length, queries, window)
+        k, v = (_of_sequence(cache, row, seen, block_table) for cache in (k_cache, v_cache))
+        out[row : row + 1] = _dense(q[row : row + 1], k[None], v[None], call, return_lse=False)[0]
+    return out
+
+
+def _visible(cache_lengths: Tensor, queries: int, seen: slice, window: int | None) -> Tensor:
+    position_BT = cache_lengths[:, None] + torch.arange(-queries, 0, device=cache_lengths.device)
+    distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=cache_lengths.device)
+    visible_BTS = distance_BTS >= 0
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
+
+
+def _seen(length: int, queries: int, window: int | None) -> slice:
+    """Return the keys that one of the newest `queries` sees."""
+    start = 0 if window is None else max(length - queries - window + 1, 0)
+    return slice(start, max(length, start))
+
+
+def _of_sequence(cache: Tensor, row: int, seen: slice, block_table: Tensor | None) -> Tensor:
+    if block_table is None:
+        return cache[row, seen]
+    size = cache.shape[1]
+    first = seen.start // size
+    blocks = block_table[row, first : -(-seen.stop // size)]
+    return cache[blocks].flatten(0, 1)[seen.start - first * size : seen.stop - first * size]

@@ -1,13 +1,31 @@
-"""What the attention kernels share: how a tile is read, which keys a query sees, how a score is capped.
+"""What the attention kernels share: how a tile is read, which keys a query sees, and how a launch is prepared.
 
-Positions of queries are counted so that the last query stands at the last key: position = row + keys - queries.
+Positions are counted so that the last query stands at the last key: position = row + keys - queries.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kernels import tiles
+from kernels.attention.reference import Call
+from kernels.jit import jit
 
 
-@triton.jit
+@jit
+def program(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Return the first row of the block, the sequence and the head that this program works on.
+
+    All three lie on one axis of the grid: the others end at 65,535, fewer than the heads of a large packed batch. The
+    last queries of a causal sequence see the most keys: started first, their programs do not run on alone at the end.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    block = (blocks - 1 - tl.program_id(0) % blocks) if LAST_FIRST else tl.program_id(0) % blocks
+    return block * BLOCK, tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
+
+
+@jit
 def sequence(
     cu_seqlens_ptr,  # int32 [sequences + 1], or any pointer where PACKED is false
     index,  # number of the sequence in the batch
@@ -16,7 +34,10 @@ def sequence(
     stride_token,
     PACKED: tl.constexpr,
 ):
-    """Where sequence `index` begins, in elements (int64: a tensor may pass 2^31 of them), and its number of tokens."""
+    """Return where sequence `index` begins, in elements, and its number of tokens.
+
+    The offset is int64: a tensor may have more than 2^31 elements.
+    """
     if PACKED:
         start = tl.load(cu_seqlens_ptr + index).to(tl.int64)
         end = tl.load(cu_seqlens_ptr + index + 1).to(tl.int64)
@@ -24,19 +45,17 @@ def sequence(
     return index.to(tl.int64) * stride_batch, length
 
 
-@triton.jit
+@jit
 def matrix(
-    base_ptr,
-    rows,
-    stride_row,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
-    """What load_tile reads a [rows, HEAD_DIM] matrix through: its pointer, or a descriptor for the copy engine (TMA).
+    base_ptr, rows, stride_row,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Return what load reads a [rows, HEAD_DIM] matrix through: its pointer, or a descriptor.
 
-    The copy engine finds addresses and edges by itself, which frees the registers that pointers and masks take.
+    A descriptor tells the copy engine (TMA) the shape of the matrix once, and a tile is then fetched by its corner.
+    With a pointer, every thread computes the addresses of its elements and a mask for the edges, and both take
+    registers. The copy engine finds them by itself; it exists since sm_90, and wants rows that begin at multiples of 16
+    bytes.
     """
     if DESCRIPTOR:
         return tl.make_tensor_descriptor(base_ptr, [rows, HEAD_DIM], [stride_row, 1], [BLOCK, BLOCK_D])
@@ -44,19 +63,14 @@ def matrix(
         return base_ptr
 
 
-@triton.jit
-def load_tile(
-    source,  # of `matrix`
-    row,
-    rows,
-    stride_row,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
+@jit
+def load(
+    source,  # from `matrix`
+    row, rows, stride_row,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, DESCRIPTOR: tl.constexpr,
     EDGE: tl.constexpr = True,  # false only where all rows of the tile exist
-):
-    """Rows [row, row + BLOCK), zero beyond the edges of the matrix."""
+):  # fmt: skip
+    """Return rows [row, row + BLOCK), zero beyond the edges of the matrix: [BLOCK, BLOCK_D]."""
     if DESCRIPTOR:
         return source.load([row, 0])
     else:  # noqa: RET505 - as above
@@ -75,10 +89,8 @@ def load_tile(
         return b_tile
 
 
-@triton.jit
-def store_tile(
-    base_ptr, value, row, rows, stride_row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+@jit
+def store(base_ptr, value, row, rows, stride_row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
     o_row = row + tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     inside = (o_row < rows)[:, None]
@@ -88,9 +100,9 @@ def store_tile(
     tl.store(pointers, value.to(base_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def visible(o_query, o_key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which keys each query may attend to, by position."""
+    """Return which keys each query may attend to, by position."""
     mask = o_key < keys
     if CAUSAL:
         mask = mask & (o_key <= o_query)
@@ -101,12 +113,31 @@ def visible(o_query, o_key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.const
     return mask
 
 
-@triton.jit
+# The score matrix of a causal attention has three kinds of tiles: below the diagonal every query sees every key, on it
+# a mask decides, above it there is nothing to compute. keys_seen and queries_seeing find the borders, so that a kernel
+# walks over the first kind in a loop without a mask, over the second in one with a mask, and skips the third.
+
+
+@jit
+def walk(PART: tl.constexpr, begin, full_begin, full_end, end):
+    """Return where a loop of a kernel begins and ends: PART 1 needs no mask, 0 lies before it, 2 behind."""
+    if PART == 0:
+        return begin, tl.minimum(full_begin, end)
+    elif PART == 1:  # noqa: RET505 - as above
+        return full_begin, full_end
+    else:
+        return full_end, end
+
+
+@jit
 def keys_seen(
     row, queries, keys, window, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """begin, full_begin, full_end, end: the queries [row, row + BLOCK_T) see nothing outside of keys [begin, end), and
-    every one of them sees all of [full_begin, full_end). All but `end` are multiples of BLOCK_S."""
+    """Return begin, full_begin, full_end and end for the queries [row, row + BLOCK_T).
+
+    They see no key outside of [begin, end), and every one of them sees all keys of [full_begin, full_end). All but
+    `end` are multiples of BLOCK_S.
+    """
     first = row + keys - queries
     last = tl.minimum(row + BLOCK_T, queries) - 1 + keys - queries
     begin = 0
@@ -122,18 +153,21 @@ def keys_seen(
         if not CAUSAL:
             end = tl.minimum(keys, last + window)
             full_end = tl.minimum(full_end, tl.maximum(first + window, 0) // BLOCK_S * BLOCK_S)
-    # Where no key is seen by all, the middle range is empty and the outer two meet.
+    # Where no key is seen by all queries, the middle range is empty and the outer two meet.
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(tl.maximum(end, begin), BLOCK_S) * BLOCK_S)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end
 
 
-@triton.jit
+@jit
 def queries_seeing(
     key, queries, keys, window, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """begin, full_begin, full_end, end: no query outside of rows [begin, end) sees one of the keys [key, key +
-    BLOCK_S), and every row of [full_begin, full_end) sees them all. All but the last two are multiples of BLOCK_T."""
+    """Return begin, full_begin, full_end and end for the keys [key, key + BLOCK_S).
+
+    No query outside of rows [begin, end) sees one of them, and every row of [full_begin, full_end) sees them all. All
+    but the last two are multiples of BLOCK_T.
+    """
     shift = keys - queries
     begin = 0
     full_begin = 0
@@ -153,11 +187,46 @@ def queries_seeing(
     return begin, full_begin, full_end, end
 
 
-@triton.jit
-def tanh(x):
-    """To the last bits also near 0, where 1 - 2 / (1 + exp(2x)) would cancel: there Cephes' polynomial (tanhf)."""
-    z = x * x
-    series = -5.70498872745e-3 * z + 2.06390887954e-2
-    series = (series * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    series = (series * z - 3.33332819422e-1) * z * x + x
-    return tl.where(z < 0.390625, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268)))
+@jit
+def softmax_step(b_s, b_max, b_sum, unit, MASKED: tl.constexpr):
+    """Take a block of scores into an online softmax. Return b_p, what rescales the output so far, b_max and b_sum.
+
+    b_s [BLOCK_T, BLOCK_S] times `unit` are scores in units of log2; b_max and b_sum are fp32 [BLOCK_T]. b_sum and the
+    output hold sums of exp2(score - b_max) with the largest score so far. Where this block has a larger one,
+    exp2(old - new) turns them into the sums relative to that. So no exponential exceeds 1, and since numerator and
+    denominator are relative to the same maximum, it drops out of the quotient at the end.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * unit)
+    # A row that has seen no key yet has a maximum of -inf, and -inf - -inf is NaN.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    # `unit` waits for the exponential, where one instruction multiplies and subtracts.
+    b_p = tl.exp2(b_s * unit - b_shift[:, None])
+    b_rescale = tl.exp2(b_max - b_shift)
+    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
+
+
+def constants(call: Call, head_dim: int, tile: tiles.Tile, loaded: tuple[Tensor, ...]) -> dict[str, int | bool]:
+    """Return the constants of a kernel that walks over the tensors `loaded`."""
+    descriptors = tile.descriptors and all(map(_suits_the_copy_engine, loaded))
+    if descriptors:
+        # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's own,
+        # and autograd has threads of its own: set it at every launch.
+        triton.set_allocator(lambda bytes, _alignment, _stream: torch.empty(bytes, dtype=torch.int8, device="cuda"))
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_T": tile.queries,
+        "BLOCK_S": tile.keys,
+        "CAUSAL": call.causal,
+        "WINDOW": call.window is not None,
+        "SOFTCAP": call.softcap is not None,
+        "PACKED": call.cu_seqlens_q is not None,
+        "DESCRIPTOR": descriptors,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _suits_the_copy_engine(tensor: Tensor) -> bool:
+    starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
+    return all(start % 16 == 0 for start in starts)

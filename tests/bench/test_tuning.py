@@ -82,11 +82,13 @@ def test_a_candidate_runs_with_its_own_row(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tuning, "check", lambda name, shape, *rest: check(name, Shape(32, True, 40, 1, 32), *rest))
     seen: list[Tile] = []
 
+    chosen = tiles.tile
+
     def tile(*arguments: Any) -> Tile:
-        seen.append(tiles.tile(*arguments))
+        seen.append(chosen(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr("kernels.attention.launch.tile", tile)
+    monkeypatch.setattr(tiles, "tile", tile)
     row = Tile(16, 16, 4, 1)
     for kernel in tuning.KERNELS:
         verdict = tuning.checked((kernel, "fp32", 32), Runtime(torch.device("cpu"), "fp32"), row)

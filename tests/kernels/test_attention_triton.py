@@ -26,7 +26,7 @@ TILES = [Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(32, 32, 4, 2)]
 
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
-    monkeypatch.setattr("kernels.attention.launch.tile", lambda *arguments: tile)
+    monkeypatch.setattr("kernels.tiles.tile", lambda *arguments: tile)
 
 
 def run(attend: Any, tensors: list[Tensor], weights: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
@@ -204,7 +204,7 @@ def test_it_gives_the_same_bits_every_time() -> None:
 
 
 def test_the_operators_keep_their_promises_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.attention.operators import attention_backward, attention_forward
+    from kernels.attention.op import attention_backward, attention_forward
 
     q, k, v = (torch.randn(1, 20, heads, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1))
     torch.library.opcheck(attention_forward, (q, k, v, None, None, 20, 20, True, 0.25, None, None))
@@ -263,10 +263,10 @@ def test_the_backend_is_torch_on_a_cpu_and_what_was_asked_for_otherwise(monkeypa
 
 
 def test_the_probe_launches_a_kernel_and_tells_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    import kernels.probe
+    import kernels.jit
 
     assert why_not_triton(torch.device(DEVICE)) is None
     why_not_triton.cache_clear()
-    monkeypatch.setattr(kernels.probe, "_double_kernel", None)
+    monkeypatch.setattr(kernels.jit, "double_kernel", None)
     assert "TypeError" in (why_not_triton(torch.device(DEVICE)) or "")
     why_not_triton.cache_clear()

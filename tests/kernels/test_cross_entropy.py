@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import linear_cross_entropy, linear_log_probs
-from kernels.cross_entropy import blocks
-from kernels.cross_entropy.call import Options, Rows
-from kernels.cross_entropy.operators import row_statistics, row_statistics_backward, summed_loss
+from kernels import cross_entropy, linear_cross_entropy, linear_log_probs
+from kernels.cross_entropy import row_gradients_op, row_statistics_op, summed_loss_op
 from tests.kernels import losses
 from tests.kernels.losses import problem, with_gradients
 from tests.kernels.rule import assert_within_twice
@@ -29,8 +27,8 @@ def log_probs(*arguments: Any, **options: Any) -> Tensor:
 
 @pytest.fixture(params=[256, 8], ids=["one block", "many blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", request.param)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "SMALLEST_BLOCK", request.param)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
 
 
 @pytest.mark.usefixtures("block")
@@ -195,12 +193,12 @@ def test_the_meter_of_the_next_test_sees_whole_logits() -> None:
 def test_the_logits_are_never_whole_in_memory() -> None:
     tokens, width, vocab = 4096, 8, 4096
     arguments = torch.randn(tokens, width), torch.randn(vocab, width), torch.randint(vocab, (tokens,))
-    options = Options(-100, softcap=5.0)
+    options = (-100, 5.0)
     # What the operators run, called by itself: a mode does not see into an operator.
     with LargestTensor() as ours:
-        blocks.summed_loss(*arguments, options, 1e-4)
-        rows = Rows(*blocks.row_statistics(*arguments, options, want_entropy=True))
-        blocks.gradients(*arguments, rows, rows, options)
+        cross_entropy.summed_loss(*arguments, *options, 1e-4)
+        rows = cross_entropy.row_statistics(*arguments, *options, 1.0, True)
+        cross_entropy.row_gradients(*arguments, *rows[1:], *rows, *options, 1.0)
     assert 0 < ours.elements <= tokens * vocab // 8
 
 
@@ -240,7 +238,7 @@ def test_without_gradients_there_is_one_matrix_product_per_block(monkeypatch: py
     def none(*arguments: Any) -> None:
         raise AssertionError("gradients are computed")
 
-    monkeypatch.setattr(blocks, "_Gradients", none)
+    monkeypatch.setattr(cross_entropy, "GradientSums", none)
     hidden, weight = torch.randn(8, 4), torch.randn(16, 4, requires_grad=True)
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, torch.arange(8))
@@ -282,13 +280,13 @@ def test_a_second_derivative_is_refused_rather_than_wrong(reduction: str) -> Non
 def test_the_operators_keep_their_promises_to_pytorch() -> None:
     hidden, weight, targets = problem(rows=6, width=4, vocab=9)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(summed_loss, (hidden, weight, targets, -100, None, 0.1))
+    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1))
     for want_entropy in (True, False):
-        torch.library.opcheck(row_statistics, (hidden, weight, targets, -100, 2.0, 0.7, want_entropy))
-    rows = [each.detach() for each in row_statistics(hidden, weight, targets, -100, None, 1.0, True)]
+        torch.library.opcheck(row_statistics_op, (hidden, weight, targets, -100, 2.0, 0.7, want_entropy))
+    rows = [each.detach() for each in row_statistics_op(hidden, weight, targets, -100, None, 1.0, True)]
     upstream = (rows[0], None, rows[2])
     torch.library.opcheck(
-        row_statistics_backward, (hidden.detach(), weight.detach(), targets, *rows[1:], *upstream, -100, None, 1.0)
+        row_gradients_op, (hidden.detach(), weight.detach(), targets, *rows[1:], *upstream, -100, None, 1.0)
     )
 
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels import linear_cross_entropy, linear_log_probs
-from kernels.cross_entropy import blocks
-from kernels.cross_entropy.call import Options, Rows
-from kernels.cross_entropy.operators import row_statistics, row_statistics_backward, summed_loss
+from kernels.cross_entropy import row_gradients_op, row_statistics_op, summed_loss_op
+from kernels.cross_entropy_torch import Options, Rows
 from tests.kernels import losses
 from tests.kernels.losses import problem, with_gradients
 from tests.kernels.rule import assert_within_twice
@@ -31,8 +30,8 @@ LOG_PROBS_OPTIONS: list[dict[str, Any]] = [{}, {"temperature": 1.5, "softcap": 3
 @pytest.fixture(autouse=True)
 def small_blocks(triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several blocks, the last one smaller, and rows of several steps, the last one masked.
-    monkeypatch.setattr(blocks, "block_rows", lambda *arguments, **options: 4)
-    monkeypatch.setattr("kernels.cross_entropy.triton_backend.tile", lambda vocab: (16, 4))
+    monkeypatch.setattr("kernels.cross_entropy.block_rows", lambda *arguments, **options: 4)
+    monkeypatch.setattr("kernels.cross_entropy_triton.tile", lambda vocab: (16, 4))
 
 
 def both(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -103,11 +102,11 @@ def test_a_row_that_does_not_count_cannot_poison_the_others(poison: float) -> No
 
 @pytest.mark.parametrize("target", [-1, 29, 2**40])
 def test_a_target_that_there_is_none_of_gives_nan_and_reads_nothing_beyond(target: int) -> None:
-    from kernels.cross_entropy import triton_backend
+    from kernels import cross_entropy_triton
 
     targets = torch.tensor([3, target], device=DEVICE)
     rows = Rows(torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE), None)
-    wide = triton_backend.statistics(torch.randn(2, 29, device=DEVICE), targets, rows, Options(-100, None), 0.0)
+    wide = cross_entropy_triton.statistics(torch.randn(2, 29, device=DEVICE), targets, rows, Options(-100, None), 0.0)
     assert rows.log_probs is not None and wide is not None
     assert rows.log_probs.isnan().tolist() == [False, True]
     assert wide.matrix.isnan().tolist() == [[False] * 29, [True] * 29]
@@ -121,12 +120,12 @@ def test_it_gives_the_same_bits_every_time() -> None:
 
 def test_the_operators_keep_their_promises_to_pytorch() -> None:
     hidden, weight, targets = problem(rows=3, width=4, vocab=20, device=DEVICE)
-    rows = [each.detach() for each in row_statistics(hidden, weight, targets, -100, None, 1.0, True)]
+    rows = [each.detach() for each in row_statistics_op(hidden, weight, targets, -100, None, 1.0, True)]
     backward = (hidden, weight, targets, *rows[1:], rows[0], None, rows[2], -100, None, 1.0)
-    torch.library.opcheck(row_statistics_backward, backward)
+    torch.library.opcheck(row_gradients_op, backward)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(summed_loss, (hidden, weight, targets, -100, None, 0.1))
-    torch.library.opcheck(row_statistics, (hidden, weight, targets, -100, 2.0, 0.7, True))
+    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1))
+    torch.library.opcheck(row_statistics_op, (hidden, weight, targets, -100, 2.0, 0.7, True))
 
 
 def test_torch_compile_takes_it_whole() -> None:

@@ -25,9 +25,9 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, splits: int, tile: Tile | None = None) -> None:
-    monkeypatch.setattr("kernels.attention.decode_launch.splits", lambda *arguments: splits)
+    monkeypatch.setattr("kernels.attention.decode.splits", lambda *arguments: splits)
     if tile:
-        monkeypatch.setattr("kernels.attention.decode_launch.tile", lambda *arguments: tile)
+        monkeypatch.setattr("kernels.tiles.tile", lambda *arguments: tile)
 
 
 def random(*shape: int, seed: int, strided: bool = False) -> Tensor:
@@ -146,7 +146,7 @@ def test_it_is_flash_attention_where_the_cache_is_full(
 
 
 def test_the_number_of_splits_fills_a_gpu_and_depends_on_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.attention.decode_launch import splits
+    from kernels.attention.decode import splits
 
     class H200:
         multi_processor_count = 132
@@ -198,13 +198,13 @@ def test_no_sequence_and_no_query_give_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_operator_keeps_its_promises_to_pytorch() -> None:
-    from kernels.attention.decode_launch import decode
+    from kernels.attention.op import attention_decode
 
     q, k = random(2, 1, 2, 16, seed=0), random(2, 20, 1, 16, seed=1)
     lengths = torch.tensor([20, 7], device=DEVICE)
-    torch.library.opcheck(decode, (q, k, k.clone(), lengths, None, 0.25, None, None))
+    torch.library.opcheck(attention_decode, (q, k, k.clone(), lengths, None, 0.25, None, None))
     table = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(decode, (q, k, k.clone(), lengths.int(), table, 0.25, 5, 2.0))
+    torch.library.opcheck(attention_decode, (q, k, k.clone(), lengths.int(), table, 0.25, 5, 2.0))
 
 
 def test_torch_compile_takes_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:

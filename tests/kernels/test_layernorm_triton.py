@@ -115,8 +115,7 @@ def test_more_numbers_than_an_int32_counts() -> None:
 
 
 def test_more_sums_than_are_read_at_once_are_all_added_up() -> None:
-    from kernels.layernorm.kernels import sum_kernel
-    from kernels.layernorm.operators import sum_options
+    from kernels.layernorm_triton import sum_kernel, sum_options
 
     partial, total = torch.randn(700, 40, device=DEVICE), torch.empty(40, device=DEVICE)
     options = sum_options(40)
@@ -166,7 +165,7 @@ def test_gradients_are_the_finite_differences_of_the_results(name: str) -> None:
 
 @pytest.mark.parametrize("all_arguments", [True, False])
 def test_the_operators_keep_their_promises_to_pytorch(all_arguments: bool) -> None:
-    from kernels.layernorm.operators import layer_norm_backward, layer_norm_forward
+    from kernels.layernorm_triton import layer_norm_backward, layer_norm_forward
 
     tensors = make(5, 20, torch.float32, bias=all_arguments, residual=all_arguments)
     given = [None if tensors.get(name) is None else tensors[name].requires_grad_() for name in NAMES]

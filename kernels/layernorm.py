@@ -1,18 +1,20 @@
 """layer_norm: the public function, its checks, and the torch backend."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import backend
 
-WIDEST = 16384  # of the Triton kernels, which hold whole rows in registers
+WIDEST = 16384  # what the Triton kernels take, which hold whole rows in registers
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, 1607.06450).
 
     x [..., N] of any floating dtype; weight, bias [N], which may be kept in another one. With `residual` (shape and
     dtype of x), x + residual, rounded to that dtype, is what is normalised, and it is returned as well:
@@ -22,25 +24,19 @@ def layer_norm(
     not fit.
     """
     _check(x, weight, bias, residual, eps)
-    if backend(x.device) == "triton" and x.dtype != torch.float64:
-        return _triton(x, weight, bias, residual, eps)
-    if residual is None:
-        return _normalise(x, weight, bias, eps)
-    summed = x + residual
-    return _normalise(summed, weight, bias, eps), summed
+    if backend(x.device) == "torch" or x.dtype == torch.float64:
+        summed = x if residual is None else x + residual
+        y = _normalise(summed, weight, bias, eps)
+    else:
+        # Imported here: a machine that runs the torch backend needs no Triton.
+        from kernels.layernorm_triton import LayerNorm, layer_norm_forward
 
-
-def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> Tensor | tuple[Tensor, Tensor]:
-    # Imported here: a machine that runs the torch backend needs no Triton.
-    from kernels.layernorm.operators import LayerNorm, layer_norm_forward
-
-    if not 1 <= x.shape[-1] <= WIDEST:
-        raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
-    # The operator takes twice as long on its way to the GPU (40 us more on a slow CPU), which torch.compile takes out.
-    run = layer_norm_forward if torch.compiler.is_compiling() else LayerNorm.apply
-    y, summed, _ = run(x, residual, weight, bias, eps)
+        if not 1 <= x.shape[-1] <= WIDEST:
+            raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
+        # Through the dispatcher the operator takes twice as long to reach the GPU (40 us more on a slow CPU), a time
+        # that torch.compile takes out.
+        run: Any = layer_norm_forward if torch.compiler.is_compiling() else LayerNorm.apply
+        y, summed, _ = run(x, residual, weight, bias, eps)
     return y if residual is None else (y, summed)
 
 

@@ -1,1 +1,0 @@
-"""Linear layer and cross-entropy in one, without ever holding the [tokens, vocab] logits."""
