@@ -19,9 +19,7 @@ from engine.tokenizer import Tokenizer
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import TokenShards
 from train.evaluate import evaluate_loss
-from train.loop import muon_dtype
-from train.optimizer import Optimizer
-from train.schedule import rate_factor
+from train.optimizer import Optimizer, muon_dtype, rate_factor
 
 # Documents of children's stories, in tokens: what the packed batches of the benchmark are made of.
 DOCUMENT_TOKENS = (100, 256)

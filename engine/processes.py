@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -138,3 +140,61 @@ def join(device: torch.device, minutes: float) -> Processes:
     processes = Processes(rank, count, store=torch.distributed.PrefixStore("places", store), timeout=timeout).apart()
     processes.at("its start")
     return processes
+
+
+class Coordinator:
+    """The clock and the stop signal that all processes agree on.
+
+    A single process goes by its own clock at any moment. Several must decide alike, although their clocks differ: for
+    them the time stands still between two calls of `agree`, and a signal counts from the next call on.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.own_signal: signal.Signals | None = None
+        self.agreed = (0.0, 0)
+
+    def agree(self) -> None:
+        """Take over the main process's clock, and any process's signal. Called by all processes at once."""
+        everyone = self.processes.gather(time.perf_counter(), self.own_signal or 0)
+        self.agreed = everyone[0][0], int(max(number for _, number in everyone))
+
+    def now(self) -> float:
+        """The time in seconds, from an arbitrary beginning."""
+        return time.perf_counter() if self.processes.count == 1 else self.agreed[0]
+
+    @property
+    def stop(self) -> signal.Signals | None:
+        """The signal that asks the run to stop, if there was one."""
+        if self.processes.count == 1:
+            return self.own_signal
+        return signal.Signals(self.agreed[1]) if self.agreed[1] else None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block, Ctrl-C and SIGTERM only take note of the signal; a second one acts as it did before.
+
+        Nothing is printed from the handler: it could break into a print that is under way.
+        """
+        watched = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in watched}
+
+        def restore() -> None:
+            for number in watched:
+                signal.signal(number, before[number])
+
+        def take_note(number: int, frame: object) -> None:
+            self.own_signal = signal.Signals(number)
+            restore()
+
+        try:
+            for number in watched:
+                signal.signal(number, take_note)
+        except ValueError:
+            # Python lets the main thread alone listen; nobody can interrupt the run in another one.
+            yield
+            return
+        try:
+            yield
+        finally:
+            restore()

@@ -31,12 +31,11 @@ from rlhf.prompts import encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import RewardModel, load_frozen
 from rlhf.rewards import PROGRAM, ProgramReward, Prompt, Reward, open_reward
 from rlhf.rollout import roll_out
-from rlhf.train_reward import adamw, read_pairs, require_room_for_pairs
+from rlhf.train_reward import adamw, amounts_of_pairs, read_pairs, require_room_for_pairs
 from rlhf.watch import Watch
 from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import finetuning_recipe, load_base
-from train.loop import Outcome
-from train.pretrain import Console, Data, Stage, run_stage
+from train.stage import Amounts, Console, Outcome, Stage, run_stage
 from train.tracking import measure_parts
 
 # Learning rates that worked on a nano model.
@@ -104,7 +103,7 @@ def align(
         raise
 
 
-def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
+def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
     require_room_for_pairs(recipe)
     base = load_base(recipe, run)
     tokenizer, context = Tokenizer.load(run.tokenizer), recipe.model.context
@@ -123,20 +122,20 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
     def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
         return {**watch(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}
 
-    stage = Stage(
-        Data(tokenizer, train, validation),
+    return Stage(
+        recipe,
         batches,
-        partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        evaluate=evaluate,
+        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        amounts=amounts_of_pairs(train, validation),
         base=base,
         loss=dpo.loss,
-        evaluate=evaluate,
-        measures=dpo.measures,
+        metrics=dpo.measures,
         notes=(*train.describe_beside(validation), *begin_notes(recipe, watch)),
     )
-    return recipe, stage
 
 
-def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> tuple[Recipe, Stage]:
+def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
     config, base = recipe.alignment, load_base(recipe, run)
     if config.reward_weights not in (None, weights_of(config.reward)):
         raise InputError(
@@ -171,15 +170,21 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         measured = watch(policy)
         return {"loss": config.beta * measured["kl"] - measured["reward"], **measured}
 
-    stage = Stage(
-        Data(tokenizer, train, held_out),
+    return Stage(
+        recipe,
         rollouts,
-        partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
-        base=base,
-        model=begin,
-        loss=rollouts.method.loss,
         evaluate=evaluate,
-        measures=rollouts.method.measures,
+        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        amounts=Amounts(
+            f"{len(train):,} prompts to train on, {len(held_out):,} prompts to validate",
+            lambda steps, epochs: f"{steps / rollouts.steps_per_round:g} rounds of {config.answers} answers",
+            f"{recipe.loop.batch} answers a step"
+            + (f", {recipe.loop.micro_batch} at a time" if recipe.loop.micro_batch else ""),
+        ),
+        model=begin,
+        base=base,
+        loss=rollouts.method.loss,
+        metrics=rollouts.method.measures,
         critic=ppo.critic if ppo else None,
         notes=(
             *train.describe_beside(held_out),
@@ -187,7 +192,6 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
             *begin_notes(recipe, watch),
         ),
     )
-    return recipe, stage
 
 
 def weights_of(reward: str) -> str | None:

@@ -11,8 +11,8 @@ from rlhf.log_probs import sequence_log_probs, target_answers
 from rlhf.losses import dpo_loss, ipo_loss
 from rlhf.preferences import Pairs
 from rlhf.train_reward import PairBatch
-from train.averages import Measures
 from train.evaluate import whole_pieces
+from train.tracking import RunningMetrics
 
 
 class DPO:
@@ -21,7 +21,7 @@ class DPO:
     def __init__(self, config: AlignmentConfig, reference: GPT, tokenizer: Tokenizer) -> None:
         self.config, self.reference = config, reference
         self.assistant = tokenizer.special["<|assistant|>"]
-        self.measures = Measures()
+        self.measures = RunningMetrics()
 
     def loss(self, policy: GPT, batch: PairBatch) -> Tensor:
         """Summed over the pairs."""
@@ -29,7 +29,7 @@ class DPO:
 
     def evaluate(self, held_out: Pairs, policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
         """The loss and what goes with it on the first pairs that hold so many tokens."""
-        measures, read = Measures(), 0
+        measures, read = RunningMetrics(), 0
         with inference(policy):
             for piece in whole_pieces(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
                 batch = PairBatch.of(piece).to(policy.embedding.weight.device)
@@ -37,7 +37,7 @@ class DPO:
                 read += len(batch.tokens)
         return {**measures.take(), "tokens": read}
 
-    def _loss(self, policy: GPT, batch: PairBatch, measures: Measures) -> Tensor:
+    def _loss(self, policy: GPT, batch: PairBatch, measures: RunningMetrics) -> Tensor:
         """Summed over the pairs. What is measured beside it: log-probabilities of whole answers, in nats."""
         if not batch.pairs:
             # Of many processes one may have got none: 0, and gradients of 0 for those that wait for them.

@@ -16,9 +16,9 @@ from rlhf.log_probs import pack_answers
 from rlhf.prompts import Prompts
 from rlhf.rewards import Prompt, Reward
 from rlhf.rollout import TOLERANCE, WORST, Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs
-from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
 from train.loop import TrainingError
+from train.tracking import RunningMetrics
 
 # The sum of k1 over an answer may be negative by chance, its mean over many answers hardly.
 LEAST_KL = -1.0
@@ -98,7 +98,7 @@ class Experience(Batch):
 class Method(Protocol):
     """What PPO and GRPO do differently."""
 
-    measures: Measures
+    measures: RunningMetrics
     # Answers to each prompt.
     group: int
 

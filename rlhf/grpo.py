@@ -10,7 +10,7 @@ from rlhf.experience import Experience
 from rlhf.log_probs import answer_log_probs
 from rlhf.losses import grpo_loss
 from rlhf.rollout import Rollout
-from train.averages import Measures
+from train.tracking import RunningMetrics
 
 
 class GRPO:
@@ -18,7 +18,7 @@ class GRPO:
 
     def __init__(self, config: AlignmentConfig) -> None:
         self.config, self.group = config, config.group
-        self.measures = Measures()
+        self.measures = RunningMetrics()
 
     def values(self, rollout: Rollout) -> Tensor:
         return torch.zeros(len(rollout.sampled))

@@ -12,8 +12,8 @@ from rlhf.log_probs import answer_log_probs, to_rows
 from rlhf.losses import policy_loss, value_loss
 from rlhf.reward_model import RewardModel
 from rlhf.rollout import Rollout, pack_part, passes
-from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
+from train.tracking import RunningMetrics
 
 
 class PPO:
@@ -26,7 +26,7 @@ class PPO:
 
     def __init__(self, config: AlignmentConfig, critic: RewardModel, tokens_per_pass: int) -> None:
         self.config, self.critic, self.tokens_per_pass = config, critic, tokens_per_pass
-        self.measures = Measures()
+        self.measures = RunningMetrics()
 
     def judge(
         self, rollout: Rollout, values_N: Tensor, kl_N: Tensor, scores_B: Tensor, coefficient: float

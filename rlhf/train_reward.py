@@ -22,8 +22,7 @@ from rlhf.preferences import Pairs, encode_preferences
 from rlhf.reward_model import ImplicitRewardModel, RewardModel, measure_preferences, preference_loss
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.finetune import finetuning_recipe, load_base
-from train.loop import Outcome
-from train.pretrain import Console, Data, Stage, run_stage
+from train.stage import Amounts, Console, Outcome, Stage, run_stage
 
 # Of nano; Muon at a rate of its own tells no more pairs right and takes longer.
 RATE = 5e-4
@@ -83,7 +82,7 @@ def train_reward(
 ) -> Outcome:
     """Train a reward model as the recipe says, from recipe.base. Otherwise as `pretrain`."""
 
-    def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
+    def prepare(recipe: Recipe) -> Stage:
         require_room_for_pairs(recipe)
         if recipe.reward.implicit and recipe.loop.shard:
             raise InputError("an implicit reward model is compared with its base, token by token: leave out --shard")
@@ -91,20 +90,20 @@ def train_reward(
         tokenizer = Tokenizer.load(run.tokenizer)
         train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
         answers = own_answers(recipe, run, validation, runtime)
-        stage = Stage(
-            Data(tokenizer, train, validation),
+        return Stage(
+            recipe,
             batches,
-            lambda model: show_rewards(model, tokenizer, answers[: recipe.loop.samples]),
+            evaluate=partial(evaluate_rewards, validation, answers),
+            sample=lambda model: show_rewards(model, tokenizer, answers[: recipe.loop.samples]),
+            amounts=amounts_of_pairs(train, validation),
             model=partial(begin, base, recipe, run, runtime),
             loss=partial(preference_loss, config=recipe.reward),
-            evaluate=partial(evaluate_rewards, validation, answers),
             notes=(
                 *train.describe_beside(validation),
                 f"scale      {len(answers)} answers of the base to held-out prompts: mean 0, deviation 1",
                 f"base       {recipe.base}, step {recipe.base_step}",
             ),
         )
-        return recipe, stage
 
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
 
@@ -130,6 +129,14 @@ def read_pairs(
         train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, processes=runtime.processes, whole=True
     )
     return train, validation, batches
+
+
+def amounts_of_pairs(train: Pairs, validation: Pairs) -> Amounts:
+    """How many pairs there are, and how many of them so many steps learn."""
+    return Amounts(
+        f"{len(train):,} pairs to train on, {len(validation):,} pairs to validate",
+        lambda steps, epochs: f"about {epochs * len(train):,.0f} pairs, {epochs:.2f} epochs",
+    )
 
 
 def begin(base: Checkpoint | None, recipe: Recipe, run: Run, runtime: Runtime, config: ModelConfig) -> RewardModel:

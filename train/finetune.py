@@ -1,6 +1,7 @@
 """Finetuning: a run's weights go on learning, from conversations or from other documents, into a run of their own."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from engine.chat_template import answer_ends
@@ -14,8 +15,8 @@ from engine.tokenizer import Tokenizer
 from train.data.conversations import Conversations, encode_conversations, open_conversations
 from train.data.loader import PackedLoader
 from train.data.sources import Source
-from train.loop import Outcome
-from train.pretrain import Console, Data, Stage, read_documents, run_stage, say
+from train.pretrain import read_documents, say, text_stage
+from train.stage import Console, Outcome, Stage, run_stage
 
 # Of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
 RATE = 0.3
@@ -54,19 +55,18 @@ def finetune(
 ) -> Outcome:
     """Finetune as the recipe says, from recipe.base, with a fresh optimizer. Otherwise as `pretrain`."""
 
-    def prepare(recipe: Recipe) -> tuple[Recipe, Stage]:
+    def prepare(recipe: Recipe) -> Stage:
         # Once the run has weights of its own, its base may be gone.
         base = None if resume and run.has_checkpoint() else load_base(recipe, run)
         source = open_conversations(recipe.data)
-        shape = recipe.model
         if source is None:
-            recipe, stage = read_documents(recipe, run, runtime, console, resume=resume)
+            stage = read_documents(recipe, run, runtime, console)
         else:
             stage = read_conversations(recipe, source, Tokenizer.load(run.tokenizer), runtime, console)
-        if recipe.model != shape:
-            raise InputError(f"{recipe.data.source} has a vocabulary of {recipe.model.vocab_size}, not the model's")
+        if (model := stage.recipe.model) != recipe.model:
+            raise InputError(f"{stage.recipe.data.source} has a vocabulary of {model.vocab_size}, not the model's")
         origin = f"base       {recipe.base}, step {recipe.base_step}"
-        return recipe, dataclasses.replace(stage, base=base, notes=(*stage.notes, origin))
+        return dataclasses.replace(stage, base=base, notes=(*stage.notes, origin))
 
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
 
@@ -142,12 +142,9 @@ def read_conversations(
         processes=runtime.processes,
         whole=True,
     )
-    return Stage(
-        Data(tokenizer, train, validation),
-        batches,
-        lambda model: answer_held_out(model, tokenizer, validation, recipe.loop.samples),
-        notes=train.describe_beside(validation),
-    )
+    sample = partial(answer_held_out, tokenizer=tokenizer, held_out=validation, count=recipe.loop.samples)
+    stage = text_stage(recipe, tokenizer, train, validation, batches, sample)
+    return dataclasses.replace(stage, notes=train.describe_beside(validation))
 
 
 def answer_held_out(model: GPT, tokenizer: Tokenizer, held_out: Conversations, count: int) -> list[str]:

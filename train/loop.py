@@ -1,4 +1,7 @@
-"""The one training loop: what every stage of training runs, whatever its data and its loss."""
+"""The one training loop: what every stage of training runs, whatever its data and its loss.
+
+It reads downward: `Loop.train` takes steps until the budget is spent, `_train_step` is one of them.
+"""
 
 import contextlib
 import copy
@@ -7,42 +10,44 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.config import Recipe
+from engine.config import ModelConfig, Recipe
+from engine.model import GPT
+from engine.processes import Coordinator
 from engine.run import Run
 from engine.runtime import Runtime, random_state, set_random_state, synchronize
-from train.averages import Measures
 from train.data.loader import IGNORE_INDEX, Batch
 from train.evaluate import spelled_bytes
-from train.optimizer import Optimizer
+from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
 from train.parallel import (
-    Helm,
-    Layout,
     Objective,
-    blocks,
+    compile_loss,
     distribute,
+    lay_out,
     share_like,
     shares_on_host,
+    should_compile,
     synchronised,
     whole,
     whole_on_host,
 )
-from train.schedule import Budget, rate_factor
-from train.tracking import Tracker
+from train.tracking import RunningMetrics, Tracker
 
-# So many steps in a row without a finite gradient, and the run is lost.
+# After so many steps in a row without a finite gradient the run is lost.
 NONFINITE_LIMIT = 5
 # Evaluations over a run where their number is not set, and the share of its time that they may take.
 EVALUATIONS = 10
 EVALUATION_SHARE = 0.05
+# The most tokens that an evaluation reads at a time.
+EVALUATION_BATCH_TOKENS = 8192
 LONG_RUN_SECONDS = 3600
 
 
@@ -51,15 +56,17 @@ class TrainingError(Exception):
 
 
 class Batches(Protocol):
-    """An endless stream of micro-batches, of this process's part of each, and a cursor: what has been handed out."""
+    """Endless micro-batches, this process's part of each, and a cursor: what has been handed out so far."""
 
     @property
-    def epoch(self) -> float: ...
+    def epoch(self) -> float:
+        """How many times the data has been handed out, fractions included where they are known."""
 
     @property
     def tokens(self) -> int:
         """Inputs of all processes in what has been handed out, padding left out."""
-        ...
+
+    def batches_per_epoch(self) -> float: ...
 
     def __next__(self) -> Batch: ...
 
@@ -67,24 +74,53 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+
 
 @dataclass(frozen=True)
-class Task:
-    """What a stage brings to the loop."""
+class Amounts:
+    """How much a stage learns, in the words of its own data: for the lines that a run prints before it starts."""
 
-    # Sum of the loss over a batch's targets, in nats.
-    loss: Callable[[Any, Batch], Tensor]
+    # What there is to train on and to validate.
+    data: str
+    # What so many steps learn, which are so many epochs.
+    steps: Callable[[int, float], str]
+    # What a step learns; where it is None, so many rows of the context.
+    step: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of training brings to `run_stage` and to the loop."""
+
+    # The recipe, with what the data has decided: the vocabulary, say.
+    recipe: Recipe
     batches: Batches
-    # Measures the model: {"loss": ...} and more. `final` asks for the thorough version.
-    evaluate: Callable[[Any, bool], dict[str, float]]
-    # Writes down what the model says at this step.
-    sample: Callable[[Any, int], None]
-    # UTF-8 bytes that each piece spells, int64 [vocab]: for bits per byte, where the loss is one of text.
+    # Measures a model on the first held-out `tokens`, `tokens_per_batch` at a time: {"loss": ...} and more.
+    evaluate: Callable[..., dict[str, float]]
+    # What a model says after so much training, for samples.md.
+    sample: Callable[[Any], list[str]]
+    amounts: Amounts
+    # Makes the model. It begins with the weights of `base`, or with those that it is made with.
+    model: Callable[[ModelConfig], GPT] = GPT
+    base: checkpoint.Checkpoint | None = None
+    # The sum of the loss over a batch's targets. Where it is None, it is `packed_loss`.
+    loss: Callable[[Any, Any], Tensor] | None = None
+    # UTF-8 bytes that each token spells, int64 [vocab]: for bits per byte, where the loss is one of text.
     byte_lengths: Tensor | None = None
-    # What the loss and the batches measured since the last call, for the log.
-    measures: Measures = field(default_factory=Measures)
+    # What the loss and the batches measured since the last log.
+    metrics: RunningMetrics = field(default_factory=RunningMetrics)
     # A second model that the loss trains: PPO's critic. Saved beside the first.
     critic: nn.Module | None = None
+    # More lines for the console before the run starts.
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def budget(self) -> Budget:
+        recipe = self.recipe
+        steps_per_epoch = self.batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
+        return Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -96,45 +132,29 @@ class Outcome:
     checkpoint: checkpoint.Checkpoint
 
 
-class Loop:
-    """Trains `model` on `task` until the budget is spent. Resumes to the bit from what it saved."""
+def packed_loss(model: GPT, batch: Batch) -> Tensor:
+    """Next-token loss of packed sequences, summed, in nats."""
+    return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        recipe: Recipe,
-        budget: Budget,
-        run: Run,
-        runtime: Runtime,
-        tracker: Tracker,
-        peak_flops: float,
-        flops_per_token: int,
-        layout: Layout | None = None,
-    ) -> None:
-        self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
+
+class Loop:
+    """Trains `model` as its stage says until the budget is spent. Resumes to the bit from what it saved."""
+
+    def __init__(self, model: GPT, stage: Stage, run: Run, runtime: Runtime, tracker: Tracker) -> None:
+        recipe = stage.recipe
+        self.model, self.stage, self.recipe, self.budget = model, stage, recipe, stage.budget
         self.run, self.runtime, self.tracker = run, runtime, tracker
-        self.processes, self.layout = runtime.processes, layout or Layout()
-        self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
-        # Nobody can evaluate a share of a model: the main process fills this one with the weights it has just saved.
+        self.processes, self.layout = runtime.processes, lay_out(recipe, runtime)
+        # A share of a model cannot be evaluated: the main process fills this one with the weights it has just saved.
         self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
-        self.trained = nn.ModuleDict({"policy": model, "critic": task.critic}) if task.critic else model
-        loss = task.loss
-        self.compiled_blocks: list[nn.Module] = []
-        if should_compile(recipe, runtime):
-            # Where compiling fails (no C compiler, say), run that part as it is.
-            torch._dynamo.config.suppress_errors = True
-            if self.processes.count == 1:
-                loss = torch.compile(loss)
-            else:
-                # One by one, so that their gradients travel while those of the next are computed.
-                self.compiled_blocks = blocks(self.trained)
-        for block in self.compiled_blocks:
-            block.compile()
+        self.trained = nn.ModuleDict({"policy": model, "critic": stage.critic}) if stage.critic else model
+        loss, self.compiled = stage.loss or packed_loss, should_compile(recipe, runtime)
+        if self.compiled:
+            loss = compile_loss(loss, self.trained, self.processes)
         self.objective = distribute(Objective(self.trained, model, loss), runtime, self.layout)
-        self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime))
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.byte_lengths = None if task.byte_lengths is None else task.byte_lengths.to(runtime.device)
+        scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime), scaler=scaler)
+        self.byte_lengths = None if stage.byte_lengths is None else stage.byte_lengths.to(runtime.device)
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
         self.parts = self.layout.parts  # into how many each micro-batch is cut, for want of memory
         self.step = 0
@@ -142,15 +162,17 @@ class Loop:
         self.busy_seconds = 0.0  # of that step, until gradients were exchanged
         self.earlier_seconds = 0.0
         self.began: float | None = None
-        self.helm = Helm(self.processes)
-        self.last_save = self.helm.now()
+        self.coordinator = Coordinator(self.processes)
+        self.last_save = self.coordinator.now()
         self.step_seconds: deque[float] = deque(maxlen=50)
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0
         self.announced = False
         self.unlogged: Callable[[], None] | None = None
         self.evaluation_seconds = 0.0
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
+
+    def on_step(self, step: int) -> None:
+        """Called after each optimizer step with its number. Does nothing: it is for whoever watches or stops a run."""
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
@@ -158,27 +180,24 @@ class Loop:
             room = module.state_dict()
             weights = found.tensors(name)
             module.load_state_dict({key: share_like(room.get(key, weight), weight) for key, weight in weights.items()})
-        self.optimizer.load_state(found.tensors("optimizer"))
-        set_random_state(found.tensors("random"), self.runtime.device)
         state = found.values("state")
-        self.step, self.skipped, parts = (state[key] for key in ("step", "skipped", "parts"))
-        self.parts = parts if self.processes.count == 1 else self.layout.parts
-        self.earlier_seconds = state["seconds"]
-        self.task.batches.load_state_dict(state["batches"])
+        self.optimizer.load_state(found.tensors("optimizer"), state["scaler"])
+        set_random_state(found.tensors("random"), self.runtime.device)
+        self.step, self.skipped, self.earlier_seconds = (state[key] for key in ("step", "skipped", "seconds"))
+        self.parts = state["parts"] if self.processes.count == 1 else self.layout.parts
+        self.stage.batches.load_state_dict(state["batches"])
         if self.processes.main:
             checkpoint.set_aside_newer(self.run.checkpoints, found.step)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
         self.saver.saved = found
 
     def _modules(self) -> dict[str, nn.Module]:
         """All that is trained, by the names of its files."""
-        return {"model": self.model, **({"critic": self.task.critic} if self.task.critic else {})}
+        return {"model": self.model, **({"critic": self.stage.critic} if self.stage.critic else {})}
 
     @property
     def seconds(self) -> float:
-        """Of training so far: evaluations and checkpoints included, over all resumes."""
-        return self.earlier_seconds + (0.0 if self.began is None else self.helm.now() - self.began)
+        """Seconds of training so far: evaluations and checkpoints included, over all resumes."""
+        return self.earlier_seconds + (0.0 if self.began is None else self.coordinator.now() - self.began)
 
     def train(self) -> Outcome:
         """Run to the end of the budget, or until Ctrl-C or SIGTERM.
@@ -186,7 +205,7 @@ class Loop:
         Raises TrainingError where the loss is lost, LostProcessError where another process is.
         """
         try:
-            with contextlib.closing(self.saver), _stop_on_signal(self.helm):
+            with contextlib.closing(self.saver), self.coordinator.listening():
                 return self._train()
         except RuntimeError as error:
             if self.processes.count == 1 or _is_out_of_memory(error):
@@ -196,11 +215,12 @@ class Loop:
     def _train(self) -> Outcome:
         self.model.train()
         self._agree()
-        self.began = self.last_save = self.helm.now()
-        while (before := self._progress()) < 1 and self.helm.stop is None:
+        self.began = self.last_save = self.coordinator.now()
+        while (before := self._progress()) < 1 and self.coordinator.stop is None:
             self._train_step(before)
+            self.on_step(self.step)
             after = self._progress()
-            evaluate = after < 1 and self.helm.stop is None and self._evaluation_due(before, after)
+            evaluate = after < 1 and self.coordinator.stop is None and self._evaluation_due(before, after)
             if evaluate or self._checkpoint_due():
                 # Saved first: whatever goes wrong in an evaluation, the training is not lost.
                 self._save()
@@ -208,17 +228,18 @@ class Loop:
                 self._evaluate(final=False)
         # However the run ends, its last line is that of its last step.
         self._log_step()
-        if self.helm.stop is not None:
-            self.tracker.say(f"{self.helm.stop.name}: stopping after step {self.step:,}, saving")
+        stop = self.coordinator.stop
+        if stop is not None:
+            self.tracker.say(f"{stop.name}: stopping after step {self.step:,}, saving")
         saved = self.saver.collect()
         if saved is None or saved.step != self.step:
             self._save()
-        evaluation = self._evaluate(final=True) if self.helm.stop is None else {}
-        return Outcome(self.step, self.helm.stop, evaluation, self._saved())
+        evaluation = self._evaluate(final=True) if stop is None else {}
+        return Outcome(self.step, stop, evaluation, self._saved())
 
     def _agree(self) -> None:
         self.processes.at(f"step {self.under_way}, all-gather of clocks and signals")
-        self.helm.agree()
+        self.coordinator.agree()
 
     def _gather(self, what: str, *numbers: float) -> list[list[float]]:
         self.processes.at(f"step {self.under_way}, all-gather of {what}")
@@ -237,106 +258,54 @@ class Loop:
     def _checkpoint_due(self) -> bool:
         if self.recipe.loop.save_every is not None:
             return self.step % self.recipe.loop.save_every == 0
-        return self.helm.now() - self.last_save > 60 * self.recipe.loop.save_minutes
+        return self.coordinator.now() - self.last_save > 60 * self.recipe.loop.save_minutes
 
     def _train_step(self, progress: float) -> None:
         begin = time.perf_counter()
         self.under_way = self.step + 1
-        before = self.task.batches.tokens
-        batches = [next(self.task.batches) for _ in range(self.accumulation)]
-        tokens = self.task.batches.tokens - before
-        # Counted before they travel: on a GPU it would make the CPU wait.
-        mine = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        before = self.stage.batches.tokens
+        batches = [next(self.stage.batches) for _ in range(self.accumulation)]
+        tokens = self.stage.batches.tokens - before
+        # The targets are counted before the batches travel to the GPU. There the count would be a result of the GPU,
+        # and the CPU would have to wait for it before it could start the first kernel of the step.
+        own = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
         self.busy_seconds = time.perf_counter() - begin
-        learnt = int(sum(count for (count,) in self._gather("counts of targets", mine)))
+        learnt = int(sum(count for (count,) in self._gather("counts of targets", own)))
         batches = [batch.to(self.runtime.device) for batch in batches]
         loss, norm = self._gradients(batches, learnt)
-        self.optimizer.set_rate(rate_factor(self.recipe.schedule, progress))
+        rate = rate_factor(self.recipe.schedule, progress)
+        self.optimizer.set_rate(rate)
         self._apply(loss, norm)
         self.step += 1
         self.step_seconds.append(time.perf_counter() - begin)
-        rate = rate_factor(self.recipe.schedule, progress)
         self.unlogged = partial(self._log, batches, tokens, learnt, loss, norm, rate)
         if self.step % self.recipe.loop.log_every == 0 or self.step == 1:
             self._log_step()
         if not self.announced and (self.step == 10 or self.seconds > 60):
             self._announce_long_run()
 
-    def _log_step(self) -> None:
-        """Log the step that was done last, once."""
-        if self.unlogged:
-            self.unlogged()
-        self.unlogged = None
-
-    def _log(self, batches: list[Batch], tokens: int, learnt: int, loss: float, norm: float, rate: float) -> None:
-        spelled = 0
-        if self.byte_lengths is not None:
-            spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
-        mine = sum(len(batch.tokens) for batch in batches)
-        everyone = self._gather("measures", mine, spelled, self.busy_seconds)
-        spelled = int(sum(theirs for _, theirs, _ in everyone))
-        of_text = {} if self.byte_lengths is None else {"bits_per_byte": loss * learnt / math.log(2) / max(spelled, 1)}
-        typical = statistics.median(self.step_seconds)
-        of_processes = {}
-        if self.processes.count > 1:
-            busy = [seconds for _, _, seconds in everyone]
-            of_processes = {
-                "process_tokens_per_second": [share / seconds for share, _, seconds in everyone],
-                # 1 where all are as fast as the typical one, which waits for what is above.
-                "straggling": max(busy) / statistics.median(busy),
-            }
-        self.tracker.log(
-            {
-                "step": self.step,
-                "loss": loss,
-                **of_text,
-                **self.task.measures.take(self.processes),
-                "gradient_norm": norm,
-                "rate": rate,
-                "epoch": self.task.batches.epoch,
-                "tokens": self.task.batches.tokens,
-                "tokens_per_second": tokens / typical,
-                "mfu": tokens / typical * self.flops_per_token / self.peak_flops,
-                "seconds": self.seconds,
-                "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
-                "progress": self._progress(),
-                "skipped": self.skipped,
-                **of_processes,
-            }
-        )
-
-    def _announce_long_run(self) -> None:
-        self.announced = True
-        left = self.budget.seconds_left(self.step, self.seconds, statistics.median(self.step_seconds))
-        if self.budget.steps is not None and left > LONG_RUN_SECONDS:
-            self.tracker.say(
-                f"the whole recipe takes about {left / 3600:,.1f} hours on this machine; "
-                "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
-            )
-
     def _gradients(self, batches: list[Batch], learnt: float) -> tuple[float, float]:
-        """Leaves the gradient of the mean loss in the parameters. Returns that loss and the gradient's norm."""
-        # Of one process, on average: theirs are the gradients and the losses that are averaged.
+        """Leave the gradient of the mean loss in the parameters. Return that loss and the gradient's norm."""
+        # DDP and FSDP average the gradients of all processes, while the mean loss needs their sum. So each process
+        # divides by the targets of an average process instead of by those of all: the two divisions cancel out.
         learnt /= self.processes.count
-        total = self._passes(batches, learnt)
-        while total is None:
+        while (total := self._passes(batches, learnt)) is None:
             self._halve(batches)
-            total = self._passes(batches, learnt)
-        for optimizer in self.optimizer.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optimizer.clip)
+        norm = self.optimizer.clip(self.recipe.optimizer.clip)
         # Before anything waits for the GPU, which would wait without a word for a process that does not come.
         self._agree()
         return float(self.processes.sum(total)) / self.processes.count, float(whole(norm))
 
     def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
         """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
-        begin, measured = time.perf_counter(), self.task.measures.held.copy()
+        begin, measured = time.perf_counter(), self.stage.metrics.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
         weights = [1.0] * len(parts)
         if self.layout.shard and self.parts > 1:
-            # Weights of a shared model travel for every part: all processes take as many, however theirs could be cut.
+            # The weights of a sharded model travel for every part, so all processes must take equally many parts.
+            # A process whose batches could not be cut into as many repeats its smallest one: with a weight of 0,
+            # such a pass takes part in the exchange and adds nothing to loss or gradient.
             idle = int(max(count for (count,) in self._gather("counts of parts", len(parts)))) - len(parts)
             parts, weights = [min(parts, key=lambda part: len(part.tokens))] * idle + parts, [0.0] * idle + weights
         try:
@@ -350,18 +319,23 @@ class Loop:
                         # From here on each is as fast as the slowest.
                         synchronize(self.runtime.device)
                         self.busy_seconds += time.perf_counter() - begin
-                    self.scaler.scale(loss).backward()
+                    self.optimizer.backward(loss)
                     total += loss.detach()
         except RuntimeError as error:
             # Of many processes one cannot begin again alone: the others wait for its gradients.
             if not _is_out_of_memory(error) or self.processes.count > 1:
                 raise
             # The step is repeated: what it has measured so far would count twice.
-            self.task.measures.held = measured
+            self.stage.metrics.held = measured
             return None
         return total
 
     def _halve(self, batches: list[Batch]) -> None:
+        """Cut micro-batches into twice as many parts, or more, until the largest part has become smaller.
+
+        A part is never less than one sequence, so doubling does not always help. The step is then repeated with the
+        same batch, and its gradient is the same: the losses of the parts add up to that of the whole.
+        """
         self.optimizer.zero_grad()
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -388,14 +362,14 @@ class Loop:
         """Take the optimizer step, or skip it where loss or gradient is not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped_in_a_row = 0
-            for optimizer in self.optimizer.optimizers:
-                self.scaler.step(optimizer)
+            self.optimizer.step()
         else:
             self.skipped += 1
-            # With loss scaling an overflow is how the scale finds its level, not a failure of the run.
-            self.skipped_in_a_row += 0 if self.scaler.is_enabled() and self.scaler.get_scale() > 1 else 1
+            # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow.
+            # These steps are lost, but the run is not: only those count that no lower scale would have saved.
+            self.skipped_in_a_row += 0 if self.optimizer.scaling else 1
             self.tracker.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
-        self.scaler.update()
+            self.optimizer.skip()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= NONFINITE_LIMIT:
             saved = self.saver.collect()
@@ -406,19 +380,71 @@ class Loop:
                 "or use --precision fp32"
             )
 
+    def _log_step(self) -> None:
+        """Log the step that was done last, once."""
+        if self.unlogged:
+            self.unlogged()
+        self.unlogged = None
+
+    def _log(self, batches: list[Batch], tokens: int, learnt: int, loss: float, norm: float, rate: float) -> None:
+        spelled = 0
+        if self.byte_lengths is not None:
+            spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
+        own = sum(len(batch.tokens) for batch in batches)
+        everyone = self._gather("metrics", own, spelled, self.busy_seconds)
+        spelled = int(sum(theirs for _, theirs, _ in everyone))
+        of_text = {} if self.byte_lengths is None else {"bits_per_byte": loss * learnt / math.log(2) / max(spelled, 1)}
+        typical = statistics.median(self.step_seconds)
+        of_processes = {}
+        if self.processes.count > 1:
+            busy = [seconds for _, _, seconds in everyone]
+            of_processes = {
+                "process_tokens_per_second": [share / seconds for share, _, seconds in everyone],
+                # 1 where all are as fast as the typical one, which waits for what is above.
+                "straggling": max(busy) / statistics.median(busy),
+            }
+        self.tracker.log(
+            {
+                "step": self.step,
+                "loss": loss,
+                **of_text,
+                **self.stage.metrics.take(self.processes),
+                "gradient_norm": norm,
+                "rate": rate,
+                "epoch": self.stage.batches.epoch,
+                "tokens": self.stage.batches.tokens,
+                "tokens_per_second": tokens / typical,
+                "mfu": tokens / typical * self.recipe.model.flops_per_token / self.runtime.peak_flops,
+                "seconds": self.seconds,
+                "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
+                "progress": self._progress(),
+                "skipped": self.skipped,
+                **of_processes,
+            }
+        )
+
+    def _announce_long_run(self) -> None:
+        self.announced = True
+        left = self.budget.seconds_left(self.step, self.seconds, statistics.median(self.step_seconds))
+        if self.budget.steps is not None and left > LONG_RUN_SECONDS:
+            self.tracker.say(
+                f"the whole recipe takes about {left / 3600:,.1f} hours on this machine; "
+                "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
+            )
+
     def _save(self) -> None:
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "parts": self.parts,
-            "batches": self.task.batches.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "batches": self.stage.batches.state_dict(),
+            "scaler": self.optimizer.scaler_state(),
         }
         tensors = {name: whole_on_host(module, self.processes) for name, module in self._modules().items()}
         tensors["random"] = random_state(self.runtime.device)
         self.saver.start(self.step, tensors, {"state": state}, shares_on_host(self.optimizer.state()))
-        self.last_save = self.helm.now()
+        self.last_save = self.coordinator.now()
 
     def _saved(self) -> checkpoint.Checkpoint:
         saved = self.saver.collect()
@@ -427,26 +453,31 @@ class Loop:
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
         """What the main process measures of the checkpoint that was saved last."""
-        begin = self.helm.now()
+        begin = self.coordinator.now()
         self.processes.at(f"step {self.under_way}, evaluation")
         evaluation = self.processes.from_main(lambda: self._measure(final))
         self._agree()
-        self.evaluation_seconds += self.helm.now() - begin
+        self.evaluation_seconds += self.coordinator.now() - begin
         return evaluation
 
     def _measure(self, final: bool) -> dict[str, float]:
-        model, evaluation = self.evaluated, {}
+        model, evaluation, data = self.evaluated, {}, self.recipe.data
         try:
             if self.layout.shard:
                 model.load_state_dict(self._saved().tensors("model"))
                 model.to(self.runtime.device)
             # Compiled blocks know the shapes of training alone.
-            with torch.compiler.set_stance("force_eager") if self.compiled_blocks else contextlib.nullcontext():
-                evaluation = self.task.evaluate(model, final)
+            with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
+                evaluation = self.stage.evaluate(
+                    model,
+                    tokens=data.final_evaluation_tokens if final else data.evaluation_tokens,
+                    # No more than a training pass holds, and far less than it holds with its activations.
+                    tokens_per_batch=min(self.recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS),
+                )
                 self._saved().record_evaluation(evaluation)
                 measured = {f"validation_{name}": value for name, value in evaluation.items()}
-                self.tracker.log({"step": self.step, "tokens": self.task.batches.tokens, **measured})
-                self.task.sample(model, self.step)
+                self.tracker.log({"step": self.step, "tokens": self.stage.batches.tokens, **measured})
+                self._write_samples(model)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -456,44 +487,12 @@ class Loop:
             model.to("cpu")
         return evaluation
 
+    def _write_samples(self, model: GPT) -> None:
+        if self.recipe.loop.samples:
+            texts = "\n\n---\n\n".join(self.stage.sample(model))
+            with open(self.run.samples, "a") as file:
+                file.write(f"## Step {self.step:,}\n\n{texts}\n\n")
+
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
-    """torch.compile, where nothing else was asked for: on a GPU. On a CPU its start-up of a minute does not pay."""
-    return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
-
-
-def muon_dtype(runtime: Runtime) -> torch.dtype:
-    """What the optimizer multiplies in: bf16 where it is native, as Muon is meant to; fp16 would overflow."""
-    return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
-
-
-@contextlib.contextmanager
-def _stop_on_signal(helm: Helm) -> Iterator[None]:
-    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second one stops at once.
-
-    The handler only takes note: printing from it could break into a print that is under way.
-    """
-    watched = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.getsignal(number) for number in watched}
-
-        def request(number: int, frame: object) -> None:
-            helm.own_signal = signal.Signals(number)
-            for each in watched:
-                signal.signal(each, before[each])
-
-        for number in watched:
-            signal.signal(number, request)
-    except ValueError:
-        # Not the main thread: nobody can interrupt here, and Python would not let us listen.
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number in watched:
-            signal.signal(number, before[number])

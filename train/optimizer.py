@@ -1,13 +1,60 @@
-"""The optimizers of a model: Muon for the matrices inside the blocks, AdamW for all else, behind one small face."""
+"""The optimizer of a model and its schedule: Muon for the matrices inside the blocks, AdamW for all other weights."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.config import OptimizerConfig
-from train.parallel import local, on_whole_matrices, share_like
+from engine.config import BudgetConfig, OptimizerConfig, ScheduleConfig
+from engine.runtime import Runtime
+from train.parallel import deal_matrices, deal_rows, local, share_like
+
+
+class Budget:
+    """How long a run lasts: steps, or time. The share that is over drives the schedule and the evaluations."""
+
+    def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.seconds = 0.0 if config.minutes is None else 60 * config.minutes
+        self.steps: int | None = None
+        if config.steps is not None:
+            self.steps = config.steps
+        elif config.tokens is not None:
+            self.steps = math.ceil(config.tokens / tokens_per_step)
+        elif config.epochs is not None:
+            self.steps = max(1, round(config.epochs * steps_per_epoch))
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is over after `step` steps and `seconds` of training; 1 or more at its end."""
+        return seconds / self.seconds if self.steps is None else step / self.steps
+
+    def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
+        if self.steps is None:
+            return max(0.0, self.seconds - seconds)
+        return max(0, self.steps - step) * seconds_per_step
+
+    def describe(self) -> str:
+        return f"{self.seconds / 60:g} minutes" if self.steps is None else f"{self.steps:,} steps"
+
+
+def rate_factor(config: ScheduleConfig, progress: float) -> float:
+    """The share of the peak learning rate at `progress`, the share of the run that is over (0 to 1)."""
+    if progress < config.warmup:
+        # A rate of 0 would waste the first step.
+        return max(progress / config.warmup, 0.01)
+    if config.shape == "cosine":
+        rest = (progress - config.warmup) / (1 - config.warmup)
+        return config.floor + (1 - config.floor) * (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+    if progress < 1 - config.decay:
+        return 1.0
+    return config.floor + (1 - config.floor) * max(0.0, (1 - progress) / config.decay)
+
+
+def muon_dtype(runtime: Runtime) -> torch.dtype:
+    """What Muon multiplies in: bf16 where it is native, as it is meant to; fp16 would overflow."""
+    return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 
 
 class Muon(torch.optim.Muon):
@@ -37,7 +84,8 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        # Of sharded matrices each process updates its share; but only a whole one has singular values.
+        # Each process updates its rows of a sharded matrix. But singular values belong to a whole matrix, so the
+        # processes exchange rows for whole matrices, orthogonalise some of them each, and exchange them back.
         buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
@@ -45,11 +93,10 @@ class Muon(torch.optim.Muon):
         rows, columns = parameters[0].shape
         rows //= group.get("parts", 1)
 
-        def direct(matrices: Tensor) -> Tensor:
-            how = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
-            return orthogonalise(matrices.view(-1, rows, columns), *how).reshape(matrices.shape)
-
-        directions = on_whole_matrices(direct, updates, parameters[0])
+        matrices = deal_matrices(updates, parameters[0])
+        how = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
+        stacked = matrices.view(len(matrices) * group.get("parts", 1), rows, columns)
+        directions = deal_rows(orthogonalise(stacked, *how).view_as(matrices), len(updates), parameters[0])
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         shares = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
@@ -72,9 +119,21 @@ def orthogonalise(
 
 
 class Optimizer:
-    """All optimizers of a model: one step, one learning-rate factor, and a state that a checkpoint can hold."""
+    """All optimizers of a model: one step, one learning-rate factor, and a state that a checkpoint can hold.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, *, matmul_dtype: torch.dtype) -> None:
+    In half precision a `scaler` multiplies the loss, so that small gradients do not vanish. Where one overflows, it
+    leaves the step out and lowers its scale; that is how it finds its level. Without one nothing is scaled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        matmul_dtype: torch.dtype,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": [], "critic": []}
         for name, parameter in model.named_parameters():
@@ -122,9 +181,28 @@ class Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
 
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to a norm of `limit` where it is larger. Return the norm that they had."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        return torch.nn.utils.clip_grad_norm_(list(self.names), limit)
+
+    @property
+    def scaling(self) -> bool:
+        """Is the loss scaled, and can the scale still be lowered?"""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
     def step(self) -> None:
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def skip(self) -> None:
+        """Leave out a step whose gradients are not finite."""
+        self.scaler.update()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -139,7 +217,13 @@ class Optimizer:
             for entry, tensor in entries.items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def scaler_state(self) -> dict[str, Any]:
+        """The state of the loss scale, JSON-able; empty where nothing is scaled."""
+        return self.scaler.state_dict()
+
+    def load_state(self, state: dict[str, Tensor], scaler: dict[str, Any] | None = None) -> None:
+        if scaler:
+            self.scaler.load_state_dict(scaler)
         owners = {
             self.names[parameter]: (optimizer, parameter)
             for optimizer in self.optimizers

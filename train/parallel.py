@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +64,26 @@ def device_memory(runtime: Runtime) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
+    """torch.compile, where nothing else was asked for: on a GPU. On a CPU its start-up of a minute does not pay."""
+    return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
+
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def compile_loss(loss: Loss, trained: nn.Module, processes: Processes) -> Loss:
+    """The loss, compiled. Of many processes each block of the model is, one by one: so its gradients can travel while
+    those of the next block are computed."""
+    # Where compiling fails (no C compiler, say), run that part as it is.
+    torch._dynamo.config.suppress_errors = True
+    if processes.count == 1:
+        return torch.compile(loss)
+    for block in blocks(trained):
+        block.compile()
+    return loss
+
+
 class Objective(nn.Module):
     """A batch in, its summed loss out: one module of all that is trained, whose forward DDP and FSDP can follow."""
 
@@ -118,32 +136,6 @@ def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-class Helm:
-    """The clock and the signal to stop that all processes go by; one alone goes by its own, at any moment.
-
-    Of many, decisions must not depend on whose clock is a moment ahead: between calls of `agree` time stands still.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.own_signal: signal.Signals | None = None
-        self.agreed = (0.0, 0)
-
-    def agree(self) -> None:
-        """All go by the main one's clock, and stop where any is told to."""
-        told = self.processes.gather(time.perf_counter(), self.own_signal or 0)
-        self.agreed = told[0][0], int(max(number for _, number in told))
-
-    def now(self) -> float:
-        return time.perf_counter() if self.processes.count == 1 else self.agreed[0]
-
-    @property
-    def stop(self) -> signal.Signals | None:
-        if self.processes.count == 1:
-            return self.own_signal
-        return signal.Signals(self.agreed[1]) if self.agreed[1] else None
-
-
 def sharded(tensor: Tensor) -> bool:
     """Is it a DTensor? Asked in this way, for the class takes a second to import."""
     return hasattr(tensor, "placements")
@@ -167,22 +159,36 @@ def share_like(like: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def on_whole_matrices(work: Callable[[Tensor], Tensor], shares: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """What `work` makes of a stack of matrices [K, rows, columns], of each of which this process has a share.
+def deal_matrices(shares: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Exchange rows for whole matrices: of K matrices sharded as `like`, return those that fall to this process.
 
-    They are dealt out anew: each process works on some of them, whole.
+    `shares` holds this process's rows of each. [matrices, rows, columns]; without sharding these are all K.
     """
     stack = torch.stack(list(shares))
     if not sharded(like):
-        return list(work(stack).unbind())
-    from torch.distributed.tensor import DTensor, Shard
+        return stack
+    from torch.distributed.tensor import Shard
 
-    mesh, size = like.device_mesh, torch.Size((len(shares), *like.shape))  # type: ignore[attr-defined]
-    stride = (size[1] * size[2], size[2], 1)
-    by_rows = DTensor.from_local(stack, mesh, [Shard(1)], shape=size, stride=stride)
-    mine = by_rows.redistribute(placements=[Shard(0)]).to_local()
-    done = DTensor.from_local(work(mine) if len(mine) else mine, mesh, [Shard(0)], shape=size, stride=stride)
-    return list(done.redistribute(placements=[Shard(1)]).to_local().unbind())
+    return _stacked(stack, like, len(shares), Shard(1)).redistribute(placements=[Shard(0)]).to_local()
+
+
+def deal_rows(matrices: Tensor, count: int, like: Tensor) -> list[Tensor]:
+    """The way back from `deal_matrices`: return this process's rows of each of all `count` matrices."""
+    if not sharded(like):
+        return list(matrices.unbind())
+    from torch.distributed.tensor import Shard
+
+    by_rows = _stacked(matrices, like, count, Shard(0)).redistribute(placements=[Shard(1)])
+    return list(by_rows.to_local().unbind())
+
+
+def _stacked(local: Tensor, like: Tensor, count: int, placement: Any) -> Any:
+    """The DTensor [count, rows, columns] of which this process holds `local`."""
+    from torch.distributed.tensor import DTensor
+
+    rows, columns = like.shape
+    shape, stride = torch.Size((count, rows, columns)), (rows * columns, columns, 1)
+    return DTensor.from_local(local, like.device_mesh, [placement], shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 
 def whole_on_host(module: nn.Module, processes: Processes) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb when asked. The console (cli/console.py) is one too."""
+"""The numbers of a run: their means over steps and processes, and the trackers that take them.
+
+metrics.jsonl is always written, wandb when asked for; the console (cli/console.py) is a tracker too.
+"""
 
 import importlib.util
 import json
@@ -11,6 +14,7 @@ from typing import Any, Protocol
 
 from engine.checkpoint import write_atomically
 from engine.errors import InputError
+from engine.processes import ALONE, Processes
 
 Metrics = Mapping[str, Any]
 
@@ -42,6 +46,33 @@ def measure_parts(values: Metrics) -> list[str]:
     """What was measured beside the loss, in words."""
     found = ((names, form) for names, form in MEASURES.items() if values.keys() >= set(names))
     return [form.format(*(values[name] for name in names)) for names, form in found]
+
+
+class RunningMetrics:
+    """Means of what was measured since they were last taken.
+
+    Sums and counts are kept, and divided last: so a mean depends neither on how many were measured at a time nor on
+    which process measured them.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[Any, int]] = {}
+
+    def add(self, sums: Metrics, count: int = 1) -> None:
+        """Add sums over `count` tokens, pairs, or whatever the mean is over: numbers, or tensors not yet waited for."""
+        for name, value in sums.items():
+            total, number = self.held.get(name, (0.0, 0))
+            self.held[name] = (total + value, number + count)
+
+    def take(self, processes: Processes = ALONE) -> dict[str, float]:
+        """Return the means over what all processes measured. Called by all of them at once."""
+        held, self.held = {name: (float(total), count) for name, (total, count) in self.held.items()}, {}
+        everyone = processes.collect(held)
+        means = {}
+        for name in {name: None for each in everyone for name in each}:
+            sums, counts = zip(*(each[name] for each in everyone if name in each), strict=True)
+            means[name] = sum(sums) / sum(counts)
+        return means
 
 
 class Tracker(Protocol):

@@ -1,8 +1,6 @@
 """`gpt rlhf` as a person types it: a chat model, a reward model, and what becomes of the one by the other."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from engine.run import Run
 from tests.cli.conftest import LEARN, Gpt
-from train.loop import Loop
+from tests.train.conftest import stop_after
 from train.tracking import read_metrics
 
 # Two rounds of two steps.
@@ -36,15 +34,8 @@ def test_ppo_stopped_and_resumed_is_bit_equal_to_ppo_that_never_stopped(
     assert whole.code == 0, whole.err
     for part in ("begins at  reward", "round 1  reward", "round 2  reward", "KL 0.00  length", "gpt chat runs/whole"):
         assert part in whole.out
-    train_step = Loop._train_step
-
-    def interrupted(self: Loop, progress: float) -> None:
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        train_step(self, progress)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_train_step", interrupted)
+        stop_after(patch, 3)
         stopped = gpt("rlhf", "ppo", rewarded, *SMALL_ROUNDS, *target)
     assert stopped.code == 130 and f"gpt rlhf ppo {rewarded} --out {rewarded}-ppo --resume" in stopped.out
     changed = gpt("rlhf", "ppo", rewarded, "--resume", "--beta", "1")

@@ -105,6 +105,8 @@ def test_what_was_preferred_becomes_likelier(chat: Run, likes_foxes: DataConfig,
     recorder = Recorder()
     outcome = align(recipe, Run(tmp_path / "run"), choose("cpu", "fp32"), recorder)
     assert outcome.evaluation["accuracy"] > 0.9
+    assert any(line.endswith(": 60 pairs to train on, 20 pairs to validate") for line in recorder.said)
+    assert any(line.startswith("budget     20 steps, about ") and " pairs, " in line for line in recorder.said)
     last = [line for line in recorder.logged if "loss" in line][-1]
     assert last["chosen_change"] > last["rejected_change"] and last["chosen"] < 0
     Run(tmp_path / "run").load_model(choose("cpu", "fp32"))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,9 @@ from rlhf.ppo import PPO, critic_values
 from rlhf.reward_model import RewardModel
 from rlhf.rewards import Prompt
 from rlhf.rollout import roll_out, rollout_log_probs
-from tests.train.conftest import Recorder
+from tests.train.conftest import Recorder, stop_after
 from tests.train.team import train_on
-from train.loop import Loop, TrainingError
+from train.loop import TrainingError
 from train.tracking import read_metrics
 
 CPU = choose("cpu", "fp32")
@@ -154,6 +152,12 @@ def test_the_reward_rises_and_everything_worth_watching_is_logged(
     expected = {"beta", "entropy", "length", "ended", "distinct_2", "clipped", "approx_kl", "reward_std"}
     assert expected | ({"explained", "value_loss"} if method == "ppo" else {"undecided_groups"}) <= logged.keys()
     assert outcome.evaluation["kl"] > 0 and outcome.evaluation["reward"] > found[0]
+    # What is learnt are answers in rounds: 16 a round, twice, 8 a step.
+    assert "batch      8 answers a step" in recorder.said
+    assert "budget     32 steps, 8 rounds of 16 answers" in recorder.said
+    # GRPO asks two prompts a round; PPO would ask 16, but there are no more than 24.
+    prompts = 24 if method == "ppo" else 16
+    assert any(line.endswith(f": {prompts} prompts to train on, 6 prompts to validate") for line in recorder.said)
     assert outcome.evaluation["suspect_length"] == 0 and any(line.startswith("begins at") for line in recorder.said)
     run.load_model(CPU)
     tokens = [line["tokens"] for line in recorder.logged]
@@ -178,15 +182,8 @@ def test_a_run_resumed_within_a_round_or_between_two_is_bit_equal_to_one_that_ne
     plan = recipe(method, rounds=4, kl_target=1.0 if method == "ppo" else None)
     whole, stopped = Run(tmp_path / "whole"), Run(tmp_path / "stopped")
     align(plan, whole, CPU, Recorder())
-    train_step = Loop._train_step
-
-    def interrupted(self: Loop, progress: float) -> None:
-        if self.step == stop - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        train_step(self, progress)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_train_step", interrupted)
+        stop_after(patch, stop)
         assert align(plan, stopped, CPU, Recorder()).step == stop
     align(stopped.read_recipe(), stopped, CPU, Recorder(), resume=True)
     for name in ("model", "critic") if method == "ppo" else ("model",):

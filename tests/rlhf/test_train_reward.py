@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from engine.chat_template import Message, answer_prompt
-from engine.config import BudgetConfig, DataConfig, override
+from engine.config import BudgetConfig, DataConfig, RewardConfig, override
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
+from rlhf import train_reward as train_reward_module
 from rlhf.reward_model import ImplicitRewardModel, RewardModel
-from rlhf.train_reward import reward_recipe, train_reward
+from rlhf.train_reward import PairBatch, reward_recipe, train_reward
 from tests.train.conftest import Recorder
-from train.data.loader import Batch
 from train.finetune import finetuning_recipe
-from train.loop import Loop, Outcome
+from train.loop import Outcome
 from train.tracking import read_metrics
 
 Learn = Callable[..., tuple[Outcome, Recorder]]
@@ -56,6 +56,9 @@ def test_it_learns_what_is_liked_and_scores_by_it(learn: Learn, cpu: Runtime, tm
     report = run.report.read_text()
     assert "accuracy" in report and "chosen" in report and run.loss_plot.exists()
     assert "reward " in run.samples.read_text()
+    assert any(line.endswith(": 60 pairs to train on, 20 pairs to validate") for line in recorder.said)
+    assert "budget     30 steps, about 180 pairs, 2.99 epochs" in recorder.said
+    assert recorder.logged[-2]["epoch"] == pytest.approx(2.99, abs=0.1)
     for said in ("train      60 pairs", "validation 20 pairs", "scale      6 answers"):
         assert any(line.startswith(said) for line in recorder.said), recorder.said
 
@@ -91,13 +94,17 @@ def test_a_step_that_ran_out_of_memory_is_repeated_in_halves_with_the_same_gradi
     learn: Learn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = learn(steps=2)
-    passes = Loop._passes
+    honest, refused = train_reward_module.preference_loss, []
 
-    def fail_whole(self: Loop, batches: list[Batch], learnt: int) -> Any:
-        return None if self.parts == 1 else passes(self, batches, learnt)
+    def greedy(model: RewardModel, batch: PairBatch, config: RewardConfig) -> torch.Tensor:
+        if len(batch.tokens) == 4 * model.config.context:
+            refused.append(batch.pairs)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return honest(model, batch, config)
 
-    monkeypatch.setattr(Loop, "_passes", fail_whole)
+    monkeypatch.setattr(train_reward_module, "preference_loss", greedy)
     _, halves = learn("halves", steps=2)
+    assert len(refused) == 1
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
 

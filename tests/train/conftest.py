@@ -1,6 +1,8 @@
 """A whole, very small training run, made once: data on disk, and a recipe that takes a second."""
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from engine.runtime import Runtime, choose
 from engine.tokenizer import train_tokenizer
 from train.data.shards import prepare
 from train.data.sources import open_source
-from train.loop import Outcome
+from train.loop import Loop, Outcome
 from train.pretrain import pretrain
 
 
@@ -38,6 +40,18 @@ class Recorder:
 
     def losses(self) -> list[float]:
         return [line["loss"] for line in self.logged if "loss" in line]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Send this process a signal when a loop has done its step number `step`, once."""
+    sent: list[int] = []
+
+    def watch(self: Loop, done: int) -> None:
+        if done == step and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Loop, "on_step", watch)
 
 
 @pytest.fixture(scope="session")

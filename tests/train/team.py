@@ -77,12 +77,13 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     from engine.runtime import Runtime, measured_peak
     from rlhf.align import align
     from tests.train.conftest import Recorder
-    from train import pretrain
+    from train import stage
+    from train.pretrain import pretrain
 
     torch.set_num_threads(1)
     # Seconds of measuring and of drawing, in each.
-    pretrain.measured_peak = lambda runtime: measured_peak(runtime, 0.0)  # type: ignore[assignment, misc]
-    pretrain.write_report = lambda *arguments: None
+    stage.measured_peak = lambda runtime: measured_peak(runtime, 0.0)  # type: ignore[assignment, misc]
+    stage.write_report = lambda *arguments: None
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     recipe, run = from_dict(json.loads(recipe_text)), Run(Path(folder))
     device, recorder = torch.device("cpu"), Recorder()
@@ -92,8 +93,8 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     told: dict[str, Any] = {"said": recorder.said, "failure": ""}
     try:
         runtime = Runtime(device, "fp32", processes)
-        stage = pretrain.pretrain if recipe.alignment.method == "none" else align
-        outcome = stage(recipe, run, runtime, recorder, resume=run.config.exists())
+        begin = pretrain if recipe.alignment.method == "none" else align
+        outcome = begin(recipe, run, runtime, recorder, resume=run.config.exists())
         told |= {"step": outcome.step, "evaluation": outcome.evaluation}
     except Exception as error:
         told["failure"] = f"{type(error).__name__}: {error}"

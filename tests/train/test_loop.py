@@ -18,10 +18,13 @@ import torch
 
 from engine import checkpoint
 from engine.config import BudgetConfig, Recipe, override, to_dict
+from engine.processes import Coordinator
 from engine.run import Run
 from engine.runtime import Runtime
+from tests.train.conftest import stop_after
 from train import loop, pretrain
 from train.loop import Loop, TrainingError
+from train.optimizer import rate_factor
 from train.tracking import read_metrics
 
 Train = Callable[..., Any]
@@ -37,20 +40,6 @@ def model_of(run: Path) -> dict[str, torch.Tensor]:
     return found.tensors("model")
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
-    """Send the process a signal in the middle of step number `step`, once."""
-    train_step = Loop._train_step
-    sent: list[bool] = []
-
-    def interrupted(self: Loop, progress: float) -> None:
-        if self.step == step - 1 and not sent:
-            sent.append(True)
-            os.kill(os.getpid(), number)
-        train_step(self, progress)
-
-    monkeypatch.setattr(Loop, "_train_step", interrupted)
-
-
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
@@ -59,7 +48,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
     small = override(small, "optimizer.kind", kind)
     train(small, "whole")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, stop)
+        stop_after(patch, stop)
         outcome, _ = train(small, "stopped")
     assert (outcome.step, outcome.stopped_by) == (stop, signal.SIGINT)
     outcome, recorder = train(small, "stopped", resume=True)
@@ -73,7 +62,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
 def test_sigterm_finishes_the_step_and_saves(
     small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_at(monkeypatch, 2, signal.SIGTERM)
+    stop_after(monkeypatch, 2, signal.SIGTERM)
     outcome, recorder = train(small)
     assert outcome.stopped_by is signal.SIGTERM and outcome.checkpoint.step == 2
     assert any("SIGTERM" in line for line in recorder.said)
@@ -86,14 +75,20 @@ def test_a_larger_budget_goes_on_where_the_smaller_ended(small: Recipe, train: T
     assert outcome.step == 8
 
 
-def test_minutes_fit_the_schedule_to_the_time(small: Recipe, train: Train) -> None:
-    begin = time.perf_counter()
-    # Long beside a step, which nothing comes between: also where the machine is busy, the last begins near the end.
-    small = override(override(small, "loop.evaluate_every", 10**6), "loop.save_every", 10**6)
+def test_minutes_fit_the_schedule_to_the_time(small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock on which every step takes half a second, and what lies between them nothing.
+    clock = [0.0]
+
+    def tick(self: Loop, step: int) -> None:
+        clock[0] += 0.5
+
+    monkeypatch.setattr(Coordinator, "now", lambda self: clock[0])
+    monkeypatch.setattr(Loop, "on_step", tick)
     outcome, recorder = train(dataclasses.replace(small, budget=BudgetConfig(minutes=0.1)))
-    assert 5.5 < time.perf_counter() - begin < 19
     trained = [line for line in recorder.logged if "loss" in line]
-    assert outcome.step > 6 and trained[-1]["rate"] < 0.1 < trained[len(trained) // 2]["rate"]
+    assert outcome.step == 12 and outcome.checkpoint.values("state")["seconds"] == 6.0
+    schedule = small.schedule
+    assert [line["rate"] for line in trained] == [rate_factor(schedule, step / 12) for step in range(12)]
 
 
 def test_accumulated_micro_batches_train_like_the_whole_batch(small: Recipe, train: Train, tmp_path: Path) -> None:
@@ -108,7 +103,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    honest = pretrain.packed_loss
+    honest = loop.packed_loss
 
     def greedy(model: Any, batch: Any) -> torch.Tensor:
         sizes.append(len(batch.tokens))
@@ -117,7 +112,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
         return honest(model, batch)
 
     train(small, "whole")
-    monkeypatch.setattr(pretrain, "packed_loss", greedy)
+    monkeypatch.setattr(loop, "packed_loss", greedy)
     outcome, recorder = train(small)
     parts = outcome.checkpoint.values("state")["parts"]
     assert outcome.step == 6 and parts >= 4 and sizes[0] == 128 and sizes[-1] <= 32
@@ -136,19 +131,19 @@ def test_memory_that_is_never_enough_ends_the_run_with_a_message(
     def hopeless(model: Any, batch: Any) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(pretrain, "packed_loss", hopeless)
+    monkeypatch.setattr(loop, "packed_loss", hopeless)
     with pytest.raises(TrainingError, match=r"even with \d\d tokens at a time, which cannot be cut"):
         train(small)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     """Make the loss NaN in these calls."""
-    honest, calls = pretrain.packed_loss, iter(range(1000))
+    honest, calls = loop.packed_loss, iter(range(1000))
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         return honest(model, batch) * (math.nan if next(calls) in steps else 1.0)
 
-    monkeypatch.setattr(pretrain, "packed_loss", loss)
+    monkeypatch.setattr(loop, "packed_loss", loss)
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(
@@ -231,7 +226,7 @@ def test_half_precision_scales_its_loss_and_resumes_to_the_bit(
     assert outcome.checkpoint.values("state")["scaler"]["scale"] > 1
     assert recorder.losses()[-1] < recorder.losses()[0] - 0.3
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 9)
+        stop_after(patch, 9)
         train(small, "stopped", runtime=half)
     train(small, "stopped", runtime=half, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -247,7 +242,7 @@ def test_metrics_hold_every_step_once_after_a_resume(
     small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
+        stop_after(patch, 4)
         train(override(small, "loop.save_every", 2))
     # As after a crash: the newest checkpoint is older than the newest line, and that line is cut short.
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
@@ -268,7 +263,7 @@ def test_the_last_step_is_always_logged_and_tokens_are_those_seen_so_far(
     small = override(override(small, "loop.log_every", 4), "loop.micro_batch", 2)
     with monkeypatch.context() as patch:
         if stop:
-            interrupt_at(patch, stop)
+            stop_after(patch, stop)
         train(small)
     if stop:
         train(small, resume=True)

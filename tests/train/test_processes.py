@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.processes import Processes
 from engine.runtime import Runtime
 from tests.train.team import said, start, train_on
-from train import parallel, pretrain
+from train import loop, parallel
 from train.loop import Loop
 from train.tracking import read_metrics
 
@@ -85,7 +85,7 @@ def test_what_some_processes_saved_any_other_number_goes_on_with(steady: Recipe,
 
 
 def in_many_parts(rank: int) -> None:
-    pretrain.lay_out = lambda recipe, runtime: parallel.Layout(True, 128)
+    loop.lay_out = lambda recipe, runtime: parallel.Layout(True, 128)
 
 
 def test_processes_that_share_a_model_take_as_many_parts_however_theirs_can_be_cut(
@@ -116,20 +116,17 @@ def test_each_process_reads_its_share_of_a_stream_and_goes_on_with_it(
     assert "another number of processes: it was 2, now it is 1" in said(whole, 0)["failure"]
 
 
-def before_step(step: int, act: Callable[[], None]) -> None:
-    honest = Loop._train_step
-
-    def train_step(self: Loop, progress: float) -> None:
-        if self.step + 1 == step:
+def after_step(step: int, act: Callable[[], None]) -> None:
+    def watch(self: Loop, done: int) -> None:
+        if done == step:
             act()
-        honest(self, progress)
 
-    Loop._train_step = train_step  # type: ignore[method-assign]
+    Loop.on_step = watch  # type: ignore[method-assign]
 
 
 def interrupted(rank: int) -> None:
     if rank == 1:
-        before_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(steady: Recipe, tmp_path: Path) -> None:
@@ -141,7 +138,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(steady: Recipe, t
 
 def asleep(rank: int) -> None:
     if rank == 1:
-        before_step(3, lambda: time.sleep(1000))
+        after_step(2, lambda: time.sleep(1000))
 
 
 def test_a_process_that_hangs_is_named_with_its_step_and_what_the_others_wait_for(
@@ -156,7 +153,7 @@ def test_a_process_that_hangs_is_named_with_its_step_and_what_the_others_wait_fo
     failure = said(tmp_path / "run", 0)["failure"]
     assert failure.startswith("LostProcessError: process 0 of 2 lost the others") and "imed out" in failure
     assert "process 0 was at step 3, all-gather of counts of targets" in failure
-    assert "process 1 was at step 2, all-gather of measures" in failure
+    assert "process 1 was at step 2, all-gather of metrics" in failure
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from train.data.conversations import Conversations, encode_conversations, open_c
 from train.data.instruct_formats import Conversation
 from train.data.loader import IGNORE_INDEX, PackedLoader
 from train.evaluate import evaluate_loss
-from train.pretrain import packed_loss
+from train.loop import packed_loss
 
 CONTEXT = 48
 
