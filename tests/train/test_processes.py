@@ -116,9 +116,9 @@ def test_each_process_reads_its_share_of_a_stream_and_goes_on_with_it(
     assert "another number of processes: it was 2, now it is 1" in said(whole, 0)["failure"]
 
 
-def after_step(step: int, act: Callable[[], None]) -> None:
-    def watch(self: Loop, done: int) -> None:
-        if done == step:
+def after_step(number: int, act: Callable[[], None]) -> None:
+    def watch(self: Loop, step: int) -> None:
+        if step == number:
             act()
 
     Loop.on_step = watch  # type: ignore[method-assign]

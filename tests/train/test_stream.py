@@ -8,8 +8,8 @@ import pytest
 
 from engine.config import BudgetConfig, Recipe, override
 from engine.errors import InputError
-from tests.train.conftest import Train
-from tests.train.test_loop import interrupt_at, losses
+from tests.train.conftest import Train, stop_after
+from tests.train.test_loop import losses
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(
     _, recorder = train(streamed, "whole")
     assert any("streamed, " in line and "tokens to validate" in line for line in recorder.said)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
+        stop_after(patch, 3)
         train(streamed, "stopped")
     train(streamed, "stopped", resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
