@@ -35,7 +35,7 @@ def prepare(
     from engine.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
     from train.data.shards import prepare
     from train.data.sources import open_source
-    from train.pretrain import SAMPLE_BYTES_PER_PIECE
+    from train.pretrain import SAMPLE_BYTES_PER_TOKEN
 
     console = Console()
     source = open_source(data, column=column, limit=documents)
@@ -46,7 +46,7 @@ def prepare(
     elif ready.exists():
         pieces = Tokenizer.load(ready)
     else:
-        sample_bytes = SAMPLE_BYTES_PER_PIECE * vocab_size
+        sample_bytes = SAMPLE_BYTES_PER_TOKEN * vocab_size
         pieces = train_tokenizer(source.documents("train"), vocab_size, sample_bytes=sample_bytes, notice=console.say)
         out.mkdir(parents=True, exist_ok=True)
         pieces.save(ready)

@@ -1,11 +1,12 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints that exist completely or not at all.
 
 A checkpoint is a folder `step-00001000` of safetensors and JSON files with a `manifest.json` that holds the size and
 SHA-256 of each. It is written beside its final name, synced to disk and then renamed, so that a crash at any moment
 leaves either the old state or the new one. Loading verifies it. Nothing is ever unpickled.
 
-Many processes write the same format: what one alone puts into `optimizer.safetensors` they put, each its share, into
-`optimizer-00001-of-00002.safetensors` and so on, by torch.distributed.checkpoint, which any number of processes reads.
+Several processes write the same format. A single one writes the optimizer's state to `optimizer.safetensors`; of
+several, each writes its share to `optimizer-00001-of-00002.safetensors` and so on. They do it by
+torch.distributed.checkpoint, and any number of processes can read it.
 """
 
 import hashlib
@@ -25,6 +26,10 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
+
+# The contents of a checkpoint, by the names of its files without their endings.
+Tensors = Mapping[str, Mapping[str, Tensor]]
+Values = Mapping[str, Mapping[str, Any]]
 
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"
@@ -59,13 +64,13 @@ class Checkpoint:
                 raise DamagedCheckpointError(f"{file} is missing, cut short or changed")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors called `name`, whole and on the CPU, whether they lie in one file or in the shares of many."""
+        """Return the complete tensors called `name`, on the CPU, whether one file holds them or the shares of many."""
         from safetensors.torch import load_file
 
         file = self.path / f"{name}.safetensors"
         if file.is_file():
             return load_file(file)
-        # Here alone: to import it takes longer than to read the checkpoint of a small model.
+        # Imported only where it is needed: that takes longer than to read the checkpoint of a small model.
         from torch.distributed import checkpoint as distributed
 
         reader = distributed.HuggingFaceStorageReader(str(self.path))
@@ -77,7 +82,7 @@ class Checkpoint:
         return found
 
     def checksum(self, name: str) -> str | None:
-        """The SHA-256 of `name`.safetensors by the manifest, which `verify` compares; None where it is not listed."""
+        """Return the SHA-256 of `name`.safetensors by the manifest; None where it is not listed there."""
         try:
             files = json.loads((self.path / MANIFEST).read_text())["files"]
             return str(files[f"{name}.safetensors"]["sha256"])
@@ -85,11 +90,11 @@ class Checkpoint:
             return None
 
     def values(self, name: str) -> dict[str, Any]:
-        """The contents of `name`.json."""
+        """Return the contents of `name`.json."""
         return json.loads((self.path / f"{name}.json").read_text())
 
     def evaluation(self) -> dict[str, Any] | None:
-        """What was measured on this checkpoint, if anything was."""
+        """Return what was measured on this checkpoint, if anything was."""
         try:
             measured = json.loads((self.path / EVALUATION).read_text())
         except (OSError, ValueError):
@@ -104,14 +109,14 @@ class Checkpoint:
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    values: Mapping[str, Mapping[str, Any]],
+    tensors: Tensors,
+    values: Values,
     optimizer: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> Checkpoint:
     """Write checkpoint `step` into folder: each entry of tensors as NAME.safetensors, each of values as NAME.json.
 
-    The main process writes these; of the optimizer's state each of many writes a share.
+    The main process writes these. Each of several processes writes its share of the optimizer's state.
     """
     final = folder / f"step-{step:08d}"
     writing = folder / f".writing-{final.name}"
@@ -127,7 +132,7 @@ def save(
     if processes.main:
         _save_rest(writing, step, tensors, values)
         if final.exists():
-            # The same step again, after resuming from before it: the old one was damaged.
+            # The run resumed from an earlier step, because this checkpoint was damaged, and has come here again.
             _remove(final)
         os.rename(writing, final)
         sync(folder)
@@ -137,8 +142,9 @@ def save(
 def _save_shares(writing: Path, optimizer: Mapping[str, Tensor], processes: Processes) -> None:
     from torch.distributed import checkpoint as distributed
 
-    processes.gather(0)  # the folder is there: to gather nothing would wait for nobody
-    # Safetensors, as all else: the usual format of torch.distributed.checkpoint is read by unpickling.
+    # Wait until the main process has made the folder. An empty gather would not wait.
+    processes.gather(0)
+    # The usual format of torch.distributed.checkpoint is read by unpickling; safetensors are not.
     writer = distributed.HuggingFaceStorageWriter(str(writing), save_distributed=True)
     distributed.save(dict(optimizer), storage_writer=writer, process_group=processes.group)
     if processes.main:
@@ -147,9 +153,7 @@ def _save_shares(writing: Path, optimizer: Mapping[str, Tensor], processes: Proc
             file.rename(writing / f"optimizer-{number:05d}-of-{len(files):05d}.safetensors")
 
 
-def _save_rest(
-    writing: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values) -> None:
     from safetensors.torch import save_file
 
     for name, group in tensors.items():
@@ -173,14 +177,8 @@ class Saver:
         self.writing: Future[Checkpoint] | None = None
         self.saved: Checkpoint | None = None
 
-    def start(
-        self,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        values: Mapping[str, Mapping[str, Any]],
-        optimizer: Mapping[str, Tensor],
-    ) -> None:
-        """Begin to `save` this, whose tensors nobody may change any more."""
+    def start(self, step: int, tensors: Tensors, values: Values, optimizer: Mapping[str, Tensor]) -> None:
+        """Begin to `save` this. Nobody may change its tensors from now on."""
         self.collect()
 
         def write() -> Checkpoint:
@@ -192,7 +190,7 @@ class Saver:
         self.writing = self.pool.submit(write)
 
     def collect(self) -> Checkpoint | None:
-        """The newest checkpoint, on disk. Raises what went wrong with it."""
+        """Return the newest checkpoint, once it is on disk. Raises what went wrong with it."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             self.saved = writing.result()
@@ -204,7 +202,7 @@ class Saver:
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """All checkpoints in a folder, oldest first. Found by looking: there is no pointer that could be wrong."""
+    """Return all checkpoints in a folder, oldest first. The names tell; there is no pointer that could be wrong."""
     if not folder.is_dir():
         return []
     found = [Checkpoint(path, int(match.group(1))) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
@@ -212,7 +210,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def latest(folder: Path, notice: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest checkpoint that verifies. Each damaged one passed over is named to `notice`."""
+    """Return the newest checkpoint that verifies. `notice` is told of each damaged one that is passed over."""
     for checkpoint in reversed(checkpoints(folder)):
         try:
             checkpoint.verify()
@@ -224,7 +222,7 @@ def latest(folder: Path, notice: Callable[[str], None] = lambda message: None) -
 
 
 def best(folder: Path) -> Checkpoint | None:
-    """The checkpoint with the lowest evaluated loss that is finite, or None where there is none."""
+    """Return the checkpoint with the lowest finite loss in its evaluation, or None where there is none."""
     scored = [
         (evaluation["loss"], -checkpoint.step, checkpoint)
         for checkpoint in checkpoints(folder)
@@ -242,14 +240,14 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint. It loses its name first: a crash in the middle must not leave a half one."""
+    """Delete a checkpoint. It is renamed first, so that a crash in the middle cannot leave an incomplete one."""
     removed = path.with_name(f".writing-removed-{path.name}")
     os.rename(path, removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which did not verify: steps that come again must not meet their names."""
+    """Rename the checkpoints after `step`, which did not verify, so that the same steps can be saved again."""
     for checkpoint in checkpoints(folder):
         if checkpoint.step > step:
             aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
@@ -258,7 +256,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content such that a reader, or a crash, sees the old or the new, never a half."""
+    """Replace a file's content such that a reader finds the old content or the new one, even after a crash."""
     writing = path.with_name(f".writing-{path.name}")
     writing.write_bytes(content)
     sync(writing)
@@ -266,7 +264,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file's content, or a folder's list of names, on disk now."""
+    """Make the operating system write a file's content, or a folder's list of names, to disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ from engine.errors import InputError
 
 Value = TypeVar("Value")
 
-# The main process may prepare data, or evaluate, for long: the others wait for it beyond the timeout of a collective.
+# The main process may take long to prepare data or to evaluate: the others then wait longer than for a collective.
 PATIENCE = timedelta(days=7)
 
 
@@ -26,7 +27,7 @@ class LostProcessError(Exception):
 class Processes:
     """This process among those that train together: `rank` of `count`. The main one, rank 0, writes and speaks.
 
-    Collectives are met by all of them, in the same order.
+    All processes call the collectives, in the same order.
     """
 
     def __init__(
@@ -34,40 +35,46 @@ class Processes:
     ) -> None:
         self.rank, self.count, self.store, self.group, self.timeout = rank, count, store, group, timeout
         self.waits = 0
+        self.step = 0  # the step of training that is under way
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def at(self, place: str) -> None:
-        """Note what this process is about to do: the others read it where it is not seen again."""
+        """Note what this process is about to do. The others read it if this process is lost there."""
         if self.store is not None:
-            self.store.set(f"place/{self.rank}", place)
+            self.store.set(f"place/{self.rank}", f"step {self.step}, {place}")
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes, in place, on the tensor's device."""
+        """Sum a tensor over all processes, in place, on its device."""
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, *numbers: float) -> list[list[float]]:
-        """The numbers of every process, by rank. They travel between CPUs, and so wait for no GPU."""
+    def gather(self, *numbers: float, of: str = "") -> list[list[float]]:
+        """Return the numbers of every process, by rank. They travel between CPUs, and so wait for no GPU.
+
+        `of` says what they are; it is noted as by `at`.
+        """
+        if of:
+            self.at(f"all-gather of {of}")
         if self.count == 1:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.count)]
-        torch.distributed.all_gather(everyone, mine, group=self.group)
+        own = torch.tensor(numbers, dtype=torch.float64)
+        everyone = [torch.empty_like(own) for _ in range(self.count)]
+        torch.distributed.all_gather(everyone, own, group=self.group)
         return [each.tolist() for each in everyone]
 
     def collect(self, value: Value) -> list[Value]:
-        """The values of every process, by rank."""
+        """Return the values of every process, by rank."""
         everyone = [value] * self.count
         if self.count > 1:
             torch.distributed.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def from_main(self, work: Callable[[], Value]) -> Value:
-        """The result of some work that the main process alone does, however long it takes."""
+        """Return the result of work that only the main process does, however long it takes."""
         result = None
         with self.first():
             if self.main:
@@ -76,7 +83,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """The main process goes through the block before the others, who find what it left and share its InputError."""
+        """The main process runs the block before the others, who find what it left, and raise its InputError too."""
         key = f"first/{self.waits}"
         self.waits += 1
         refusal = ""
@@ -94,21 +101,21 @@ class Processes:
                 self.store.set(key, refusal)
 
     def apart(self) -> "Processes":
-        """The same processes, with a group of their own: for a thread, whose collectives must not mix with others'."""
+        """Return the same processes with a group of their own: a thread's collectives must not mix with others."""
         if self.count == 1:
             return self
         group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
         return Processes(self.rank, self.count, store=self.store, group=group, timeout=self.timeout)
 
     def lost(self, error: RuntimeError) -> LostProcessError:
-        """What a failed collective means: where every process was when it was last heard of."""
+        """Return what a failed collective means: where each process was when it last noted its place."""
         self.store.set_timeout(timedelta(seconds=5))
-        places = []
+        noted = []
         for rank in range(self.count):
             with contextlib.suppress(RuntimeError):
-                places.append(f"process {rank} was at {self.store.get(f'place/{rank}').decode()}")
+                noted.append(f"process {rank} was at {self.store.get(f'place/{rank}').decode()}")
         reason = str(error).strip().partition("\n")[0]
-        return LostProcessError(f"process {self.rank} of {self.count} lost the others: {reason}\n{'; '.join(places)}")
+        return LostProcessError(f"process {self.rank} of {self.count} lost the others: {reason}\n{'; '.join(noted)}")
 
 
 ALONE = Processes()
@@ -125,7 +132,7 @@ def join(device: torch.device, minutes: float) -> Processes:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, rank, count = next(rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # It outlives its processes, and knows the addresses of those that are gone.
+        # This store outlives its processes, and holds the addresses of those of earlier starts.
         store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     gpu, timeout = device.type == "cuda", timedelta(minutes=minutes)
     torch.distributed.init_process_group(
@@ -133,7 +140,7 @@ def join(device: torch.device, minutes: float) -> Processes:
         store=torch.distributed.PrefixStore("groups", store),
         rank=rank,
         world_size=count,
-        # The groups that say who is missing come first: those of GPUs end their process without a word of its step.
+        # Groups between CPUs, which can say who is missing, time out first. NCCL ends a process without such a word.
         timeout=2 * timeout,
         device_id=device if gpu else None,
     )
@@ -145,8 +152,8 @@ def join(device: torch.device, minutes: float) -> Processes:
 class Coordinator:
     """The clock and the stop signal that all processes agree on.
 
-    A single process goes by its own clock at any moment. Several must decide alike, although their clocks differ: for
-    them the time stands still between two calls of `agree`, and a signal counts from the next call on.
+    A single process goes by its own clock, at any moment. Several must decide alike although their clocks differ: for
+    them time stands still between two calls of `agree`, and a signal counts from the next call on.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -155,12 +162,12 @@ class Coordinator:
         self.agreed = (0.0, 0)
 
     def agree(self) -> None:
-        """Take over the main process's clock, and any process's signal. Called by all processes at once."""
-        everyone = self.processes.gather(time.perf_counter(), self.own_signal or 0)
+        """Take over the main process's clock, and the signal of any process. Called by all of them at once."""
+        everyone = self.processes.gather(time.perf_counter(), self.own_signal or 0, of="clocks and signals")
         self.agreed = everyone[0][0], int(max(number for _, number in everyone))
 
     def now(self) -> float:
-        """The time in seconds, from an arbitrary beginning."""
+        """Return the time in seconds since some moment."""
         return time.perf_counter() if self.processes.count == 1 else self.agreed[0]
 
     @property
@@ -172,28 +179,24 @@ class Coordinator:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block, Ctrl-C and SIGTERM only take note of the signal; a second one acts as it did before.
+        """Within the block Ctrl-C or SIGTERM is only noted, in `stop`; a second one acts as it did before.
 
-        Nothing is printed from the handler: it could break into a print that is under way.
+        The handler prints nothing: that could break into a print that is under way.
         """
-        watched = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in watched}
+        # Python delivers signals to the main thread only; a run in another thread cannot be interrupted.
+        in_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
 
         def restore() -> None:
-            for number in watched:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-        def take_note(number: int, frame: object) -> None:
+        def note(number: int, frame: object) -> None:
             self.own_signal = signal.Signals(number)
             restore()
 
-        try:
-            for number in watched:
-                signal.signal(number, take_note)
-        except ValueError:
-            # Python lets the main thread alone listen; nobody can interrupt the run in another one.
-            yield
-            return
+        for number in before:
+            signal.signal(number, note)
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """A run is a folder: recipe, tokenizer, metrics, checkpoints, and what was made of them.
 
-Paths in its config.json are as seen from the folder, so that runs and data can be moved together. In memory they are
-whole: nobody else needs to know, and any working directory will do.
+Its config.json holds paths relative to the folder, so that runs and data can be moved together. In memory paths are
+absolute, so that nothing else depends on where the run or the working directory is.
 """
 
 import glob
@@ -11,8 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,49 +25,35 @@ if TYPE_CHECKING:
     from engine.runtime import Runtime
 
 
-@dataclass(frozen=True)
 class Run:
-    path: Path
+    """A run's folder: where everything is, and how to read it."""
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.data = path / "data"
+        self.samples = path / "samples.md"
+        self.loss_plot = path / "loss.png"
+        self.report = path / "report.md"
 
     @property
     def tokenizer(self) -> Path:
         return tokenizer_file(self.path)
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.md"
-
-    @property
-    def loss_plot(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.md"
-
     def discard_preparation(self) -> None:
-        """Take away what stands in the folder before training begins, unless some text is tokenized already."""
+        """Delete what is in the folder before training begins, unless some text is tokenized already."""
         if any(self.data.glob("*/*.json")):
             return
         shutil.rmtree(self.data, ignore_errors=True)
         self.tokenizer.unlink(missing_ok=True)
         self.config.unlink(missing_ok=True)
+
+    def add_samples(self, step: int, texts: Sequence[str]) -> None:
+        """Write down what the model said after so many steps."""
+        with open(self.samples, "a") as file:
+            file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.checkpoints(self.checkpoints))
@@ -77,7 +62,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         folder = self.path.resolve()
         recipe = _with_paths(recipe, os.path.isabs, lambda path: _seen_from(folder, path))
-        # The folder's own place tells where paths led before it was moved.
+        # The place of the folder is kept, too: it tells where the paths led before the folder was moved.
         content = {"recipe": to_dict(recipe), "folder": str(folder), "versions": versions()}
         checkpoint.write_atomically(self.config, json.dumps(content, indent=2).encode())
 
@@ -96,7 +81,7 @@ class Run:
         if not isinstance(config, dict) or "recipe" not in config:
             raise InputError(f"{self.config} holds no recipe")
         recipe = from_dict(config["recipe"])
-        if "folder" not in config:  # of a version that kept whole paths
+        if "folder" not in config:  # an older version kept absolute paths
             return recipe
         folders = (self.path.resolve(), Path(config["folder"]))
         return _with_paths(recipe, lambda path: path.startswith("."), lambda path: _found_from(folders, path))
@@ -104,7 +89,7 @@ class Run:
     def find_checkpoint(
         self, which: str = "latest", notice: Callable[[str], None] = lambda message: None
     ) -> checkpoint.Checkpoint:
-        """The checkpoint called "latest", "best", or by its step. Raises InputError where there is none such."""
+        """Return the checkpoint called "latest" or "best", or by its step. Raises InputError where there is none."""
         found: checkpoint.Checkpoint | None
         if which == "latest":
             found = checkpoint.latest(self.checkpoints, notice)
@@ -117,7 +102,7 @@ class Run:
                 raise InputError(f"{self.path} has no checkpoint {which!r}; it has {', '.join(steps) or 'none'}")
         if found is None:
             self.read_config()
-            if self.has_checkpoint() and which == "latest":
+            if which == "latest" and self.has_checkpoint():
                 raise InputError(f"every checkpoint of {self.path} is damaged; train it again")
             raise InputError(f"{self.path} has no {which} checkpoint; has its training begun?")
         if which != "latest":
@@ -130,7 +115,7 @@ class Run:
     def load_model(
         self, runtime: "Runtime", which: str = "latest", notice: Callable[[str], None] = lambda message: None
     ) -> tuple["GPT", Tokenizer]:
-        """The model for generation and evaluation (weights in the runtime's dtype) and its tokenizer."""
+        """Return the model for generation and evaluation, its weights in the runtime's dtype, and its tokenizer."""
         from engine.model import GPT
 
         recipe = self.read_recipe()
@@ -140,7 +125,7 @@ class Run:
         tokenizer = Tokenizer.load(self.tokenizer)
         if tokenizer.vocab_size != recipe.model.vocab_size:
             raise InputError(
-                f"{self.tokenizer} has {tokenizer.vocab_size} pieces; the model of this run was built for "
+                f"{self.tokenizer} has {tokenizer.vocab_size} tokens; the model of this run was built for "
                 f"{recipe.model.vocab_size}"
             )
         model = GPT(recipe.model)
@@ -153,7 +138,7 @@ class Run:
 
 
 def _with_paths(recipe: Recipe, which: Callable[[str], bool], change: Callable[[str], str]) -> Recipe:
-    """The recipe with those of its paths changed."""
+    """Return the recipe with the paths changed that `which` picks."""
     for name in PATHS:
         path = operator.attrgetter(name)(recipe)
         if path is not None and which(path):
@@ -162,7 +147,7 @@ def _with_paths(recipe: Recipe, which: Callable[[str], bool], change: Callable[[
 
 
 def _seen_from(folder: Path, path: str) -> str:
-    """The path from the folder on, with a dot first; whole where the two have nothing but the root in common."""
+    """Return the path relative to the folder, with a dot first; as it is where only the root is common to both."""
     if os.path.commonpath([folder, path]) == folder.anchor:
         return path
     relative = os.path.relpath(path, folder)
@@ -170,20 +155,20 @@ def _seen_from(folder: Path, path: str) -> str:
 
 
 def _found_from(folders: tuple[Path, ...], path: str) -> str:
-    """The whole path, from the first of the folders from where there is something."""
-    places = [os.path.normpath(folder / path) for folder in folders]
-    return next((place for place in places if _is_there(Path(place))), places[0])
+    """Return the absolute path, seen from the first of the folders from which it leads to something."""
+    found = [os.path.normpath(folder / path) for folder in folders]
+    return next((each for each in found if _exists(Path(each))), found[0])
 
 
-def _is_there(place: Path) -> bool:
-    """Of a glob: is the folder there that it looks in?"""
-    while glob.has_magic(str(place)) and not place.exists():
-        place = place.parent
-    return place.exists()
+def _exists(path: Path) -> bool:
+    """Whether the path leads to something. A glob does where the folder exists in which it looks."""
+    while glob.has_magic(str(path)) and not path.exists():
+        path = path.parent
+    return path.exists()
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside the recipe: versions, the git commit where there is one, the platform."""
+    """Return what a result depends on beside the recipe: versions, the platform, and the git commit if there is one."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
@@ -198,13 +183,12 @@ def versions() -> dict[str, str]:
 
 def _commit() -> str:
     checkout = Path(__file__).resolve().parent.parent
-    # Installed into a folder inside somebody else's checkout, the commit would be theirs.
+    # Without this, the commit could be that of somebody else's checkout into which the package was installed.
     if not (checkout / ".git").exists():
         return "not a checkout"
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(
-            command, cwd=checkout, capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return done.stdout.strip()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from engine.chat_template import Message, answer_prompt, text_ends
 from engine.generate import document_prompt, generate
@@ -77,8 +76,3 @@ def score_stories(
     ]
     answers = generate(model, tokenizer, prompts, sampling, stop_ids=text_ends(tokenizer, chat=chat))
     return [score_story(request.facts, answer.text) for request, answer in zip(requests, answers, strict=True)]
-
-
-def spelled_bytes(targets: torch.Tensor, byte_lengths: torch.Tensor) -> int:
-    """The UTF-8 bytes that these targets spell (-100 spells none)."""
-    return int((byte_lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)).sum())

@@ -1,4 +1,4 @@
-"""Finetuning: a run's weights go on learning, from conversations or from other documents, into a run of their own."""
+"""Finetuning: the weights of a run go on learning, from conversations or other documents, in a run of their own."""
 
 import dataclasses
 from functools import partial
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.chat_template import answer_ends
 from engine.checkpoint import Checkpoint, checkpoints
-from engine.config import AlignmentConfig, BudgetConfig, DataConfig, OptimizerConfig, Recipe, override
+from engine.config import AlignmentConfig, BudgetConfig, DataConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
@@ -18,12 +18,12 @@ from train.data.sources import Source
 from train.pretrain import read_documents, say, text_stage
 from train.stage import Console, Outcome, Stage, run_stage
 
-# Of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
+# The share of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
 RATE = 0.3
 
 
 def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float | None = None) -> Recipe:
-    """The recipe that goes on from a run: its model and batch, one epoch of the data, its learning rates times `rate`.
+    """Return the recipe that goes on from a run: one epoch of the data, with its learning rates times `rate`.
 
     Raises InputError where `data` names nothing.
     """
@@ -32,15 +32,12 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
         raise InputError(f"{base.path} is a reward model; name the run that it began with, {before.base}")
     # The rates of a run that was finetuned itself are low already.
     share = rate if rate is not None else RATE if before.base is None else 1.0
-    names = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name.endswith("_rate")]
-    optimizer = before.optimizer
-    for name in names:
-        optimizer = override(optimizer, name, share * getattr(optimizer, name))
+    rates = {name: share * peak for name, peak in vars(before.optimizer).items() if name.endswith("_rate")}
     return dataclasses.replace(
         before,
         budget=BudgetConfig(epochs=1),
         data=data,
-        optimizer=optimizer,
+        optimizer=dataclasses.replace(before.optimizer, **rates),
         alignment=AlignmentConfig(),
         precision="auto",
         chat=before.chat or open_conversations(data) is not None,
@@ -72,7 +69,7 @@ def finetune(
 
 
 def load_base(recipe: Recipe, run: Run) -> Checkpoint:
-    """The checkpoint to begin with; its tokenizer becomes the run's. Raises InputError where the model is another."""
+    """Return the checkpoint to begin with. Its tokenizer becomes the run's. Raises InputError for another model."""
     base = Run(Path(str(recipe.base)))
     checkpoint = base.find_checkpoint(str(recipe.base_step))
     if not _same_shape(recipe, base):
@@ -86,12 +83,12 @@ def load_base(recipe: Recipe, run: Run) -> Checkpoint:
 
 
 def recognise_base(recipe: Recipe, run: Run, named: Run) -> Recipe:
-    """The recipe of a run that began with `named`, wherever that stands by now.
+    """Return the recipe of a run that began with the run `named`, wherever that is by now.
 
-    Its weights tell; where they are gone, pruned for instance, or were never noted, the place where it stood. Raises
+    The base is recognised by its weights; where they are gone (pruned, say) or were never noted, by its path. Raises
     InputError for another run, with what differs.
     """
-    place, noted = named.path.resolve(), Path(str(recipe.base))
+    path, noted = named.path.resolve(), Path(str(recipe.base))
     found = next((each for each in checkpoints(named.checkpoints) if each.step == recipe.base_step), None)
     weights = found and found.checksum("model")
     if named.config.exists():
@@ -109,15 +106,15 @@ def recognise_base(recipe: Recipe, run: Run, named: Run) -> Recipe:
                 + (f", or move it away: {run.path} can go on without a base" if alone else "")
             )
     told = weights is not None and weights == recipe.base_weights
-    # An old run did not note the weights of its base. Where that has been moved, its name and step have to do.
-    moved = recipe.base_weights is None and found is not None and place.name == noted.name and not noted.exists()
-    if not (told or moved or place == noted):
+    # An older run did not note the weights of its base. If that has been moved, its name and step must be enough.
+    moved = recipe.base_weights is None and found is not None and path.name == noted.name and not noted.exists()
+    if not (told or moved or path == noted):
         raise InputError(f"{run.path} did not begin with {named.path}, but with {recipe.base}; name its --out")
-    return dataclasses.replace(recipe, base=str(place))
+    return dataclasses.replace(recipe, base=str(path))
 
 
 def _same_shape(recipe: Recipe, base: Run) -> bool:
-    # The context has no weights, and a reward model brings a head of its own.
+    # No weights depend on the context, and a reward model brings its own head.
     free = {name: getattr(recipe.model, name) for name in ("context", "scalar_head")}
     return dataclasses.replace(base.read_recipe().model, **free) == recipe.model
 
@@ -125,7 +122,7 @@ def _same_shape(recipe: Recipe, base: Run) -> bool:
 def read_conversations(
     recipe: Recipe, source: Source, tokenizer: Tokenizer, runtime: Runtime, console: Console
 ) -> Stage:
-    """The stage that learns the assistant's part of conversations."""
+    """Return the stage that learns the assistant's part of conversations."""
     console.say(source.describe())
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     train, validation = (
@@ -134,21 +131,15 @@ def read_conversations(
         )
         for split, limit in limits.items()
     )
-    batches = PackedLoader(
-        train,
-        recipe.tokens_per_pass,
-        recipe.model.context,
-        seed=recipe.loop.seed,
-        processes=runtime.processes,
-        whole=True,
-    )
+    size = (recipe.tokens_per_pass, recipe.model.context)
+    batches = PackedLoader(train, *size, seed=recipe.loop.seed, processes=runtime.processes, whole=True)
     sample = partial(answer_held_out, tokenizer=tokenizer, held_out=validation, count=recipe.loop.samples)
     stage = text_stage(recipe, tokenizer, train, validation, batches, sample)
     return dataclasses.replace(stage, notes=train.describe_beside(validation))
 
 
 def answer_held_out(model: GPT, tokenizer: Tokenizer, held_out: Conversations, count: int) -> list[str]:
-    """What the model answers to the first held-out requests."""
+    """Return what the model answers to the first held-out requests."""
     prompts = [held_out.prompt(number) for number in range(min(count, len(held_out)))]
     answers = say(model, tokenizer, prompts, answer_ends(tokenizer))
     return [f"> {tokenizer.decode(prompt)}\n\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]

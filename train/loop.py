@@ -1,6 +1,6 @@
 """The one training loop: what every stage of training runs, whatever its data and its loss.
 
-It reads downward: `Loop.train` takes steps until the budget is spent, `_train_step` is one of them.
+It reads downward: `Loop.train` takes steps until the budget is spent, and `_train_step` is one of them.
 """
 
 import contextlib
@@ -24,21 +24,9 @@ from engine.model import GPT
 from engine.processes import Coordinator
 from engine.run import Run
 from engine.runtime import Runtime, random_state, set_random_state, synchronize
+from train import parallel
 from train.data.loader import IGNORE_INDEX, Batch
-from train.evaluate import spelled_bytes
 from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
-from train.parallel import (
-    Objective,
-    compile_loss,
-    distribute,
-    lay_out,
-    share_like,
-    shares_on_host,
-    should_compile,
-    synchronised,
-    whole,
-    whole_on_host,
-)
 from train.tracking import RunningMetrics, Tracker
 
 # After so many steps in a row without a finite gradient the run is lost.
@@ -56,15 +44,14 @@ class TrainingError(Exception):
 
 
 class Batches(Protocol):
-    """Endless micro-batches, this process's part of each, and a cursor: what has been handed out so far."""
+    """Endless micro-batches, of each the part of this process, and a cursor: how much has been handed out so far."""
+
+    # How many times the data has been handed out, and how many tokens to all processes together, without padding.
+    @property
+    def epoch(self) -> float: ...
 
     @property
-    def epoch(self) -> float:
-        """How many times the data has been handed out, fractions included where they are known."""
-
-    @property
-    def tokens(self) -> int:
-        """Inputs of all processes in what has been handed out, padding left out."""
+    def tokens(self) -> int: ...
 
     def batches_per_epoch(self) -> float: ...
 
@@ -74,8 +61,7 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def close(self) -> None:
-        """Stop reading ahead."""
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -137,38 +123,44 @@ def packed_loss(model: GPT, batch: Batch) -> Tensor:
     return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
 
 
+def spelled_bytes(targets: Tensor, byte_lengths: Tensor) -> int:
+    """Return the number of UTF-8 bytes that these targets spell (IGNORE_INDEX spells none)."""
+    return int((byte_lengths[targets.clamp(min=0)] * (targets != IGNORE_INDEX)).sum())
+
+
 class Loop:
     """Trains `model` as its stage says until the budget is spent. Resumes to the bit from what it saved."""
 
     def __init__(self, model: GPT, stage: Stage, run: Run, runtime: Runtime, tracker: Tracker) -> None:
         recipe = stage.recipe
         self.model, self.stage, self.recipe, self.budget = model, stage, recipe, stage.budget
-        self.run, self.runtime, self.tracker = run, runtime, tracker
-        self.processes, self.layout = runtime.processes, lay_out(recipe, runtime)
+        self.run, self.runtime, self.tracker, self.processes = run, runtime, tracker, runtime.processes
+        self.layout = parallel.lay_out(recipe, runtime)
         # A share of a model cannot be evaluated: the main process fills this one with the weights it has just saved.
         self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
+        # What is saved, by the names of its files; and all of it as one module.
+        self.modules: dict[str, nn.Module] = {"model": model} | ({"critic": stage.critic} if stage.critic else {})
         self.trained = nn.ModuleDict({"policy": model, "critic": stage.critic}) if stage.critic else model
-        loss, self.compiled = stage.loss or packed_loss, should_compile(recipe, runtime)
+        loss, self.compiled = stage.loss or packed_loss, parallel.should_compile(recipe, runtime)
         if self.compiled:
-            loss = compile_loss(loss, self.trained, self.processes)
-        self.objective = distribute(Objective(self.trained, model, loss), runtime, self.layout)
+            loss = parallel.compile_loss(loss, self.trained, self.processes)
+        objective = parallel.Objective(self.trained, model, loss)
+        # The optimizer comes after this line: sharding replaces the parameters.
+        self.objective = parallel.distribute(objective, runtime, self.layout)
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime), scaler=scaler)
         self.byte_lengths = None if stage.byte_lengths is None else stage.byte_lengths.to(runtime.device)
+        self.flops_per_token = recipe.model.flops_per_token
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
         self.parts = self.layout.parts  # into how many each micro-batch is cut, for want of memory
-        self.step = 0
-        self.under_way = 0  # the step that is done, or was done last
-        self.busy_seconds = 0.0  # of that step, until gradients were exchanged
-        self.earlier_seconds = 0.0
-        self.began: float | None = None
+        self.step = self.skipped = self.skipped_in_a_row = 0
         self.coordinator = Coordinator(self.processes)
-        self.last_save = self.coordinator.now()
+        # Seconds: before the last resume; of evaluations; of the step under way, until gradients were exchanged.
+        self.earlier_seconds = self.evaluation_seconds = self.busy_seconds = 0.0
+        self.began = self.last_save = self.coordinator.now()
         self.step_seconds: deque[float] = deque(maxlen=50)
-        self.skipped = self.skipped_in_a_row = 0
-        self.announced = False
         self.unlogged: Callable[[], None] | None = None
-        self.evaluation_seconds = 0.0
+        self.announced = False
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
 
     def on_step(self, step: int) -> None:
@@ -176,10 +168,10 @@ class Loop:
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
-        for name, module in self._modules().items():
-            room = module.state_dict()
-            weights = found.tensors(name)
-            module.load_state_dict({key: share_like(room.get(key, weight), weight) for key, weight in weights.items()})
+        for name, module in self.modules.items():
+            own = module.state_dict()
+            weights = found.tensors(name).items()
+            module.load_state_dict({key: parallel.share_like(own.get(key, each), each) for key, each in weights})
         state = found.values("state")
         self.optimizer.load_state(found.tensors("optimizer"), state["scaler"])
         set_random_state(found.tensors("random"), self.runtime.device)
@@ -190,14 +182,15 @@ class Loop:
             checkpoint.set_aside_newer(self.run.checkpoints, found.step)
         self.saver.saved = found
 
-    def _modules(self) -> dict[str, nn.Module]:
-        """All that is trained, by the names of its files."""
-        return {"model": self.model, **({"critic": self.stage.critic} if self.stage.critic else {})}
-
     @property
     def seconds(self) -> float:
         """Seconds of training so far: evaluations and checkpoints included, over all resumes."""
-        return self.earlier_seconds + (0.0 if self.began is None else self.coordinator.now() - self.began)
+        return self.earlier_seconds + self.coordinator.now() - self.began
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent."""
+        return self.budget.progress(self.step, self.seconds)
 
     def train(self) -> Outcome:
         """Run to the end of the budget, or until Ctrl-C or SIGTERM.
@@ -214,12 +207,12 @@ class Loop:
 
     def _train(self) -> Outcome:
         self.model.train()
-        self._agree()
+        self.coordinator.agree()
         self.began = self.last_save = self.coordinator.now()
-        while (before := self._progress()) < 1 and self.coordinator.stop is None:
+        while (before := self.progress) < 1 and self.coordinator.stop is None:
             self._train_step(before)
             self.on_step(self.step)
-            after = self._progress()
+            after = self.progress
             evaluate = after < 1 and self.coordinator.stop is None and self._evaluation_due(before, after)
             if evaluate or self._checkpoint_due():
                 # Saved first: whatever goes wrong in an evaluation, the training is not lost.
@@ -237,17 +230,6 @@ class Loop:
         evaluation = self._evaluate(final=True) if stop is None else {}
         return Outcome(self.step, stop, evaluation, self._saved())
 
-    def _agree(self) -> None:
-        self.processes.at(f"step {self.under_way}, all-gather of clocks and signals")
-        self.coordinator.agree()
-
-    def _gather(self, what: str, *numbers: float) -> list[list[float]]:
-        self.processes.at(f"step {self.under_way}, all-gather of {what}")
-        return self.processes.gather(*numbers)
-
-    def _progress(self) -> float:
-        return self.budget.progress(self.step, self.seconds)
-
     def _evaluation_due(self, before: float, after: float) -> bool:
         """Every so many steps where that was asked for; else EVALUATIONS times over the run, if the time allows."""
         if self.recipe.loop.evaluate_every is not None:
@@ -261,24 +243,24 @@ class Loop:
         return self.coordinator.now() - self.last_save > 60 * self.recipe.loop.save_minutes
 
     def _train_step(self, progress: float) -> None:
-        begin = time.perf_counter()
-        self.under_way = self.step + 1
-        before = self.stage.batches.tokens
-        batches = [next(self.stage.batches) for _ in range(self.accumulation)]
-        tokens = self.stage.batches.tokens - before
+        begin, batches = time.perf_counter(), self.stage.batches
+        self.processes.step = self.step + 1
+        before = batches.tokens
+        taken = [next(batches) for _ in range(self.accumulation)]
+        tokens = batches.tokens - before
         # The targets are counted before the batches travel to the GPU. There the count would be a result of the GPU,
         # and the CPU would have to wait for it before it could start the first kernel of the step.
-        own = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
+        own = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in taken)
         self.busy_seconds = time.perf_counter() - begin
-        learnt = int(sum(count for (count,) in self._gather("counts of targets", own)))
-        batches = [batch.to(self.runtime.device) for batch in batches]
-        loss, norm = self._gradients(batches, learnt)
+        learnt = int(sum(count for (count,) in self.processes.gather(own, of="counts of targets")))
+        taken = [batch.to(self.runtime.device) for batch in taken]
+        loss, norm = self._gradients(taken, learnt)
         rate = rate_factor(self.recipe.schedule, progress)
         self.optimizer.set_rate(rate)
         self._apply(loss, norm)
         self.step += 1
         self.step_seconds.append(time.perf_counter() - begin)
-        self.unlogged = partial(self._log, batches, tokens, learnt, loss, norm, rate)
+        self.unlogged = partial(self._log, taken, tokens, learnt, loss, norm, rate)
         if self.step % self.recipe.loop.log_every == 0 or self.step == 1:
             self._log_step()
         if not self.announced and (self.step == 10 or self.seconds > 60):
@@ -293,29 +275,25 @@ class Loop:
             self._halve(batches)
         norm = self.optimizer.clip(self.recipe.optimizer.clip)
         # Before anything waits for the GPU, which would wait without a word for a process that does not come.
-        self._agree()
-        return float(self.processes.sum(total)) / self.processes.count, float(whole(norm))
+        self.coordinator.agree()
+        return float(self.processes.sum(total)) / self.processes.count, float(parallel.whole(norm))
 
     def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
         """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
         begin, measured = time.perf_counter(), self.stage.metrics.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
-        weights = [1.0] * len(parts)
-        if self.layout.shard and self.parts > 1:
-            # The weights of a sharded model travel for every part, so all processes must take equally many parts.
-            # A process whose batches could not be cut into as many repeats its smallest one: with a weight of 0,
-            # such a pass takes part in the exchange and adds nothing to loss or gradient.
-            idle = int(max(count for (count,) in self._gather("counts of parts", len(parts)))) - len(parts)
-            parts, weights = [min(parts, key=lambda part: len(part.tokens))] * idle + parts, [0.0] * idle + weights
+        idle = parallel.missing_parts(len(parts), self.processes) if self.layout.shard and self.parts > 1 else 0
+        # A part that is there to keep step with the other processes weighs nothing: neither in loss nor in gradient.
+        weighted = [(min(parts, key=lambda part: len(part.tokens)), 0.0)] * idle + [(part, 1.0) for part in parts]
         try:
-            for number, (part, weight) in enumerate(zip(parts, weights, strict=True), 1):
-                last = number == len(parts)
-                with synchronised(self.objective, last):
+            for number, (part, weight) in enumerate(weighted, 1):
+                last = number == len(weighted)
+                with parallel.synchronised(self.objective, last):
                     # Normalised by the count of the whole step, so that the cut into parts does not matter.
                     loss = weight * self.objective(part) / learnt
                     if last and self.processes.count > 1:
-                        self.processes.at(f"step {self.under_way}, reduction of gradients")
+                        self.processes.at("reduction of gradients")
                         # From here on each is as fast as the slowest.
                         synchronize(self.runtime.device)
                         self.busy_seconds += time.perf_counter() - begin
@@ -331,19 +309,16 @@ class Loop:
         return total
 
     def _halve(self, batches: list[Batch]) -> None:
-        """Cut micro-batches into twice as many parts, or more, until the largest part has become smaller.
-
-        A part is never less than one sequence, so doubling does not always help. The step is then repeated with the
-        same batch, and its gradient is the same: the losses of the parts add up to that of the whole.
-        """
+        """Cut micro-batches into twice as many parts, or more, until the largest part has become smaller."""
         self.optimizer.zero_grad()
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
         def largest(parts: int) -> int:
             return max(len(part.tokens) for batch in batches for part in batch.split(parts))
 
-        # From so many parts on, each holds one sequence.
+        # A part is at least one sequence, so twice as many parts need not be smaller ones. What is learnt stays the
+        # same: no sequence is cut, so each token sees what it saw, and the losses of the parts add up to the whole.
+        # From as many parts as tokens on, each holds one sequence.
         before, most = largest(self.parts), max(len(batch.tokens) for batch in batches)
         while self.parts < most and largest(self.parts) == before:
             self.parts *= 2
@@ -360,16 +335,16 @@ class Loop:
 
     def _apply(self, loss: float, norm: float) -> None:
         """Take the optimizer step, or skip it where loss or gradient is not finite."""
-        if math.isfinite(loss) and math.isfinite(norm):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
             self.skipped_in_a_row = 0
-            self.optimizer.step()
         else:
             self.skipped += 1
             # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow.
-            # These steps are lost, but the run is not: only those count that no lower scale would have saved.
+            # Such a step is lost, but not the run. Only steps that no lower scale could have saved speak against it.
             self.skipped_in_a_row += 0 if self.optimizer.scaling else 1
             self.tracker.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
-            self.optimizer.skip()
+        self.optimizer.step(skip=not finite)
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= NONFINITE_LIMIT:
             saved = self.saver.collect()
@@ -391,37 +366,29 @@ class Loop:
         if self.byte_lengths is not None:
             spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
         own = sum(len(batch.tokens) for batch in batches)
-        everyone = self._gather("metrics", own, spelled, self.busy_seconds)
-        spelled = int(sum(theirs for _, theirs, _ in everyone))
-        of_text = {} if self.byte_lengths is None else {"bits_per_byte": loss * learnt / math.log(2) / max(spelled, 1)}
+        everyone = self.processes.gather(own, spelled, self.busy_seconds, of="metrics")
+        shares, spelled_by, busy = zip(*everyone, strict=True)
+        metrics: dict[str, Any] = {"step": self.step, "loss": loss}
+        if self.byte_lengths is not None:
+            metrics["bits_per_byte"] = loss * learnt / math.log(2) / max(int(sum(spelled_by)), 1)
         typical = statistics.median(self.step_seconds)
-        of_processes = {}
+        metrics |= self.stage.metrics.take(self.processes) | {
+            "gradient_norm": norm,
+            "rate": rate,
+            "epoch": self.stage.batches.epoch,
+            "tokens": self.stage.batches.tokens,
+            "tokens_per_second": tokens / typical,
+            "mfu": tokens / typical * self.flops_per_token / self.runtime.peak_flops,
+            "seconds": self.seconds,
+            "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
+            "progress": self.progress,
+            "skipped": self.skipped,
+        }
         if self.processes.count > 1:
-            busy = [seconds for _, _, seconds in everyone]
-            of_processes = {
-                "process_tokens_per_second": [share / seconds for share, _, seconds in everyone],
-                # 1 where all are as fast as the typical one, which waits for what is above.
-                "straggling": max(busy) / statistics.median(busy),
-            }
-        self.tracker.log(
-            {
-                "step": self.step,
-                "loss": loss,
-                **of_text,
-                **self.stage.metrics.take(self.processes),
-                "gradient_norm": norm,
-                "rate": rate,
-                "epoch": self.stage.batches.epoch,
-                "tokens": self.stage.batches.tokens,
-                "tokens_per_second": tokens / typical,
-                "mfu": tokens / typical * self.recipe.model.flops_per_token / self.runtime.peak_flops,
-                "seconds": self.seconds,
-                "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
-                "progress": self._progress(),
-                "skipped": self.skipped,
-                **of_processes,
-            }
-        )
+            metrics["process_tokens_per_second"] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
+            # 1 where all are as fast as the typical process, which waits for the slower ones.
+            metrics["straggling"] = max(busy) / statistics.median(busy)
+        self.tracker.log(metrics)
 
     def _announce_long_run(self) -> None:
         self.announced = True
@@ -441,9 +408,9 @@ class Loop:
             "batches": self.stage.batches.state_dict(),
             "scaler": self.optimizer.scaler_state(),
         }
-        tensors = {name: whole_on_host(module, self.processes) for name, module in self._modules().items()}
+        tensors = {name: parallel.whole_on_host(each, self.processes) for name, each in self.modules.items()}
         tensors["random"] = random_state(self.runtime.device)
-        self.saver.start(self.step, tensors, {"state": state}, shares_on_host(self.optimizer.state()))
+        self.saver.start(self.step, tensors, {"state": state}, parallel.shares_on_host(self.optimizer.state()))
         self.last_save = self.coordinator.now()
 
     def _saved(self) -> checkpoint.Checkpoint:
@@ -452,32 +419,31 @@ class Loop:
         return saved
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
-        """What the main process measures of the checkpoint that was saved last."""
+        """Return what the main process measures of the checkpoint that was saved last."""
         begin = self.coordinator.now()
-        self.processes.at(f"step {self.under_way}, evaluation")
-        evaluation = self.processes.from_main(lambda: self._measure(final))
-        self._agree()
+        self.processes.at("evaluation")
+        evaluation = self.processes.from_main(lambda: self._measure(self._saved(), final))
+        self.coordinator.agree()
         self.evaluation_seconds += self.coordinator.now() - begin
         return evaluation
 
-    def _measure(self, final: bool) -> dict[str, float]:
-        model, evaluation, data = self.evaluated, {}, self.recipe.data
+    def _measure(self, saved: checkpoint.Checkpoint, final: bool) -> dict[str, float]:
+        model, evaluation = self.evaluated, {}
+        tokens = self.recipe.data.final_evaluation_tokens if final else self.recipe.data.evaluation_tokens
+        # No more at a time than a training pass holds, and far less than it holds with its activations.
+        at_a_time = min(self.recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
         try:
             if self.layout.shard:
-                model.load_state_dict(self._saved().tensors("model"))
+                model.load_state_dict(saved.tensors("model"))
                 model.to(self.runtime.device)
             # Compiled blocks know the shapes of training alone.
             with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-                evaluation = self.stage.evaluate(
-                    model,
-                    tokens=data.final_evaluation_tokens if final else data.evaluation_tokens,
-                    # No more than a training pass holds, and far less than it holds with its activations.
-                    tokens_per_batch=min(self.recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS),
-                )
-                self._saved().record_evaluation(evaluation)
-                measured = {f"validation_{name}": value for name, value in evaluation.items()}
-                self.tracker.log({"step": self.step, "tokens": self.stage.batches.tokens, **measured})
-                self._write_samples(model)
+                evaluation = self.stage.evaluate(model, tokens=tokens, tokens_per_batch=at_a_time)
+                saved.record_evaluation(evaluation)
+                metrics = {f"validation_{name}": value for name, value in evaluation.items()}
+                self.tracker.log({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
+                if self.recipe.loop.samples:
+                    self.run.add_samples(self.step, self.stage.sample(model))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -486,12 +452,6 @@ class Loop:
         if self.layout.shard:
             model.to("cpu")
         return evaluation
-
-    def _write_samples(self, model: GPT) -> None:
-        if self.recipe.loop.samples:
-            texts = "\n\n---\n\n".join(self.stage.sample(model))
-            with open(self.run.samples, "a") as file:
-                file.write(f"## Step {self.step:,}\n\n{texts}\n\n")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

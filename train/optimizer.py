@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.config import BudgetConfig, OptimizerConfig, ScheduleConfig
 from engine.runtime import Runtime
-from train.parallel import deal_matrices, deal_rows, local, share_like
+from train.parallel import exchange_rows, local, share_like
 
 
 class Budget:
@@ -27,7 +27,7 @@ class Budget:
             self.steps = max(1, round(config.epochs * steps_per_epoch))
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the run that is over after `step` steps and `seconds` of training; 1 or more at its end."""
+        """Return the share of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
         return seconds / self.seconds if self.steps is None else step / self.steps
 
     def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
@@ -40,7 +40,7 @@ class Budget:
 
 
 def rate_factor(config: ScheduleConfig, progress: float) -> float:
-    """The share of the peak learning rate at `progress`, the share of the run that is over (0 to 1)."""
+    """Return the share of the peak learning rate at `progress`, the share of the run that is over (0 to 1)."""
     if progress < config.warmup:
         # A rate of 0 would waste the first step.
         return max(progress / config.warmup, 0.01)
@@ -84,23 +84,29 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        # Each process updates its rows of a sharded matrix. But singular values belong to a whole matrix, so the
-        # processes exchange rows for whole matrices, orthogonalise some of them each, and exchange them back.
         buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
-        rows, columns = parameters[0].shape
-        rows //= group.get("parts", 1)
 
-        matrices = deal_matrices(updates, parameters[0])
-        how = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
-        stacked = matrices.view(len(matrices) * group.get("parts", 1), rows, columns)
-        directions = deal_rows(orthogonalise(stacked, *how).view_as(matrices), len(updates), parameters[0])
+        # Of a sharded matrix each process holds and updates some rows. But singular values belong to a whole matrix:
+        # the processes exchange rows for whole matrices, orthogonalise a few of these each, and exchange them back.
+        like, parts = parameters[0], group.get("parts", 1)
+        rows, columns = like.shape[0] // parts, like.shape[1]
+        matrices = exchange_rows(torch.stack(updates), like, len(updates))
+        directions = orthogonalise(
+            matrices.view(len(matrices) * parts, rows, columns),
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+            self.dtype,
+        )
+        directions = exchange_rows(directions.view_as(matrices), like, len(updates), back=True)
+
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         shares = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(shares, directions, alpha=-rate)
+        torch._foreach_add_(shares, list(directions), alpha=-rate)
 
 
 def orthogonalise(
@@ -122,7 +128,7 @@ class Optimizer:
     """All optimizers of a model: one step, one learning-rate factor, and a state that a checkpoint can hold.
 
     In half precision a `scaler` multiplies the loss, so that small gradients do not vanish. Where one overflows, it
-    leaves the step out and lowers its scale; that is how it finds its level. Without one nothing is scaled.
+    leaves the step out and lowers its scale; so it finds its level. Without a scaler nothing is multiplied.
     """
 
     def __init__(
@@ -135,38 +141,26 @@ class Optimizer:
     ) -> None:
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": [], "critic": []}
+        groups: dict[str, list[nn.Parameter]] = {role: [] for role in ("embedding", "head", "norm", "critic", "matrix")}
         for name, parameter in model.named_parameters():
             groups[_role(name, parameter)].append(parameter)
-        rates = {
-            "matrix": config.matrix_rate,
-            "embedding": config.embedding_rate,
-            "head": config.head_rate,
-            "norm": config.norm_rate,
-            "critic": config.critic_rate,
-        }
-        adam_roles = ["embedding", "head", "norm", "critic"] + (["matrix"] if config.kind == "adamw" else [])
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [
-                    # Decaying an embedding row shrinks rare words, and decaying a norm shrinks its channel: only
-                    # matrices decay.
-                    {
-                        "params": groups[role],
-                        "lr": rates[role],
-                        "weight_decay": config.weight_decay if role == "matrix" else 0.0,
-                    }
-                    for role in adam_roles
-                    if groups[role]
-                ],
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                fused=True,
-            )
+        matrices = groups.pop("matrix") if config.kind == "muon" else []
+        adam = [
+            # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
+            {
+                "params": parameters,
+                "lr": getattr(config, f"{role}_rate"),
+                "weight_decay": config.weight_decay if role == "matrix" else 0.0,
+            }
+            for role, parameters in groups.items()
+            if parameters
         ]
-        if config.kind == "muon" and groups["matrix"]:
-            stacked = [parameter for parameter in groups["matrix"] if self.names[parameter].endswith("qkv.weight")]
-            single = [parameter for parameter in groups["matrix"] if not self.names[parameter].endswith("qkv.weight")]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        ]
+        if matrices:
+            stacked = [parameter for parameter in matrices if self.names[parameter].endswith("qkv.weight")]
+            single = [parameter for parameter in matrices if not self.names[parameter].endswith("qkv.weight")]
             parts = [{"params": stacked, "parts": 3}, {"params": single, "parts": 1}]
             self.optimizers.append(
                 Muon(parts, dtype=matmul_dtype, lr=config.matrix_rate, weight_decay=config.weight_decay)
@@ -195,13 +189,11 @@ class Optimizer:
         """Is the loss scaled, and can the scale still be lowered?"""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
-    def step(self) -> None:
+    def step(self, *, skip: bool = False) -> None:
+        """Change the weights; or `skip` the step, because its gradients are not finite, and adapt the scale alone."""
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def skip(self) -> None:
-        """Leave out a step whose gradients are not finite."""
+            if not skip:
+                self.scaler.step(optimizer)
         self.scaler.update()
 
     def zero_grad(self) -> None:
@@ -209,7 +201,7 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimizers' state, by `parameter/entry`."""
+        """Return every tensor of the optimizers' state, by `parameter/entry`."""
         return {
             f"{self.names[parameter]}/{entry}": tensor
             for optimizer in self.optimizers
@@ -218,7 +210,7 @@ class Optimizer:
         }
 
     def scaler_state(self) -> dict[str, Any]:
-        """The state of the loss scale, JSON-able; empty where nothing is scaled."""
+        """Return the state of the scaler, JSON-able; empty where nothing is scaled."""
         return self.scaler.state_dict()
 
     def load_state(self, state: dict[str, Tensor], scaler: dict[str, Any] | None = None) -> None:
@@ -233,13 +225,13 @@ class Optimizer:
         for key, tensor in state.items():
             name, _, entry = key.rpartition("/")
             optimizer, parameter = owners[name]
-            # Fused AdamW counts its steps on the CPU's side unless the parameter is on a GPU, where it counts there.
+            # Fused AdamW counts its steps on the device of the parameter.
             own = share_like(parameter, tensor) if tensor.shape == parameter.shape else tensor
             optimizer.state[parameter][entry] = own.to(parameter.device, copy=True)
 
 
 def _role(name: str, parameter: nn.Parameter) -> str:
-    # Where two models are trained together, their names stand before those of their parameters.
+    # Where a policy and a critic are trained together, their names stand before those of their parameters.
     if name.startswith("critic."):
         return "critic"
     if parameter.ndim < 2:

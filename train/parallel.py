@@ -1,8 +1,8 @@
-"""One model on many processes: whole on each (DDP), or a share of it on each (FSDP2), with every tensor a DTensor."""
+"""One model on many processes: a copy on each (DDP), or a share of it on each (FSDP2), with every tensor a DTensor."""
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ from engine.estimate import GIB, RESERVED, Setup, peak_memory
 from engine.processes import Processes
 from engine.runtime import Runtime
 
+# The loss of a model on a batch, summed.
+Loss = Callable[[Any, Any], Tensor]
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Does a process hold a share of the model, or all of it; in how many parts does it take a micro-batch?"""
+    """Whether each process holds a share of the model or all of it, and in how many parts it takes a micro-batch."""
 
     shard: bool = False
     parts: int = 1
@@ -26,7 +29,7 @@ class Layout:
 
 
 def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
-    """What fits by estimate: whole where that was not asked otherwise, and in as few parts as can be.
+    """Choose what fits by estimate: the whole model where that was not asked otherwise, and as few parts as can be.
 
     Decided before training: one process that runs out of memory would leave the others waiting. Raises InputError for
     what cannot be done.
@@ -34,27 +37,27 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
     count, model = runtime.processes.count, recipe.model
     if count == 1:
         return Layout()
-    # A share of the batch ends where a piece does, at most one context later.
+    # A share of the batch ends where a sequence does, at most one context later.
     tokens = recipe.tokens_per_pass // count + model.context
 
-    def setup(shard: bool, parts: int) -> Setup:
+    def memory_for(shard: bool, parts: int) -> int:
         several = parts > 1 or recipe.tokens_per_pass < recipe.tokens_per_step
         kind, size, gpu = recipe.optimizer.kind, runtime.dtype.itemsize, runtime.device.type == "cuda"
         again = recipe.loop.checkpoint_activations
         # A part ends where a sequence does, too.
         at_a_time = tokens if parts == 1 else min(tokens, tokens // parts + model.context)
-        return Setup(model, kind, at_a_time, size, gpu, count, shard, several, again)
+        return peak_memory(Setup(model, kind, at_a_time, size, gpu, count, shard, several, again))
 
     cuts = [2**power for power in range((tokens // model.context).bit_length())]
     layouts = [False, True] if recipe.loop.shard is None else [recipe.loop.shard]
     options, memory = [(shard, parts) for shard in layouts for parts in cuts], device_memory(runtime)
-    shard, parts = next((each for each in options if peak_memory(setup(*each)) <= memory), options[-1])
+    shard, parts = next((each for each in options if memory_for(*each) <= memory), options[-1])
     if shard and runtime.precision == "fp16":
         raise InputError("a sharded model cannot be trained with --precision fp16: use bf16 or fp32")
-    need = f"{peak_memory(setup(shard, parts)) / GIB:.3g} of {memory / GIB:.3g} GiB at the peak, by estimate"
+    need = f"{memory_for(shard, parts) / GIB:.3g} of {memory / GIB:.3g} GiB at the peak, by estimate"
     how = "a share of the model on each (FSDP)" if shard else "the model on each (DDP)"
-    pieces = f", micro-batches in {parts} parts" if parts > 1 else ""
-    return Layout(shard, parts, f"processes  {count}, {how}{pieces}: {need}")
+    cut = f", micro-batches in {parts} parts" if parts > 1 else ""
+    return Layout(shard, parts, f"processes  {count}, {how}{cut}: {need}")
 
 
 def device_memory(runtime: Runtime) -> int:
@@ -65,17 +68,16 @@ def device_memory(runtime: Runtime) -> int:
 
 
 def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
-    """torch.compile, where nothing else was asked for: on a GPU. On a CPU its start-up of a minute does not pay."""
+    """Whether to use torch.compile. Unless told, on a GPU: on a CPU the minute that it takes to start does not pay."""
     return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
 
 
-Loss = Callable[[Any, Any], Tensor]
-
-
 def compile_loss(loss: Loss, trained: nn.Module, processes: Processes) -> Loss:
-    """The loss, compiled. Of many processes each block of the model is, one by one: so its gradients can travel while
-    those of the next block are computed."""
-    # Where compiling fails (no C compiler, say), run that part as it is.
+    """Return the loss, compiled. Several processes compile each block of the model instead.
+
+    Then the gradients of a block can travel while those of the block before it are computed.
+    """
+    # Where compiling fails (no C compiler, say), that part runs as it is.
     torch._dynamo.config.suppress_errors = True
     if processes.count == 1:
         return torch.compile(loss)
@@ -85,9 +87,9 @@ def compile_loss(loss: Loss, trained: nn.Module, processes: Processes) -> Loss:
 
 
 class Objective(nn.Module):
-    """A batch in, its summed loss out: one module of all that is trained, whose forward DDP and FSDP can follow."""
+    """All that is trained as one module whose forward, from a batch to its summed loss, DDP and FSDP can follow."""
 
-    def __init__(self, trained: nn.Module, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(self, trained: nn.Module, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.trained, self.model, self.loss = trained, model, loss
 
@@ -96,7 +98,7 @@ class Objective(nn.Module):
 
 
 def distribute(objective: Objective, runtime: Runtime, layout: Layout) -> nn.Module:
-    """The objective, ready to be trained by all processes. Before the optimizer: sharding replaces the parameters."""
+    """Return the objective as all processes train it. Call it before making the optimizer: it replaces parameters."""
     if not layout.shard:
         objective.to(runtime.device)
         return replicate(objective) if runtime.processes.count > 1 else objective
@@ -111,10 +113,10 @@ def replicate(objective: nn.Module) -> nn.parallel.DistributedDataParallel:
 
 
 def shard(module: nn.Module, mesh: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Deal every parameter out over the mesh, by rows. Weights travel in `dtype`, gradients in fp32."""
+    """Split every parameter over the mesh, by rows. Weights travel in `dtype`, gradients in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # The model casts what it computes itself.
+    # The model itself casts what it computes.
     narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else narrow
     for block in blocks(module):
@@ -128,7 +130,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """For one forward and backward: are gradients exchanged now, or added up for a later pass that does?"""
+    """One forward and backward: `now` exchanges the gradients; else they are added up for a later pass that does."""
     if isinstance(objective, nn.parallel.DistributedDataParallel) and not now:
         return objective.no_sync()
     if sync := getattr(objective, "set_requires_gradient_sync", None):
@@ -136,22 +138,32 @@ def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
+def missing_parts(own: int, processes: Processes) -> int:
+    """How many parts this process has fewer than the one with the most. Called by all of them at once.
+
+    The weights of a sharded model travel from process to process for every part, forward and backward. One that
+    took fewer parts than the others would not be there for the last exchanges, and they would wait for it for ever.
+    """
+    return int(max(count for (count,) in processes.gather(own, of="counts of parts"))) - own
+
+
 def sharded(tensor: Tensor) -> bool:
-    """Is it a DTensor? Asked in this way, for the class takes a second to import."""
+    """Whether a tensor is a DTensor. This does not import the class, which takes a second."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, in place; of one that is not sharded, all of it."""
+    """Return this process's share of a tensor, without a copy; all of it where it is not sharded."""
     return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
+    """Return the complete tensor, from the shares of all processes."""
     return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def share_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor that every process has, sharded as another one is."""
+    """Return a tensor that every process has, sharded as another one is."""
     if not sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -159,46 +171,30 @@ def share_like(like: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def deal_matrices(shares: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Exchange rows for whole matrices: of K matrices sharded as `like`, return those that fall to this process.
+def exchange_rows(stack: Tensor, like: Tensor, count: int, *, back: bool = False) -> Tensor:
+    """Exchange this process's rows of `count` matrices, sharded as `like`, for some whole matrices; or `back`.
 
-    `shares` holds this process's rows of each. [matrices, rows, columns]; without sharding these are all K.
+    [count, own rows, columns] becomes [own matrices, rows, columns]. Without sharding a process has all rows of all.
     """
-    stack = torch.stack(list(shares))
     if not sharded(like):
         return stack
-    from torch.distributed.tensor import Shard
-
-    return _stacked(stack, like, len(shares), Shard(1)).redistribute(placements=[Shard(0)]).to_local()
-
-
-def deal_rows(matrices: Tensor, count: int, like: Tensor) -> list[Tensor]:
-    """The way back from `deal_matrices`: return this process's rows of each of all `count` matrices."""
-    if not sharded(like):
-        return list(matrices.unbind())
-    from torch.distributed.tensor import Shard
-
-    by_rows = _stacked(matrices, like, count, Shard(0)).redistribute(placements=[Shard(1)])
-    return list(by_rows.to_local().unbind())
-
-
-def _stacked(local: Tensor, like: Tensor, count: int, placement: Any) -> Any:
-    """The DTensor [count, rows, columns] of which this process holds `local`."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
     rows, columns = like.shape
+    before, after = (Shard(0), Shard(1)) if back else (Shard(1), Shard(0))
     shape, stride = torch.Size((count, rows, columns)), (rows * columns, columns, 1)
-    return DTensor.from_local(local, like.device_mesh, [placement], shape=shape, stride=stride)  # type: ignore[attr-defined]
+    dealt = DTensor.from_local(stack, like.device_mesh, [before], shape=shape, stride=stride)  # type: ignore[attr-defined]
+    return dealt.redistribute(placements=[after]).to_local()
 
 
 def whole_on_host(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """A copy of all weights in the memory of the main process's CPU; the others only bring their shares, one by one."""
+    """Return a copy of all weights in the main process's CPU memory; the others only send their shares, one by one."""
     gathered = ((name, whole(tensor.detach())) for name, tensor in module.state_dict().items())
     return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if processes.main}
 
 
 def shares_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of tensors, or of this process's shares of them, in the CPU's memory."""
+    """Return a copy of tensors, or of this process's shares of them, in CPU memory."""
     if not any(map(sharded, tensors.values())):
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions

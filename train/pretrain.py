@@ -23,9 +23,9 @@ from train.data.stream import StreamLoader
 from train.evaluate import evaluate_loss
 from train.stage import Amounts, Batches, Console, Outcome, Stage, TokenDataset, run_stage
 
-# A tokenizer learns little from more text than this per piece of its vocabulary.
-SAMPLE_BYTES_PER_PIECE = 1000
-# Where the Hub cannot be reached: so many of the built-in stories stand in for a data set that ends.
+# From more text than this per token of its vocabulary, a tokenizer learns little.
+SAMPLE_BYTES_PER_TOKEN = 1000
+# Where the Hub cannot be reached, so many of the built-in stories take the place of a data set that has an end.
 FALLBACK_STORIES = 100_000
 SPLITS_USED = ("train", "validation")
 SAMPLE_TOKENS = 200
@@ -43,19 +43,23 @@ def pretrain(
 
 
 def read_documents(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
-    """The stage that learns documents. Its recipe holds what the data decided (vocabulary, source)."""
+    """Return the stage that learns documents. Its recipe holds what the data decided: vocabulary and source."""
     train: TokenDataset | None = None
     batches: Batches
     if recipe.data.stream:
-        recipe, tokenizer, validation, batches = stream_documents(recipe, run, runtime, console)
+        if is_prepared(recipe.data.source):
+            raise InputError(f"{recipe.data.source} is prepared already: train on it without --stream")
+        recipe, source = find_source(recipe, console)
+        tokenizer, (validation,) = tokenize(recipe, source, run, console, "validation")
+        size = (recipe.tokens_per_pass, recipe.model.context)
+        batches = StreamLoader(source, tokenizer, validation, *size, processes=runtime.processes)
     else:
         recipe, tokenizer, train, validation = prepare_documents(recipe, run, console)
-        batches = PackedLoader(
-            train, recipe.tokens_per_pass, recipe.model.context, seed=recipe.loop.seed, processes=runtime.processes
-        )
-    return text_stage(
-        recipe, tokenizer, train, validation, batches, partial(begin_documents, tokenizer=tokenizer, recipe=recipe)
-    )
+        size = (recipe.tokens_per_pass, recipe.model.context)
+        batches = PackedLoader(train, *size, seed=recipe.loop.seed, processes=runtime.processes)
+    recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
+    sample = partial(begin_documents, tokenizer=tokenizer, recipe=recipe)
+    return text_stage(recipe, tokenizer, train, validation, batches, sample)
 
 
 def text_stage(
@@ -66,13 +70,14 @@ def text_stage(
     batches: Batches,
     sample: Callable[[GPT], list[str]],
 ) -> Stage:
-    """A stage whose loss is that of the next token. `train` is None where it is a stream, whose length nobody knows."""
-    amount = f"{train.tokens:,} tokens to train on" if train else "streamed"
+    """Return a stage that learns the next token. `train` is None for a stream, whose length nobody knows."""
     text = train or validation
+    amount = f"{train.tokens:,} tokens to train on" if train else "streamed"
+    amount += f", {validation.tokens:,} tokens to validate; {text.bytes / text.tokens:.2f} bytes per token"
 
-    def steps(count: int, epochs: float) -> str:
+    def learnt(steps: int, epochs: float) -> str:
         # Conversations leave padding.
-        tokens = f"{'up to ' if recipe.chat else ''}{count * recipe.tokens_per_step:,} tokens"
+        tokens = f"{'up to ' if recipe.chat else ''}{steps * recipe.tokens_per_step:,} tokens"
         return f"{tokens}, {epochs:.2f} epochs" if train else tokens
 
     return Stage(
@@ -80,15 +85,13 @@ def text_stage(
         batches,
         evaluate=partial(evaluate_loss, documents=validation, byte_lengths=tokenizer.byte_lengths),
         sample=sample,
-        amounts=Amounts(
-            f"{amount}, {validation.tokens:,} tokens to validate; {text.bytes / text.tokens:.2f} bytes per token", steps
-        ),
+        amounts=Amounts(amount, learnt),
         byte_lengths=torch.from_numpy(tokenizer.byte_lengths),
     )
 
 
 def prepare_documents(recipe: Recipe, run: Run, console: Console) -> tuple[Recipe, Tokenizer, TokenShards, TokenShards]:
-    """Tokenizer and token files for a recipe: what to train on, and what to validate.
+    """Return tokenizer and token files for a recipe: those to train on and those to validate on.
 
     Goes on where an interrupted preparation of the same run stopped.
     """
@@ -97,7 +100,7 @@ def prepare_documents(recipe: Recipe, run: Run, console: Console) -> tuple[Recip
         folder = run.data
         if not all(is_prepared(folder, split) for split in SPLITS_USED):
             recipe, source = find_source(recipe, console)
-            prepare_source(recipe, source, run, console)
+            tokenize(recipe, source, run, console, *SPLITS_USED)
     tokenizer = Tokenizer.load(folder)
     if not run.tokenizer.exists():
         tokenizer.save(run.path / tokenizer.file_name)
@@ -106,58 +109,43 @@ def prepare_documents(recipe: Recipe, run: Run, console: Console) -> tuple[Recip
     train, validation = (TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED)
     for each in (train, validation):
         each.check(tokenizer.eod)
-    return override(recipe, "model.vocab_size", tokenizer.vocab_size), tokenizer, train, validation
+    return recipe, tokenizer, train, validation
 
 
-def stream_documents(
-    recipe: Recipe, run: Run, runtime: Runtime, console: Console
-) -> tuple[Recipe, Tokenizer, TokenShards, StreamLoader]:
-    """As `prepare_documents`, but only what validates is prepared; the rest comes as this process's batches."""
-    if is_prepared(recipe.data.source):
-        raise InputError(f"{recipe.data.source} is prepared already: train on it without --stream")
-    recipe, source = find_source(recipe, console)
+def tokenize(
+    recipe: Recipe, source: Source, run: Run, console: Console, *splits: str
+) -> tuple[Tokenizer, list[TokenShards]]:
+    """Tokenize splits of the source into the run's folder, with the run's tokenizer."""
     console.say(source.describe())
-    tokenizer = find_tokenizer(recipe, source, run, console)
-    most = recipe.data.final_evaluation_tokens
-    progress = console.preparing("validation")
-    validation = prepare(source, tokenizer, run.data, "validation", max_tokens=most, progress=progress)
-    console.say(f"validation {source.describe_read(validation.documents)}")
+    tokenizer, found = find_tokenizer(recipe, source, run, console), []
+    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
+    for split in splits:
+        progress = console.preparing(split)
+        shards = prepare(source, tokenizer, run.data, split, max_tokens=limits[split], progress=progress)
+        # A source that writes its documents itself reads no rows, and leaves none out.
+        if source.rows or recipe.data.stream:
+            console.say(f"{split:10} {source.describe_read(shards.documents)}")
+        found.append(shards)
     console.say(f"held out   {source.held_out_by}")
-    batches = StreamLoader(
-        source, tokenizer, validation, recipe.tokens_per_pass, recipe.model.context, processes=runtime.processes
-    )
-    return override(recipe, "model.vocab_size", tokenizer.vocab_size), tokenizer, validation, batches
+    return tokenizer, found
 
 
 def find_tokenizer(recipe: Recipe, source: Source, run: Run, console: Console) -> Tokenizer:
-    """The run's tokenizer; where it has none yet, the one that the recipe names, or else one trained on the source."""
+    """Return the run's tokenizer; if it has none yet, the one that the recipe names, or one trained on the source."""
     if run.tokenizer.exists():
         return Tokenizer.load(run.tokenizer)
     if recipe.data.tokenizer is not None:
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
     else:
-        sample_bytes = SAMPLE_BYTES_PER_PIECE * recipe.model.vocab_size
+        sample_bytes = SAMPLE_BYTES_PER_TOKEN * recipe.model.vocab_size
         documents = source.documents("train")
         tokenizer = train_tokenizer(documents, recipe.model.vocab_size, sample_bytes=sample_bytes, notice=console.say)
     tokenizer.save(run.path / tokenizer.file_name)
     return tokenizer
 
 
-def prepare_source(recipe: Recipe, source: Source, run: Run, console: Console) -> None:
-    """Tokenize the source into the run's folder."""
-    console.say(source.describe())
-    tokenizer = find_tokenizer(recipe, source, run, console)
-    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
-    for split, limit in limits.items():
-        shards = prepare(source, tokenizer, run.data, split, max_tokens=limit, progress=console.preparing(split))
-        # A source that writes its documents itself reads no rows, and leaves none out.
-        if source.rows:
-            console.say(f"{split:10} {source.describe_read(shards.documents)}")
-    console.say(f"held out   {source.held_out_by}")
-
-
 def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
-    """The source of a recipe, or its fallback, with a notice, where the Hub cannot be reached."""
+    """Return the source of a recipe; where the Hub cannot be reached its fallback, and say so."""
     data = recipe.data
     try:
         source = open_source(data.source, column=data.column, holdout=data.holdout, limit=data.documents)
@@ -168,24 +156,21 @@ def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
         reason = str(error).partition(";")[0]
         console.say(f"{reason}; using the built-in {data.fallback} instead (--data {data.source} insists)")
         documents = data.documents or FALLBACK_STORIES
-        recipe = dataclasses.replace(
-            recipe,
-            data=dataclasses.replace(data, source=data.fallback, fallback=None, column=None, documents=documents),
-        )
-        return recipe, open_source(data.fallback, limit=documents)
+        other = dataclasses.replace(data, source=data.fallback, fallback=None, column=None, documents=documents)
+        return dataclasses.replace(recipe, data=other), open_source(data.fallback, limit=documents)
     if data.source == "stories" and data.documents is None and recipe.budget.epochs is not None:
         raise InputError("the built-in stories never end, so an epoch needs a number: --set data.documents=40000")
     return recipe, source
 
 
 def begin_documents(model: GPT, tokenizer: Tokenizer, recipe: Recipe) -> list[str]:
-    """Documents that the model begins by itself. The same seeds at every step, to compare."""
+    """Return documents that the model begins by itself, with the same seeds at every step, to compare."""
     prompts = [document_prompt(tokenizer, "")] * recipe.loop.samples
     return say(model, tokenizer, prompts, text_ends(tokenizer, chat=recipe.chat))
 
 
 def say(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], ends: frozenset[int]) -> list[str]:
-    """How the model goes on after each prompt."""
+    """Return how the model goes on after each prompt."""
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=0)
     most = min(SAMPLE_TOKENS, model.config.context - 1)
     completions = generate(model, tokenizer, prompts, sampling, max_tokens=most, stop_ids=ends)

@@ -18,9 +18,8 @@ from engine.processes import ALONE, Processes
 
 Metrics = Mapping[str, Any]
 
-
-# What an evaluation may hold beside the loss, of text or of rewards, and how a person reads it.
-MEASURES = {
+# What an evaluation of text or of rewards may hold beside the loss, and how it is written for a person.
+METRICS = {
     ("bits_per_byte",): "{:.4f} bits/byte",
     ("perplexity",): "perplexity {:.2f}",
     ("accuracy",): "accuracy {:.3f}",
@@ -37,15 +36,16 @@ MEASURES = {
 
 
 def evaluation_parts(metrics: Metrics, prefix: str = "") -> list[str]:
-    """What was measured, loss first, in words."""
+    """Return what was measured in words, the loss first."""
     values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     return [f"loss {values['loss']:.4f}", *measure_parts(values)]
 
 
 def measure_parts(values: Metrics) -> list[str]:
-    """What was measured beside the loss, in words."""
-    found = ((names, form) for names, form in MEASURES.items() if values.keys() >= set(names))
-    return [form.format(*(values[name] for name in names)) for names, form in found]
+    """Return in words what was measured beside the loss."""
+    return [
+        form.format(*(values[name] for name in names)) for names, form in METRICS.items() if values.keys() >= set(names)
+    ]
 
 
 class RunningMetrics:
@@ -76,17 +76,19 @@ class RunningMetrics:
 
 
 class Tracker(Protocol):
-    """Takes what a run has to say. `metrics` always holds "step"; loss is in nats per token, times in seconds."""
+    """Takes what a run reports. `metrics` always holds "step"; loss is in nats per token, times in seconds."""
 
     def log(self, metrics: Metrics) -> None: ...
 
-    def say(self, message: str) -> None: ...
+    def say(self, message: str) -> None:
+        """Tell a person something. A tracker that takes only numbers leaves this as it is."""
+        return
 
     def close(self) -> None: ...
 
 
-class MetricsFile:
-    """One JSON line per logged step. Resuming at `step` drops the lines that the run will write again."""
+class MetricsFile(Tracker):
+    """Writes one JSON line per logged step. Resuming at `step` drops the lines that the run will write again."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step] if step else []
@@ -94,22 +96,19 @@ class MetricsFile:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
 
     def log(self, metrics: Metrics) -> None:
-        # JSON has no NaN: a number that is not one is null.
+        # JSON knows no NaN and no infinity; null stands for them.
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
         self.file.write(json.dumps(values) + "\n")
 
-    def say(self, message: str) -> None:
-        pass
-
     def close(self) -> None:
         self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A last line that a crash cut short is left out."""
+    """Return the lines of a metrics file, without a last line that a crash cut short."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -124,10 +123,10 @@ def require_wandb() -> None:
         raise InputError("--wandb needs the wandb package: pip install wandb")
 
 
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later.
 
-    `earlier` is what other processes have logged of this run: what one that was killed has not sent is sent now.
+    `earlier` is what the run has logged before this process. What a killed process has not sent of it is sent now.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class Wandb:
         if mode is None and not (os.environ.get("WANDB_API_KEY") or _has_login()):
             mode = "offline"
             say("wandb: no login found, so it records offline; send it later with `wandb sync`")
-        # The same id on resume, so that one run stays one curve.
+        # A resumed run has the same id, so that it stays one curve.
         identity = folder / "wandb-id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -154,10 +153,10 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-        # wandb's own steps only grow: what was logged at one that has passed, after a resume or by an evaluation, would
-        # be dropped. So it counts lines, and measures are told to lie at the step that they hold.
+        # wandb's own steps only grow, and it drops what is logged at an earlier one, as after a resume. So they count
+        # lines here, and every metric is drawn over the step that its line holds.
         self.run.define_metric("*", step_metric="step")
-        # Offline nobody knows what has reached the disk. Twice at its own step, a point is where it was.
+        # Offline, nobody knows which lines have reached the disk. A line that comes twice is drawn once, at its step.
         sent = self.run.summary.get("step", 0)
         for metrics in earlier:
             if metrics["step"] > sent:
@@ -165,9 +164,6 @@ class Wandb:
 
     def log(self, metrics: Metrics) -> None:
         self.run.log(dict(metrics))
-
-    def say(self, message: str) -> None:
-        pass
 
     def close(self) -> None:
         self.run.finish()
@@ -182,7 +178,7 @@ def _has_login() -> bool:
         return False
 
 
-class Trackers:
+class Trackers(Tracker):
     """Several trackers as one."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:

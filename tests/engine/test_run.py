@@ -93,7 +93,7 @@ def other_width(run: Run) -> None:
         (lambda run: run.config.write_text("[]"), "latest", r"config\.json holds no recipe"),
         (lambda run: run.config.write_text('{"recipe": 3}'), "latest", "group of settings"),
         (lambda run: run.tokenizer.unlink(), "latest", r"cannot read the tokenizer .*tokenizer\.model"),
-        (other_tokenizer, "latest", r"tokenizer\.model has 268 pieces; .* built for 400"),
+        (other_tokenizer, "latest", r"tokenizer\.model has 268 tokens; .* built for 400"),
         (other_width, "latest", r"step-00000010 does not fit the model that .*config\.json"),
         (remove_checkpoints, "latest", "has no latest checkpoint.*begun"),
         (remove_checkpoints, "best", "has no best checkpoint"),

@@ -11,7 +11,7 @@ from engine.config import ModelConfig
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
 from train.data.shards import TokenShards
-from train.evaluate import evaluate_loss, spelled_bytes
+from train.evaluate import evaluate_loss
 
 
 @pytest.fixture
@@ -75,8 +75,3 @@ def test_evaluation_leaves_the_model_in_training(tokenizer: Tokenizer, shards: T
     model = small_model(tokenizer.vocab_size, 32).train()
     evaluate_loss(model, shards, tokenizer.byte_lengths, tokens=10, tokens_per_batch=64)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_bits_per_byte_count_only_what_is_learnt() -> None:
-    lengths = torch.tensor([0, 1, 3])
-    assert spelled_bytes(torch.tensor([0, 1, 2, -100]), lengths) == int(lengths[:3].sum())

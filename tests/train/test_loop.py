@@ -91,6 +91,11 @@ def test_minutes_fit_the_schedule_to_the_time(small: Recipe, train: Train, monke
     assert [line["rate"] for line in trained] == [rate_factor(schedule, step / 12) for step in range(12)]
 
 
+def test_bits_per_byte_count_only_what_is_learnt() -> None:
+    lengths = torch.tensor([0, 1, 3])
+    assert loop.spelled_bytes(torch.tensor([0, 1, 2, -100]), lengths) == int(lengths[:3].sum())
+
+
 def test_accumulated_micro_batches_train_like_the_whole_batch(small: Recipe, train: Train, tmp_path: Path) -> None:
     small = override(small, "optimizer.kind", "adamw")
     train(small, "whole")

@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.processes import Processes
 from engine.runtime import Runtime
 from tests.train.team import said, start, train_on
-from train import loop, parallel
+from train import parallel
 from train.loop import Loop
 from train.tracking import read_metrics
 
@@ -85,7 +85,7 @@ def test_what_some_processes_saved_any_other_number_goes_on_with(steady: Recipe,
 
 
 def in_many_parts(rank: int) -> None:
-    loop.lay_out = lambda recipe, runtime: parallel.Layout(True, 128)
+    parallel.lay_out = lambda recipe, runtime: parallel.Layout(True, 128)
 
 
 def test_processes_that_share_a_model_take_as_many_parts_however_theirs_can_be_cut(
