@@ -1,4 +1,4 @@
-"""The machine: which device, which precision, how fast it can multiply, and where randomness comes from."""
+"""The machine: which device and precision to compute with, how fast it multiplies, and its random numbers."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
 
-# int8: fp32, but for the weights of decoding steps on a CPU (engine/cpu_decode.py).
+# int8 is fp32, except for the weights of decoding steps on a CPU.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
@@ -40,11 +40,11 @@ class Runtime:
         return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}"
 
     def peak_memory(self) -> int:
-        """The most memory the process (on a GPU: the device, for this process) has held so far, in bytes."""
+        """Return the most memory that this process has held so far, on a GPU that of the device, in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
-            # Not getrusage, whose peak a child process inherits from the one that started it.
+            # getrusage would be wrong here: a child process inherits the peak of the one that started it.
             status = Path("/proc/self/status").read_text()
             return int(status.partition("VmHWM:")[2].split()[0]) * 1024
         except (OSError, IndexError):
@@ -54,9 +54,9 @@ class Runtime:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Runtime:
-    """The runtime for this machine. "auto" is the GPU where there is one, and bf16 where the hardware multiplies it.
+    """Return the runtime for this machine. "auto" is the GPU if there is one, and bf16 if the hardware multiplies it.
 
-    Raises InputError for a device that is not there or a precision that it cannot do.
+    Raises InputError for a device that does not exist, or for a precision that it cannot compute in.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -72,7 +72,7 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
         has = "a CUDA device" if torch.cuda.is_available() else "no CUDA device"
         raise InputError(f"--device {device} cannot be used: this machine has {has}; try --device cpu") from None
     if precision == "auto":
-        precision = _native_precision(chosen)
+        precision = native_precision(chosen)
     if precision not in DTYPES:
         raise InputError(f"--precision is {precision!r}; it must be auto, {', '.join(DTYPES)}")
     if precision == "int8" and chosen.type != "cpu":
@@ -82,18 +82,19 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     return Runtime(chosen, precision)
 
 
-def _native_precision(device: torch.device) -> str:
+def native_precision(device: torch.device) -> str:
+    """Return the narrowest precision for training that the device multiplies in hardware."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "bf16" if device.type == "cpu" and cpu_multiplies_bf16() else "fp32"
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Does this CPU have bf16 matrix units (AMX or AVX512-BF16)? Without them bf16 is emulated, 90 times slower."""
+    """Whether this CPU has bf16 matrix units (AMX or AVX512-BF16). Without them bf16 is emulated, 90 times slower."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    # torch 2.11 knows fewer questions.
+    # torch 2.11 has no get_capabilities.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -108,7 +109,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of PyTorch's generators, as tensors that a checkpoint can hold."""
+    """Return the state of PyTorch's generators, as tensors that a checkpoint can hold."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -122,12 +123,11 @@ def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def measured_peak(runtime: Runtime, seconds: float = 0.2) -> float:
-    """Multiply-adds per second, times two, of one large matrix product: what this machine can do at best. In FLOP/s."""
+    """Measure one large matrix product: the most that this machine can do, in FLOP/s (a multiply-add counts two)."""
     size = 8192 if runtime.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
     b = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
-    best = float("inf")
-    end = time.perf_counter() + seconds
+    best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         synchronize(runtime.device)
         start = time.perf_counter()
@@ -143,7 +143,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class ToHost:
-    """A copy of a tensor on its way to the host. The device goes on meanwhile; `read` waits for it to arrive."""
+    """A copy of a tensor on its way to the host. The device goes on meanwhile; `read` waits until it has arrived."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.arrived: torch.cuda.Event | None = None
@@ -163,9 +163,9 @@ class ToHost:
 
 @contextlib.contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; the model's mode is put back afterwards."""
+    """Evaluation mode and no gradients within the block; afterwards the model is in its mode again."""
     was_training = model.training
-    # Not where nothing changes: the walk over all modules takes longer than a small model's next token.
+    # Changing the mode visits all modules, which takes longer than a small model needs for its next token.
     if was_training:
         model.eval()
     try:

@@ -29,9 +29,9 @@ from train.data.loader import IGNORE_INDEX, Batch
 from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
 from train.tracking import RunningMetrics, Tracker
 
-# After so many steps in a row without a finite gradient the run is lost.
+# A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
-# Evaluations over a run where their number is not set, and the share of its time that they may take.
+# How many evaluations a run makes where nothing else was asked for, and the share of its time that they may take.
 EVALUATIONS = 10
 EVALUATION_SHARE = 0.05
 # The most tokens that an evaluation reads at a time.
@@ -44,14 +44,15 @@ class TrainingError(Exception):
 
 
 class Batches(Protocol):
-    """Endless micro-batches, of each the part of this process, and a cursor: how much has been handed out so far."""
-
-    # How many times the data has been handed out, and how many tokens to all processes together, without padding.
-    @property
-    def epoch(self) -> float: ...
+    """An endless stream of micro-batches, of each the part for this process. Its state is how far it has come."""
 
     @property
-    def tokens(self) -> int: ...
+    def epoch(self) -> float:
+        """How many times all data has been handed out, fractions included where they are known."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have been handed out to all processes together, without padding."""
 
     def batches_per_epoch(self) -> float: ...
 
@@ -66,13 +67,13 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much a stage learns, in the words of its own data: for the lines that a run prints before it starts."""
+    """How much a stage learns, counted in what it learns from: for the lines that a run prints before it starts."""
 
     # What there is to train on and to validate.
     data: str
-    # What so many steps learn, which are so many epochs.
+    # What is learnt in this many steps, which are this many epochs.
     steps: Callable[[int, float], str]
-    # What a step learns; where it is None, so many rows of the context.
+    # What a step learns. None stands for the rows of the batch.
     step: str | None = None
 
 
@@ -80,24 +81,24 @@ class Amounts:
 class Stage:
     """What a stage of training brings to `run_stage` and to the loop."""
 
-    # The recipe, with what the data has decided: the vocabulary, say.
+    # The recipe, completed by what the data decides, such as the vocabulary.
     recipe: Recipe
     batches: Batches
-    # Measures a model on the first held-out `tokens`, `tokens_per_batch` at a time: {"loss": ...} and more.
+    # Measures a model on the first `tokens` held out, `tokens_per_batch` at a time: {"loss": ...} and more.
     evaluate: Callable[..., dict[str, float]]
-    # What a model says after so much training, for samples.md.
+    # Lets a model write a few texts, for samples.md.
     sample: Callable[[Any], list[str]]
     amounts: Amounts
-    # Makes the model. It begins with the weights of `base`, or with those that it is made with.
+    # Makes the model, which then takes the weights of `base` if there is one.
     model: Callable[[ModelConfig], GPT] = GPT
     base: checkpoint.Checkpoint | None = None
-    # The sum of the loss over a batch's targets. Where it is None, it is `packed_loss`.
+    # The loss summed over a batch's targets. None stands for `packed_loss`.
     loss: Callable[[Any, Any], Tensor] | None = None
-    # UTF-8 bytes that each token spells, int64 [vocab]: for bits per byte, where the loss is one of text.
+    # For a loss of text: the UTF-8 bytes that each token spells, int64 [vocab], to count bits per byte.
     byte_lengths: Tensor | None = None
-    # What the loss and the batches measured since the last log.
+    # What the loss and the batches measure, for the log.
     metrics: RunningMetrics = field(default_factory=RunningMetrics)
-    # A second model that the loss trains: PPO's critic. Saved beside the first.
+    # A second model that the loss trains, PPO's critic. It is saved beside the first one.
     critic: nn.Module | None = None
     # More lines for the console before the run starts.
     notes: tuple[str, ...] = ()
@@ -155,7 +156,7 @@ class Loop:
         self.parts = self.layout.parts  # into how many each micro-batch is cut, for want of memory
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.coordinator = Coordinator(self.processes)
-        # Seconds: before the last resume; of evaluations; of the step under way, until gradients were exchanged.
+        # Seconds before the last resume; of evaluations; of the step under way until gradients were exchanged.
         self.earlier_seconds = self.evaluation_seconds = self.busy_seconds = 0.0
         self.began = self.last_save = self.coordinator.now()
         self.step_seconds: deque[float] = deque(maxlen=50)
@@ -167,7 +168,7 @@ class Loop:
         """Called after each optimizer step with its number. Does nothing: it is for whoever watches or stops a run."""
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
-        """Take everything from a checkpoint: the steps that follow are those of a run that never stopped."""
+        """Take everything from a checkpoint: the next steps are the same as in a run that never stopped."""
         for name, module in self.modules.items():
             own = module.state_dict()
             weights = found.tensors(name).items()
@@ -185,7 +186,7 @@ class Loop:
     @property
     def seconds(self) -> float:
         """Seconds of training so far: evaluations and checkpoints included, over all resumes."""
-        return self.earlier_seconds + self.coordinator.now() - self.began
+        return self.earlier_seconds + (self.coordinator.now() - self.began)
 
     @property
     def progress(self) -> float:
@@ -219,7 +220,7 @@ class Loop:
                 self._save()
             if evaluate:
                 self._evaluate(final=False)
-        # However the run ends, its last line is that of its last step.
+        # However a run ends, it has logged its last step.
         self._log_step()
         stop = self.coordinator.stop
         if stop is not None:
@@ -231,7 +232,7 @@ class Loop:
         return Outcome(self.step, stop, evaluation, self._saved())
 
     def _evaluation_due(self, before: float, after: float) -> bool:
-        """Every so many steps where that was asked for; else EVALUATIONS times over the run, if the time allows."""
+        """Whether to evaluate: at the steps that were asked for, or else EVALUATIONS times, if the time allows."""
         if self.recipe.loop.evaluate_every is not None:
             return self.step % self.recipe.loop.evaluate_every == 0
         due = math.floor(after * EVALUATIONS) > math.floor(before * EVALUATIONS)
@@ -274,36 +275,40 @@ class Loop:
         while (total := self._passes(batches, learnt)) is None:
             self._halve(batches)
         norm = self.optimizer.clip(self.recipe.optimizer.clip)
-        # Before anything waits for the GPU, which would wait without a word for a process that does not come.
+        # This comes before anything waits for the GPU. If a process is lost, this collective says so in time, while the
+        # GPU would wait for its gradients in silence.
         self.coordinator.agree()
         return float(self.processes.sum(total)) / self.processes.count, float(parallel.whole(norm))
 
     def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
-        """Forward and backward of every part; None where memory ran out, with nothing of the failed pass kept alive."""
+        """Run forward and backward of every part and return the loss; None where memory ran out.
+
+        It returns, so that nothing of the failed pass is kept alive while the next one is tried.
+        """
         begin, measured = time.perf_counter(), self.stage.metrics.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
         idle = parallel.missing_parts(len(parts), self.processes) if self.layout.shard and self.parts > 1 else 0
-        # A part that is there to keep step with the other processes weighs nothing: neither in loss nor in gradient.
+        # A part that only keeps step with the other processes has the weight 0, in the loss and in the gradient.
         weighted = [(min(parts, key=lambda part: len(part.tokens)), 0.0)] * idle + [(part, 1.0) for part in parts]
         try:
             for number, (part, weight) in enumerate(weighted, 1):
                 last = number == len(weighted)
                 with parallel.synchronised(self.objective, last):
-                    # Normalised by the count of the whole step, so that the cut into parts does not matter.
+                    # Divided by the targets of the whole step, so that the cut into parts does not matter.
                     loss = weight * self.objective(part) / learnt
                     if last and self.processes.count > 1:
                         self.processes.at("reduction of gradients")
-                        # From here on each is as fast as the slowest.
+                        # From here on each process is as fast as the slowest.
                         synchronize(self.runtime.device)
                         self.busy_seconds += time.perf_counter() - begin
                     self.optimizer.backward(loss)
                     total += loss.detach()
         except RuntimeError as error:
-            # Of many processes one cannot begin again alone: the others wait for its gradients.
+            # One of several processes cannot begin again alone: the others wait for its gradients.
             if not _is_out_of_memory(error) or self.processes.count > 1:
                 raise
-            # The step is repeated: what it has measured so far would count twice.
+            # The step is repeated, so what it has measured up to here would count twice.
             self.stage.metrics.held = measured
             return None
         return total
@@ -316,9 +321,9 @@ class Loop:
         def largest(parts: int) -> int:
             return max(len(part.tokens) for batch in batches for part in batch.split(parts))
 
-        # A part is at least one sequence, so twice as many parts need not be smaller ones. What is learnt stays the
-        # same: no sequence is cut, so each token sees what it saw, and the losses of the parts add up to the whole.
-        # From as many parts as tokens on, each holds one sequence.
+        # A part is at least one sequence, so twice as many parts need not be smaller; with as many parts as tokens each
+        # part is one sequence. What is learnt stays the same: no sequence is cut, so every token sees what it saw
+        # before, and the losses of the parts add up to that of the whole.
         before, most = largest(self.parts), max(len(batch.tokens) for batch in batches)
         while self.parts < most and largest(self.parts) == before:
             self.parts *= 2
@@ -340,8 +345,8 @@ class Loop:
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
-            # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow.
-            # Such a step is lost, but not the run. Only steps that no lower scale could have saved speak against it.
+            # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow. That
+            # step is lost, but the run is well. So a step counts as a failure only if the scale cannot come down.
             self.skipped_in_a_row += 0 if self.optimizer.scaling else 1
             self.tracker.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
         self.optimizer.step(skip=not finite)
@@ -386,7 +391,7 @@ class Loop:
         }
         if self.processes.count > 1:
             metrics["process_tokens_per_second"] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
-            # 1 where all are as fast as the typical process, which waits for the slower ones.
+            # 1 if no process is slower than the typical one; the others wait for the slowest.
             metrics["straggling"] = max(busy) / statistics.median(busy)
         self.tracker.log(metrics)
 
@@ -419,7 +424,7 @@ class Loop:
         return saved
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
-        """Return what the main process measures of the checkpoint that was saved last."""
+        """Return what the main process measures on the checkpoint that was saved last."""
         begin = self.coordinator.now()
         self.processes.at("evaluation")
         evaluation = self.processes.from_main(lambda: self._measure(self._saved(), final))
@@ -430,13 +435,13 @@ class Loop:
     def _measure(self, saved: checkpoint.Checkpoint, final: bool) -> dict[str, float]:
         model, evaluation = self.evaluated, {}
         tokens = self.recipe.data.final_evaluation_tokens if final else self.recipe.data.evaluation_tokens
-        # No more at a time than a training pass holds, and far less than it holds with its activations.
+        # No more at a time than a training pass reads, which needs far more memory for its activations.
         at_a_time = min(self.recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
         try:
             if self.layout.shard:
                 model.load_state_dict(saved.tensors("model"))
                 model.to(self.runtime.device)
-            # Compiled blocks know the shapes of training alone.
+            # Blocks are compiled for the shapes of training only.
             with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
                 evaluation = self.stage.evaluate(model, tokens=tokens, tokens_per_batch=at_a_time)
                 saved.record_evaluation(evaluation)

@@ -19,7 +19,7 @@ from train.tracking import MetricsFile, Tracker, Trackers, Wandb, read_metrics, 
 
 __all__ = ["Amounts", "Batches", "Console", "Outcome", "Stage", "TokenDataset", "TrainingError", "run_stage"]
 
-# Even a short run gets this much text, so that going on with it (--resume with a larger budget) has something to read.
+# Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
 LEAST_TOKENS = 1_000_000
 
 
@@ -30,7 +30,7 @@ class Console(Tracker, Protocol):
 
 
 class TokenDataset(PieceSource, Protocol):
-    """What a loader packs, and how much of it there is."""
+    """Documents of token ids that a loader can pack, and how much text they hold."""
 
     @property
     def tokens(self) -> int: ...
@@ -61,7 +61,7 @@ def run_stage(
     peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
     runtime = dataclasses.replace(runtime, peak_flops=peak)
     if not resume:
-        # Settled here, so that a resumed run does not depend on the machine or its mood.
+        # Settled now, so that a resumed run depends neither on the machine nor on how busy it is.
         recipe = override(recipe, "precision", runtime.precision)
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
 
@@ -102,23 +102,23 @@ def run_stage(
 
 
 def most_tokens(recipe: Recipe, peak: float) -> int | None:
-    """More tokens than this the run cannot use: no need to prepare them. None where it reads whole epochs."""
+    """Return how many tokens the run can use at most: no more need to be prepared. None where it reads whole epochs."""
     budget = recipe.budget
     if budget.epochs is not None:
         return None
     if budget.minutes is not None:
-        # At half the speed of a bare matrix product, which few training steps reach.
+        # Few training steps reach half the speed of a bare matrix product.
         needed = 60 * budget.minutes * peak / 2 / recipe.model.flops_per_token
     else:
         needed = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
-    # Validation is held out of the same stream, and the last batch must fill up.
+    # Validation data is held out of the same documents, and the last batch must be full.
     return max(LEAST_TOKENS, math.ceil(needed) + recipe.tokens_per_step)
 
 
 def prepare_first(
     recipe: Recipe, run: Run, runtime: Runtime, prepare: Callable[[Recipe], Stage], *, resume: bool
 ) -> Stage:
-    """Have the main process read the data, then the others find what it has prepared. All go on from one state."""
+    """Let the main process prepare the data before the others, who then find it. All go on from the same state."""
     processes = runtime.processes
     with processes.first():
         if processes.main and not resume:
@@ -126,18 +126,18 @@ def prepare_first(
         try:
             stage = prepare(recipe)
         except Exception:
-            # Whatever was wrong: what is left half made would refuse the next try.
+            # Whatever went wrong: an unfinished folder would make the next try fail.
             if processes.main and not resume:
                 run.discard_preparation()
             raise
     stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
-    # The main process may have drawn random numbers where the others found what it had prepared.
+    # The main process may have drawn random numbers for what the others have only read.
     set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
     return stage
 
 
 def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
-    """Whether the budget of a run is spent. Raises InputError where it is a new one, which leaves nothing to do."""
+    """Whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
     state = found.values("state")
     spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
     if spent and stage.recipe.budget != run.read_recipe().budget:
@@ -151,7 +151,7 @@ def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
 def open_trackers(
     recipe: Recipe, run: Run, runtime: Runtime, console: Console, found: Checkpoint | None, *, wandb: bool
 ) -> Tracker:
-    """Everything that takes the run's numbers; in all but the main process nothing does."""
+    """Return what takes the run's numbers; nothing does in any but the main process."""
     if not runtime.processes.main:
         return Trackers([])
     trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
@@ -162,7 +162,7 @@ def open_trackers(
 
 
 def describe(stage: Stage, runtime: Runtime) -> list[str]:
-    """Every derived value of a run, for a person, before it starts."""
+    """Return every derived value of a run, for a person, before it starts."""
     recipe, budget, peak = stage.recipe, stage.budget, runtime.peak_flops
     model, loop, optimizer = recipe.model, recipe.loop, recipe.optimizer
     extent = budget.describe()

@@ -54,7 +54,7 @@ def test_auto_follows_the_cpu(native: bool, expected: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")])
 def test_auto_follows_the_gpu(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert runtime._native_precision(torch.device("cuda")) == expected
+    assert runtime.native_precision(torch.device("cuda")) == expected
 
 
 def draws() -> tuple[float, float, float]:
