@@ -158,24 +158,21 @@ class Coordinator:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.own_signal: signal.Signals | None = None
-        self.agreed = (0.0, 0)
+        self.agreed_time = 0.0
+        # The signal that this process was sent, and the one that asks all of them to stop.
+        self.own_signal = 0
+        self.stop: signal.Signals | None = None
 
     def agree(self) -> None:
         """Take over the main process's clock, and the signal of any process. Called by all of them at once."""
-        everyone = self.processes.gather(time.perf_counter(), self.own_signal or 0, of="clocks and signals")
-        self.agreed = everyone[0][0], int(max(number for _, number in everyone))
+        everyone = self.processes.gather(time.perf_counter(), self.own_signal, of="clocks and signals")
+        self.agreed_time = everyone[0][0]
+        number = int(max(number for _, number in everyone))
+        self.stop = signal.Signals(number) if number else None
 
     def now(self) -> float:
         """Return the time in seconds since some moment."""
-        return time.perf_counter() if self.processes.count == 1 else self.agreed[0]
-
-    @property
-    def stop(self) -> signal.Signals | None:
-        """The signal that asks the run to stop, if there was one."""
-        if self.processes.count == 1:
-            return self.own_signal
-        return signal.Signals(self.agreed[1]) if self.agreed[1] else None
+        return time.perf_counter() if self.processes.count == 1 else self.agreed_time
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -192,7 +189,9 @@ class Coordinator:
                 signal.signal(number, handler)
 
         def note(number: int, frame: object) -> None:
-            self.own_signal = signal.Signals(number)
+            self.own_signal = number
+            if self.processes.count == 1:
+                self.stop = signal.Signals(number)
             restore()
 
         for number in before:

@@ -405,14 +405,8 @@ class Loop:
             )
 
     def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-            "parts": self.parts,
-            "batches": self.stage.batches.state_dict(),
-            "scaler": self.optimizer.scaler_state(),
-        }
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "seconds", "skipped", "parts")}
+        state |= {"batches": self.stage.batches.state_dict(), "scaler": self.optimizer.scaler_state()}
         tensors = {name: parallel.whole_on_host(each, self.processes) for name, each in self.modules.items()}
         tensors["random"] = random_state(self.runtime.device)
         self.saver.start(self.step, tensors, {"state": state}, parallel.shares_on_host(self.optimizer.state()))

@@ -39,15 +39,12 @@ class TokenDataset(PieceSource, Protocol):
     def bytes(self) -> int: ...
 
 
+# Reads the data and makes the stage of a recipe.
+Prepare = Callable[[Recipe], Stage]
+
+
 def run_stage(
-    recipe: Recipe,
-    run: Run,
-    runtime: Runtime,
-    console: Console,
-    prepare: Callable[[Recipe], Stage],
-    *,
-    resume: bool,
-    wandb: bool,
+    recipe: Recipe, run: Run, runtime: Runtime, console: Console, prepare: Prepare, *, resume: bool, wandb: bool
 ) -> Outcome:
     """Run the stage that `prepare` makes of the recipe, and leave everything in the run's folder.
 
@@ -115,9 +112,7 @@ def most_tokens(recipe: Recipe, peak: float) -> int | None:
     return max(LEAST_TOKENS, math.ceil(needed) + recipe.tokens_per_step)
 
 
-def prepare_first(
-    recipe: Recipe, run: Run, runtime: Runtime, prepare: Callable[[Recipe], Stage], *, resume: bool
-) -> Stage:
+def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, *, resume: bool) -> Stage:
     """Let the main process prepare the data before the others, who then find it. All go on from the same state."""
     processes = runtime.processes
     with processes.first():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.train.wandb_server import serve
-from train.tracking import MetricsFile, Trackers, Wandb, read_metrics
+from train.tracking import MetricsFile, RunningMetrics, Trackers, Wandb, read_metrics
 
 
 def test_lines_are_on_disk_as_they_are_logged(tmp_path: Path) -> None:
@@ -25,6 +25,16 @@ def test_resuming_drops_the_steps_that_will_be_written_again(tmp_path: Path) -> 
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
     MetricsFile(path, 0).close()
     assert read_metrics(path) == []
+
+
+def test_means_do_not_depend_on_how_many_were_measured_at_a_time() -> None:
+    whole, parts = RunningMetrics(), RunningMetrics()
+    whole.add({"loss": 6.0, "kl": 3.0}, 3)
+    parts.add({"loss": 5.0, "kl": 1.0}, 1)
+    parts.add({"loss": 1.0, "kl": 2.0}, 2)
+    parts.add({"rounds": 4})
+    assert whole.take() == {"loss": 2.0, "kl": 1.0}
+    assert parts.take() == {"loss": 2.0, "kl": 1.0, "rounds": 4.0} and parts.take() == {}
 
 
 def test_several_trackers_are_one() -> None:
