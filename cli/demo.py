@@ -35,7 +35,7 @@ def demo(
     """
     import shutil
 
-    from rlhf.demo_report import read_demo, write_demo_report
+    from cli.demo_report import read_demo, write_demo_report
 
     if out.exists() and any(out.iterdir()):
         # Nothing is deleted that is no demo.

@@ -78,7 +78,7 @@ def evaluate(
     from engine.config import DataConfig
     from engine.run import Run
     from engine.sampling import Sampling
-    from rlhf.rewards import judge_by
+    from rlhf.reward_model import judge_by
     from train.evaluation import Contestant, write
     from train.evaluation import evaluate as measure
     from train.heldout import open_held_out

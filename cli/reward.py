@@ -65,7 +65,7 @@ def reward(
     training.distribute(gpus, nodes, rendezvous)
     from engine.config import DataConfig
     from engine.run import Run
-    from rlhf.preference_sources import STORIES_PREFERENCES
+    from rlhf.preferences import STORIES_PREFERENCES
     from rlhf.train_reward import reward_recipe, train_reward
 
     target = Run(out or run.with_name(f"{run.name}-reward"))

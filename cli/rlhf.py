@@ -225,7 +225,7 @@ def _align(
     from engine.config import AlignmentConfig, DataConfig, override, override_text
     from engine.run import Run
     from rlhf.align import align, alignment_recipe, check_reward
-    from rlhf.preference_sources import STORIES_PREFERENCES
+    from rlhf.preferences import STORIES_PREFERENCES
 
     device, precision = machine
     target = Run(out or run.with_name(f"{run.name}-{method}"))

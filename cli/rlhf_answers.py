@@ -86,12 +86,10 @@ def best_of_n(
     from engine.checkpoint import write_atomically
     from engine.run import Run
     from engine.tokenizer import Tokenizer
-    from rlhf.align import gold_reward
-    from rlhf.best_of_n import best_of_n, draw_answers
-    from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD, measure_policy, plot_frontier
+    from rlhf import policy_metrics
     from rlhf.prompts import encode_prompts, open_prompts
-    from rlhf.reward_model import load_frozen
-    from rlhf.rewards import open_reward
+    from rlhf.reward_model import gold_reward, load_frozen, open_reward
+    from rlhf.rollout import roll_out
 
     base, machine = Run(run), runtime.choose(device, precision)
     recipe, tokenizer = base.read_recipe(), Tokenizer.load(base.tokenizer)
@@ -105,15 +103,18 @@ def best_of_n(
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
             raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
         aligned[path] = load_frozen(Run(path), machine, "latest")
-    repeated, answers = draw_answers(model, asked, n, ends, seed=seed, temperature=temperature)
-    curves = {}
-    for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items():
-        if by in rewards:
-            found = best_of_n(repeated, answers, n, by, rewards)
-            curves[name] = [{"n": each.n, "kl": each.kl, **each.rewards} for each in found]
+    repeated = [prompt for prompt in asked for _ in range(n)]
+    answers = roll_out(model, repeated, ends, temperature=temperature, seed=seed).answers
+    curves = {
+        name: policy_metrics.best_of_n(repeated, answers, n, by, rewards)
+        for name, by in {policy_metrics.BEST_OF_N: "reward", policy_metrics.BEST_OF_N_GOLD: "gold"}.items()
+        if by in rewards
+    }
     for path, policy in aligned.items():
-        measured = measure_policy(policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed)
-        curves[path.name] = [measured]
+        metrics = policy_metrics.measure_policy(
+            policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed
+        )
+        curves[path.name] = [metrics]
     table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
     for name, points in curves.items():
         for point in points:
@@ -126,7 +127,7 @@ def best_of_n(
         path, json.dumps({"data": source.name, "prompts": len(asked), "curves": curves}, indent=1).encode()
     )
     picture = path.with_suffix(".png")
-    typer.echo(f"written to {path}" + (f" and {picture}" if plot_frontier(curves, picture) else ""))
+    typer.echo(f"written to {path}" + (f" and {picture}" if policy_metrics.plot_reward_vs_kl(curves, picture) else ""))
 
 
 def pairs(
@@ -158,9 +159,9 @@ def pairs(
     from engine import runtime
     from engine.checkpoint import write_atomically
     from engine.run import Run
+    from rlhf.preferences import Preference, sample_pairs
     from rlhf.prompts import encode_prompts, open_prompts
-    from rlhf.rewards import open_reward
-    from rlhf.sampled_pairs import sample_pairs, to_json_line
+    from rlhf.reward_model import open_reward
 
     base, machine, console = Run(run), runtime.choose(device, precision), Console()
     path = out or base.path / "pairs.jsonl"
@@ -190,7 +191,7 @@ def pairs(
     if not found.pairs:
         raise InputError("no two answers to a prompt differ: nothing is written")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(map(to_json_line, found.pairs)).encode())
+    write_atomically(path, "".join(map(Preference.to_json_line, found.pairs)).encode())
     console.say(f"written to {path}")
     console.say(f"use it     gpt reward {run} --data {path}")
     console.say(f"           gpt rlhf dpo {run} --data {path}")

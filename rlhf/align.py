@@ -1,4 +1,14 @@
-"""Alignment runs: a finetuned model goes on learning, from rewards or from preferences, in the one training loop."""
+"""Alignment runs: a chat model goes on learning, from rewards or from preferences, in the one training loop.
+
+    recipe -> what is prepared -> Stage -> the loop
+
+ppo, grpo   batches are rounds of the policy's own answers, scored by a reward   RolloutLoader
+            a method turns scores into advantages, and has a loss                PPO (with a critic), GRPO
+dpo, ipo    batches are pairs of answers, of which one was preferred             PairLoader
+            there is only a loss                                                 DPO
+
+All of them begin as a finetuned model, the reference, and are measured beside it on held-out prompts (PolicyMonitor).
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,39 +17,31 @@ from pathlib import Path
 
 from engine.chat_template import answer_ends
 from engine.checkpoint import Checkpoint, set_aside_newer
-from engine.config import (
-    AlignmentConfig,
-    BudgetConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    override,
-)
+from engine.config import AlignmentConfig, BudgetConfig, DataConfig, ModelConfig, Recipe, ScheduleConfig, override
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
 from rlhf.dpo import DPO
-from rlhf.experience import KLAlarmError, Rollouts
-from rlhf.frontier import measure_policy
 from rlhf.grpo import GRPO
-from rlhf.ppo import PPO
-from rlhf.preference_sources import open_preferences
-from rlhf.prompts import encode_prompts, open_prompts, prompts_of
-from rlhf.reward_model import RewardModel, load_frozen
-from rlhf.rewards import PROGRAM, ProgramReward, Prompt, Reward, open_reward
+from rlhf.pairs import Pairs, read_pairs
+from rlhf.policy_metrics import PolicyMonitor, measure_policy
+from rlhf.ppo import PPO, begin_critic
+from rlhf.preferences import open_preferences
+from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
+from rlhf.reward_model import Reward, gold_reward, load_reference, open_reward, weights_of
 from rlhf.rollout import roll_out
-from rlhf.train_reward import adamw, amounts_of_pairs, read_pairs, require_room_for_pairs
-from rlhf.watch import Watch
+from rlhf.rollout_loader import KLAlarmError, RolloutLoader
+from rlhf.train_reward import feedback_recipe
 from train.data.conversations import StoryRequests, open_conversations
-from train.finetune import finetuning_recipe, load_base
+from train.finetune import load_base
 from train.stage import Amounts, Console, Outcome, Stage, run_stage
 from train.tracking import measure_parts
 
 # Learning rates that worked on a nano model.
 RATES = {"ppo": 3e-5, "grpo": 5e-5, "dpo": 3e-5, "ipo": 3e-5}
+ON_POLICY = ("ppo", "grpo")
 HELD_OUT = 64
 
 
@@ -53,33 +55,26 @@ def alignment_recipe(
     rate: float | None = None,
     batch: int = 32,
 ) -> Recipe:
-    """The recipe that aligns a chat run: AdamW at a rate that falls to 0, over `rounds` rollouts or an epoch of pairs.
+    """Return the recipe that aligns a chat run: AdamW at a rate that falls to 0, over `rounds` or an epoch of pairs.
 
     `batch` counts answers, or rows of the context that pairs fill. Raises InputError where the run is no chat model, or
     `data` names nothing.
     """
-    if not base.read_recipe().chat:
-        raise InputError(f"{base.path} has not learnt conversations; finetune it first: gpt finetune {base.path}")
-    recipe = finetuning_recipe(base, checkpoint, data)
-    on_policy = alignment.method in ("ppo", "grpo")
-    open_prompts(data) if on_policy else open_preferences(data)
-    round_steps = max(1, alignment.answers * alignment.passes // batch)
-    peak = RATES[alignment.method] if rate is None else rate
+    recipe = feedback_recipe(base, checkpoint, data, RATES[alignment.method] if rate is None else rate)
     loop = dataclasses.replace(recipe.loop, batch=batch, micro_batch=None, compile=False)
-    if on_policy:
+    if alignment.method not in ON_POLICY:
+        open_preferences(data)
+        budget, schedule = BudgetConfig(epochs=1), ScheduleConfig(shape="wsd", warmup=0.05, decay=0.95)
+    else:
+        open_prompts(data)
         alignment = dataclasses.replace(alignment, reward_weights=weights_of(alignment.reward))
-        # A checkpoint a round: each has been seen to be good, or not, by the round that follows.
-        every = round_steps * max(1, rounds // 10)
-        keep = max(2, loop.keep)
+        round_steps = max(1, alignment.answers * alignment.passes // batch)
+        budget = BudgetConfig(steps=rounds * round_steps)
+        schedule = ScheduleConfig(shape="wsd", warmup=0.0, decay=1.0)
+        # A checkpoint a round: the round that follows shows whether it is good. So two are kept at least.
+        every, keep = round_steps * max(1, rounds // 10), max(2, loop.keep)
         loop = dataclasses.replace(loop, log_every=1, save_every=round_steps, evaluate_every=every, keep=keep)
-    return dataclasses.replace(
-        recipe,
-        alignment=alignment,
-        budget=BudgetConfig(steps=rounds * round_steps) if on_policy else BudgetConfig(epochs=1),
-        optimizer=adamw(peak),
-        schedule=ScheduleConfig(shape="wsd", warmup=0.0 if on_policy else 0.05, decay=1.0 if on_policy else 0.95),
-        loop=loop,
-    )
+    return dataclasses.replace(recipe, alignment=alignment, budget=budget, schedule=schedule, loop=loop)
 
 
 def align(
@@ -92,9 +87,8 @@ def align(
     if recipe.loop.shard:
         raise InputError("a policy that answers is whole on each process: it cannot be aligned with loop.shard=true")
     recipe = override(recipe, "loop.shard", False)
-    prepare = partial(prepare_policy, run=run, runtime=runtime, console=console)
-    if recipe.alignment.method in ("dpo", "ipo"):
-        prepare = partial(prepare_pairs, run=run, runtime=runtime, console=console)
+    prepare = prepare_rollouts if recipe.alignment.method in ON_POLICY else prepare_pairs
+    prepare = partial(prepare, run=run, runtime=runtime, console=console)
     try:
         return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
     except KLAlarmError as alarm:
@@ -103,73 +97,43 @@ def align(
         raise
 
 
-def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
-    require_room_for_pairs(recipe)
-    base = load_base(recipe, run)
-    tokenizer, context = Tokenizer.load(run.tokenizer), recipe.model.context
-    train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
-    reference = load_reference(recipe, runtime)
-    dpo = DPO(recipe.alignment, reference, tokenizer)
-    # Their program tells more than their likelihood, where the base has learnt from the built-in requests.
-    data = prompts_of(Run(Path(str(recipe.base))).read_recipe())
-    asked = open_conversations(data) if data else None
-    if isinstance(asked, StoryRequests):
-        prompts = encode_prompts(asked, "validation", tokenizer, context, HELD_OUT).first(HELD_OUT)
-    else:
-        prompts = [Prompt(tuple(validation.prompt(number))) for number in range(min(HELD_OUT, len(validation)))]
-    watch = watch_over(recipe, reference, prompts, gold_reward(prompts, tokenizer), tokenizer, console)
-
-    def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
-        return {**watch(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}
-
-    return Stage(
-        recipe,
-        batches,
-        evaluate=evaluate,
-        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
-        amounts=amounts_of_pairs(train, validation),
-        base=base,
-        loss=dpo.loss,
-        metrics=dpo.measures,
-        notes=(*train.describe_beside(validation), *begin_notes(recipe, watch)),
-    )
-
-
-def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
-    config, base = recipe.alignment, load_base(recipe, run)
+def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
+    """Prepare the stage of PPO or GRPO: prompts, a reward, and rounds of answers that the policy draws."""
+    config, base, tokenizer = recipe.alignment, load_base(recipe, run), Tokenizer.load(run.tokenizer)
     if config.reward_weights not in (None, weights_of(config.reward)):
         raise InputError(
             f"{config.reward} has other weights than the reward model that {run.path} began with: bring these back, or "
             "start a new run"
         )
-    tokenizer = Tokenizer.load(run.tokenizer)
     source = open_prompts(recipe.data)
     console.say(source.describe())
-    group = config.group if config.method == "grpo" else 1
     rounds = -(-(recipe.budget.steps or 1) * recipe.loop.batch // (config.answers * config.passes))
-    needed = {"train": rounds * config.answers // group, "validation": HELD_OUT}
+    asked = rounds * config.answers // (config.group if config.method == "grpo" else 1)
     train, held_out = (
-        encode_prompts(source, split, tokenizer, recipe.model.context, most) for split, most in needed.items()
+        encode_prompts(source, split, tokenizer, recipe.model.context, most)
+        for split, most in {"train": asked, "validation": HELD_OUT}.items()
     )
-    prompts = held_out.first(HELD_OUT)
-    reference = load_reference(recipe, runtime)
+    prompts, reference = held_out.first(HELD_OUT), load_reference(recipe, runtime)
     gold = gold_reward(prompts, tokenizer)
     rewards = {"reward": open_reward(config.reward, tokenizer, runtime, bool(gold)), **gold}
-    ppo = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass) if config.method == "ppo" else None
-    rollouts = Rollouts(
-        recipe, train, reference, rewards, ppo or GRPO(config), answer_ends(tokenizer), runtime.processes
-    )
-    watch = watch_over(recipe, reference, prompts, rewards, tokenizer, console)
+    if config.method == "ppo":
+        method = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass)
+    else:
+        method = GRPO(config)
+    ends = answer_ends(tokenizer)
+    rollouts = RolloutLoader(recipe, train, reference, rewards, method, ends, runtime.processes)
+    monitor = begin_monitor(recipe, reference, prompts, rewards, tokenizer, console)
 
     def begin(config: ModelConfig) -> GPT:
         rollouts.policy = GPT(config)
         return rollouts.policy
 
     def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
-        """ "loss" is what the policy minimises: beta * KL less the reward."""
-        measured = watch(policy)
-        return {"loss": config.beta * measured["kl"] - measured["reward"], **measured}
+        """Measure the policy; "loss" is what it minimises: beta * KL less the reward."""
+        metrics = monitor(policy)
+        return {"loss": config.beta * metrics["kl"] - metrics["reward"], **metrics}
 
+    at_a_time = f", {recipe.loop.micro_batch} at a time" if recipe.loop.micro_batch else ""
     return Stage(
         recipe,
         rollouts,
@@ -178,66 +142,67 @@ def prepare_policy(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         amounts=Amounts(
             f"{len(train):,} prompts to train on, {len(held_out):,} prompts to validate",
             lambda steps, epochs: f"{steps / rollouts.steps_per_round:g} rounds of {config.answers} answers",
-            f"{recipe.loop.batch} answers a step"
-            + (f", {recipe.loop.micro_batch} at a time" if recipe.loop.micro_batch else ""),
+            f"{recipe.loop.batch} answers a step{at_a_time}",
         ),
         model=begin,
         base=base,
-        loss=rollouts.method.loss,
-        metrics=rollouts.method.measures,
-        critic=ppo.critic if ppo else None,
+        loss=method.loss,
+        metrics=method.metrics,
+        critic=method.critic,
         notes=(
             *train.describe_beside(held_out),
             f"rollouts   {config.answers} answers, each learnt {config.passes} times; reward: {config.reward}",
-            *begin_notes(recipe, watch),
+            *describe_beginning(recipe, monitor),
         ),
     )
 
 
-def weights_of(reward: str) -> str | None:
-    """What a reward model is known by; None of the program."""
-    return None if reward == PROGRAM else Run(Path(reward)).find_checkpoint().checksum("model")
+def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
+    """Prepare the stage of DPO or IPO: pairs of answers, and what the reference makes of them."""
+    base, tokenizer = load_base(recipe, run), Tokenizer.load(run.tokenizer)
+    train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
+    reference = load_reference(recipe, runtime)
+    dpo = DPO(recipe.alignment, reference, tokenizer)
+    prompts = prompts_to_measure(recipe, tokenizer, validation)
+    monitor = begin_monitor(recipe, reference, prompts, gold_reward(prompts, tokenizer), tokenizer, console)
+
+    def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
+        return {**monitor(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}
+
+    return Stage(
+        recipe,
+        batches,
+        evaluate=evaluate,
+        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        amounts=train.amounts(validation),
+        base=base,
+        loss=dpo.loss,
+        metrics=dpo.metrics,
+        notes=(*train.describe_beside(validation), *describe_beginning(recipe, monitor)),
+    )
 
 
-def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardModel:
-    """PPO's critic as it begins: a copy of a reward model with a head, else the policy's body under a head of zeros."""
-    reward = Run(Path(recipe.alignment.reward))
-    if recipe.alignment.reward != PROGRAM and not reward.read_recipe().reward.implicit:
-        return RewardModel.load(reward, runtime)
-    critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
-    critic.take_backbone(base.tensors("model"))
-    # Expecting nothing is wiser than expecting anything.
-    critic.head.weight.data.zero_()
-    critic.compute_dtype = runtime.dtype
-    return critic.to(runtime.device)
+def prompts_to_measure(recipe: Recipe, tokenizer: Tokenizer, held_out: Pairs) -> Sequence[Prompt]:
+    """Return held-out requests for stories where the base was finetuned on such, else the prompts of held-out pairs.
+
+    The program can score answers to the former, and its score tells more than a likelihood.
+    """
+    data = prompts_of(Run(Path(str(recipe.base))).read_recipe())
+    source = open_conversations(data) if data else None
+    if isinstance(source, StoryRequests):
+        return encode_prompts(source, "validation", tokenizer, recipe.model.context, HELD_OUT).first(HELD_OUT)
+    return [Prompt(tuple(held_out.prompt(number))) for number in range(min(HELD_OUT, len(held_out)))]
 
 
-def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:
-    """The model that the policy begins as, frozen."""
-    return load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
-
-
-def check_reward(recipe: Recipe) -> None:
-    """Raises InputError where the recipe's reward cannot be asked about its data."""
-    if recipe.alignment.method in ("ppo", "grpo"):
-        tokenizer = Tokenizer.load(Run(Path(str(recipe.base))).tokenizer)
-        facts = isinstance(open_prompts(recipe.data), StoryRequests)
-        open_reward(recipe.alignment.reward, tokenizer, choose("cpu", "fp32"), facts)
-
-
-def gold_reward(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> dict[str, Reward]:
-    """The reward called "gold", the program's, where the prompts have facts for it."""
-    return {"gold": ProgramReward(tokenizer)} if prompts[0].facts else {}
-
-
-def watch_over(
+def begin_monitor(
     recipe: Recipe,
     reference: GPT,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     tokenizer: Tokenizer,
     console: Console,
-) -> Watch:
+) -> PolicyMonitor:
+    """Measure the reference, beside which the policy will be measured."""
     measure = partial(
         measure_policy,
         reference=reference,
@@ -248,19 +213,28 @@ def watch_over(
         max_tokens=recipe.alignment.max_tokens,
         tokens_per_pass=recipe.tokens_per_pass,
     )
-    return Watch(measure, reference, console.say)
+    return PolicyMonitor(measure, reference, console.say)
 
 
-def begin_notes(recipe: Recipe, watch: Watch) -> tuple[str, str]:
+def describe_beginning(recipe: Recipe, monitor: PolicyMonitor) -> tuple[str, str]:
     return (
         f"reference  {recipe.base}, step {recipe.base_step}",
-        f"begins at  {'  '.join(measure_parts(watch.begin))}, on held-out prompts",
+        f"begins at  {'  '.join(measure_parts(monitor.begin))}, on held-out prompts",
     )
 
 
 def show_answers(model: GPT, *, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """Return prompts and the model's answers to them, as text."""
     answers = roll_out(model, prompts, answer_ends(tokenizer)).answers
     return [
         f"> {tokenizer.decode(prompt.ids)}\n\n{tokenizer.decode(answer)}"
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def check_reward(recipe: Recipe) -> None:
+    """Raise InputError where the recipe's reward cannot be asked about its data."""
+    if recipe.alignment.method in ON_POLICY:
+        tokenizer = Tokenizer.load(Run(Path(str(recipe.base))).tokenizer)
+        facts = isinstance(open_prompts(recipe.data), StoryRequests)
+        open_reward(recipe.alignment.reward, tokenizer, choose("cpu", "fp32"), facts)

@@ -7,10 +7,9 @@ from engine.config import AlignmentConfig
 from engine.model import GPT
 from engine.runtime import inference
 from engine.tokenizer import Tokenizer
-from rlhf.log_probs import sequence_log_probs, target_answers
-from rlhf.losses import dpo_loss, ipo_loss
-from rlhf.preferences import Pairs
-from rlhf.train_reward import PairBatch
+from rlhf.losses import dpo_loss, ipo_loss, preference_margin
+from rlhf.pairs import PairBatch, Pairs
+from rlhf.rollout import sequence_log_probs, target_answers
 from train.evaluate import whole_pieces
 from train.tracking import RunningMetrics
 
@@ -21,46 +20,44 @@ class DPO:
     def __init__(self, config: AlignmentConfig, reference: GPT, tokenizer: Tokenizer) -> None:
         self.config, self.reference = config, reference
         self.assistant = tokenizer.special["<|assistant|>"]
-        self.measures = RunningMetrics()
+        self.metrics = RunningMetrics()
 
     def loss(self, policy: GPT, batch: PairBatch) -> Tensor:
-        """Summed over the pairs."""
-        return self._loss(policy, batch, self.measures)
+        """Return the loss summed over the pairs."""
+        return self._loss(policy, batch, self.metrics)
 
     def evaluate(self, held_out: Pairs, policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
-        """The loss and what goes with it on the first pairs that hold so many tokens."""
-        measures, read = RunningMetrics(), 0
+        """Measure the loss, and what goes with it, on the first pairs that hold so many tokens."""
+        metrics, read = RunningMetrics(), 0
         with inference(policy):
-            for piece in whole_pieces(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
-                batch = PairBatch.of(piece).to(policy.embedding.weight.device)
-                measures.add({"loss": self._loss(policy, batch, measures)}, batch.pairs)
+            for packed in whole_pieces(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
+                batch = PairBatch.of(packed).to(policy.embedding.weight.device)
+                metrics.add({"loss": self._loss(policy, batch, metrics)}, batch.pairs)
                 read += len(batch.tokens)
-        return {**measures.take(), "tokens": read}
+        return {**metrics.take(), "tokens": read}
 
-    def _loss(self, policy: GPT, batch: PairBatch, measures: RunningMetrics) -> Tensor:
-        """Summed over the pairs. What is measured beside it: log-probabilities of whole answers, in nats."""
+    def _loss(self, policy: GPT, batch: PairBatch, metrics: RunningMetrics) -> Tensor:
+        """Return the sum over the pairs. Its metrics are log-probabilities of whole answers, in nats."""
         if not batch.pairs:
-            # Of many processes one may have got none: 0, and gradients of 0 for those that wait for them.
+            # One of many processes may have got none: 0, and gradients of 0 for those that wait for them.
             return policy.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
         # Padding behind the last pair is cut off.
         pairs = PairBatch(batch.tokens[: int(bounds[-1])], batch.targets, bounds, batch.max_seqlen)
-        targeted = target_answers(pairs, self.assistant)
-        now = sequence_log_probs(policy, targeted).view(-1, 2)
+        answers = target_answers(pairs, self.assistant)
+        chosen, rejected = sequence_log_probs(policy, answers).view(-1, 2).unbind(1)
         with torch.no_grad():
-            before = sequence_log_probs(self.reference, targeted).view(-1, 2)
-        (chosen, rejected), (was_chosen, was_rejected) = now.unbind(1), before.unbind(1)
-        four = (chosen, rejected, was_chosen, was_rejected)
-        if self.config.method == "ipo":
-            found = ipo_loss(*four, 1, beta=self.config.beta)
-        else:
-            found = dpo_loss(*four, 1, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
+            was_chosen, was_rejected = sequence_log_probs(self.reference, answers).view(-1, 2).unbind(1)
+        margin = preference_margin(chosen, rejected, was_chosen, was_rejected)
         sums = {
-            "accuracy": found.accuracy,
+            # The share of pairs (ties half) of which the policy has moved towards the chosen answer.
+            "accuracy": (margin.detach().sign() + 1).sum() / 2,
             "chosen": chosen.detach().sum(),
             "rejected": rejected.detach().sum(),
             "chosen_change": (chosen.detach() - was_chosen).sum(),
             "rejected_change": (rejected.detach() - was_rejected).sum(),
         }
-        measures.add(sums, batch.pairs)
-        return found.loss
+        metrics.add(sums, batch.pairs)
+        if self.config.method == "ipo":
+            return ipo_loss(margin, beta=self.config.beta)
+        return dpo_loss(margin, beta=self.config.beta, label_smoothing=self.config.label_smoothing)

@@ -5,40 +5,30 @@ from torch import Tensor
 
 from engine.config import AlignmentConfig
 from engine.model import GPT
-from rlhf.advantages import group_advantages, with_missing_end
-from rlhf.experience import Experience
-from rlhf.log_probs import answer_log_probs
+from rlhf.advantages import Advantages, group_advantages, with_missing_end
 from rlhf.losses import grpo_loss
-from rlhf.rollout import Rollout
-from train.tracking import RunningMetrics
+from rlhf.rollout import answer_log_probs
+from rlhf.rollout_loader import Method, RolloutBatch, ScoredRollout
 
 
-class GRPO:
-    """No critic: every token of an answer has the answer's advantage, and the KL is in the loss."""
+class GRPO(Method):
+    """There is no critic: every token of an answer has the answer's advantage, and the KL is in the loss."""
 
     def __init__(self, config: AlignmentConfig) -> None:
-        self.config, self.group = config, config.group
-        self.measures = RunningMetrics()
+        super().__init__(config)
+        self.group = config.group
 
-    def values(self, rollout: Rollout) -> Tensor:
-        return torch.zeros(len(rollout.sampled))
-
-    def judge(
-        self, rollout: Rollout, values_N: Tensor, kl_N: Tensor, scores_B: Tensor, coefficient: float
-    ) -> tuple[Tensor, Tensor]:
-        scores = with_missing_end(scores_B, rollout.ended, self.config.missing_end)
+    def advantages(self, rollout: ScoredRollout, coefficient: float) -> Advantages:
+        scores = with_missing_end(rollout.scores["reward"], rollout.ended, self.config.missing_end)
         advantages, undecided = group_advantages(scores.view(-1, self.group))
-        self.measures.add({"undecided_groups": float(undecided)})
+        self.metrics.add({"undecided_groups": float(undecided)})
         of_tokens = advantages.view(-1).repeat_interleave(rollout.mask.sum(dim=1))
-        return of_tokens, torch.zeros_like(of_tokens)
+        return Advantages(of_tokens, torch.zeros_like(of_tokens))
 
-    def loss(self, policy: GPT, batch: Experience) -> Tensor:
-        """Summed over the batch's targets."""
+    def loss(self, policy: GPT, batch: RolloutBatch) -> Tensor:
         config = self.config
         log_probs, _ = answer_log_probs(policy, batch, config.temperature)
-        found = grpo_loss(
-            log_probs, batch.old, batch.reference, batch.advantages, 1, beta=config.beta, clip=config.clip
-        )
+        found = grpo_loss(log_probs, batch.old, batch.reference, batch.advantages, beta=config.beta, clip=config.clip)
         sums = {"policy_loss": found.loss.detach(), "clipped": found.clipped, "approx_kl": found.approx_kl}
-        self.measures.add(sums, len(batch.old))
+        self.metrics.add(sums, len(batch.old))
         return found.loss

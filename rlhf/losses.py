@@ -1,8 +1,8 @@
 """The losses of PPO, GRPO, DPO and IPO, from log-probabilities.
 
-Tokens are those that the policy chose, of all answers end to end [N]; pairs are [P]. Every result is a sum divided by
-the `count` that the caller gives, the tokens (or pairs) of a whole optimizer step: the results of its micro-batches
-add up exactly to those of the step. Old and reference log-probabilities are constants.
+[N] are the tokens that the policy chose, of all answers end to end; [P] are pairs. Every result is a sum over them: the
+training loop divides by the number of tokens (or pairs) of the whole optimizer step, so that it does not matter how the
+step is cut into micro-batches. Old and reference log-probabilities are constants.
 """
 
 from typing import NamedTuple
@@ -18,118 +18,73 @@ MOST_LOG_RATIO = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """`clipped` is the share of tokens beyond the clip range, `approx_kl` the mean of (log ratio)^2 / 2."""
+    """The loss, the number of tokens beyond the clip range, and (log ratio)^2 / 2, summed over tokens."""
 
     loss: Tensor
     clipped: Tensor
     approx_kl: Tensor
 
 
-class ValueLoss(NamedTuple):
-    loss: Tensor
-    clipped: Tensor  # the share of tokens whose clipped value is further off, so that it counts
-
-
-class PreferenceLoss(NamedTuple):
-    """`accuracy` is the share of pairs (ties half) of which the policy has moved towards the chosen answer."""
-
-    loss: Tensor
-    accuracy: Tensor
-
-
-def policy_loss(
-    log_probs_N: Tensor, old_N: Tensor, advantages_N: Tensor, count: int, *, clip: float = 0.2
-) -> PolicyLoss:
-    """PPO's clipped surrogate (Schulman et al., arXiv:1707.06347)."""
-    _check(count, log_probs_N=log_probs_N, old_N=old_N, advantages_N=advantages_N)
+def policy_loss(log_probs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip: float = 0.2) -> PolicyLoss:
+    """Return PPO's clipped surrogate (Schulman et al., arXiv:1707.06347)."""
+    require_same_shape(log_probs_N=log_probs_N, old_N=old_N, advantages_N=advantages_N)
     log_ratio = (log_probs_N - old_N).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     ratio = log_ratio.exp()
     gains = torch.minimum(ratio * advantages_N, ratio.clamp(1 - clip, 1 + clip) * advantages_N)
     with torch.no_grad():
-        clipped = ((ratio - 1).abs() > clip).sum() / count
-        approx_kl = log_ratio.square().sum() / (2 * count)
-    return PolicyLoss(-gains.sum() / count, clipped, approx_kl)
+        clipped = ((ratio - 1).abs() > clip).sum()
+        approx_kl = log_ratio.square().sum() / 2
+    return PolicyLoss(-gains.sum(), clipped, approx_kl)
 
 
-def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, count: int, *, clip: float = 0.2) -> ValueLoss:
-    """Half the squared error of the critic, or of its value held within `clip` of the old one, whichever is worse.
+def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, *, clip: float = 0.2) -> Tensor:
+    """Return half the squared error of the critic, or of its value held within `clip` of the old one if that is worse.
 
     From the baselines of PPO (Huang et al. 2022, "The 37 implementation details of PPO", detail 9).
     """
-    _check(count, values_N=values_N, old_N=old_N, returns_N=returns_N)
+    require_same_shape(values_N=values_N, old_N=old_N, returns_N=returns_N)
     free = (values_N - returns_N).square()
     held = (old_N + (values_N - old_N).clamp(-clip, clip) - returns_N).square()
-    return ValueLoss(torch.maximum(free, held).sum() / (2 * count), (held > free).detach().sum() / count)
+    return torch.maximum(free, held).sum() / 2
 
 
 def grpo_loss(
-    log_probs_N: Tensor,
-    old_N: Tensor,
-    reference_N: Tensor,
-    advantages_N: Tensor,
-    count: int,
-    *,
-    beta: float,
-    clip: float = 0.2,
+    log_probs_N: Tensor, old_N: Tensor, reference_N: Tensor, advantages_N: Tensor, *, beta: float, clip: float = 0.2
 ) -> PolicyLoss:
-    """The clipped surrogate and beta times the KL to the reference, by k3, in the loss itself (arXiv:2402.03300).
-
-    Every token weighs the same, as in DAPO (arXiv:2503.14476): the mean within each answer would favour long bad ones.
-    """
-    surrogate = policy_loss(log_probs_N, old_N, advantages_N, count, clip=clip)
-    # Never more unlike the reference than this, or one token's k3 would overflow the sum.
+    """Return the clipped surrogate plus beta times the KL to the reference (Shao et al., arXiv:2402.03300)."""
+    # Every token weighs the same, as in DAPO (arXiv:2503.14476). The paper takes the mean within each answer first: a
+    # token of a long answer then counts less than one of a short answer, so a long bad answer is hardly punished, and
+    # answers grow longer without growing better.
+    surrogate = policy_loss(log_probs_N, old_N, advantages_N, clip=clip)
+    # KL is a term of the loss here, and no part of the reward as in PPO: an answer's rank in its group then depends on
+    # its score alone. Gradients flow through it, so it is k3: the gradient of k1 is 0 on average. No log-probability
+    # counts as further below the reference than this, or one token's k3 would overflow the sum.
     near = torch.maximum(log_probs_N, reference_N - MOST_LOG_RATIO)
-    return surrogate._replace(loss=surrogate.loss + beta * k3(near, reference_N).sum() / count)
-
-
-def dpo_loss(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    reference_chosen_P: Tensor,
-    reference_rejected_P: Tensor,
-    count: int,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> PreferenceLoss:
-    """-log sigmoid(beta * margin) (Rafailov et al., arXiv:2305.18290), of summed log-probabilities of whole answers.
-
-    label_smoothing is the share of labels believed to be wrong, below 1/2: conservative DPO (Mitchell 2023).
-    """
-    margin = preference_margin(chosen_P, rejected_P, reference_chosen_P, reference_rejected_P)
-    _check(count, chosen_P=chosen_P)
-    right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-    loss = -((1 - label_smoothing) * right + label_smoothing * wrong).sum() / count
-    return PreferenceLoss(loss, _accuracy(margin, count))
-
-
-def ipo_loss(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    reference_chosen_P: Tensor,
-    reference_rejected_P: Tensor,
-    count: int,
-    *,
-    beta: float,
-) -> PreferenceLoss:
-    """(margin - 1 / (2 beta))^2 (Azar et al., arXiv:2310.12036): unlike DPO's, a margin that is wide enough stays."""
-    margin = preference_margin(chosen_P, rejected_P, reference_chosen_P, reference_rejected_P)
-    _check(count, chosen_P=chosen_P)
-    return PreferenceLoss((margin - 1 / (2 * beta)).square().sum() / count, _accuracy(margin, count))
+    return surrogate._replace(loss=surrogate.loss + beta * k3(near, reference_N).sum())
 
 
 def preference_margin(
     chosen_P: Tensor, rejected_P: Tensor, reference_chosen_P: Tensor, reference_rejected_P: Tensor
 ) -> Tensor:
-    """How much more than the reference the policy prefers the chosen answers: log of a ratio of ratios [P]."""
+    """Return how much more than the reference the policy prefers the chosen answers: log of a ratio of ratios [P].
+
+    All four are log-probabilities of whole answers, summed over their tokens.
+    """
     return (chosen_P - reference_chosen_P) - (rejected_P - reference_rejected_P)
 
 
-def _accuracy(margin_P: Tensor, count: int) -> Tensor:
-    return (torch.sign(margin_P.detach()) + 1).sum() / (2 * count)
+def dpo_loss(margin_P: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Return -log sigmoid(beta * margin) (Rafailov et al., arXiv:2305.18290), the margin as of preference_margin.
+
+    label_smoothing is the share of labels believed to be wrong, below 1/2: conservative DPO (Mitchell 2023).
+    """
+    right, wrong = F.logsigmoid(beta * margin_P), F.logsigmoid(-beta * margin_P)
+    return -((1 - label_smoothing) * right + label_smoothing * wrong).sum()
 
 
-def _check(count: int, **tensors: Tensor) -> None:
-    if count < 1:
-        raise ValueError(f"count is {count}; expected 1 at least")
-    require_same_shape(**tensors)
+def ipo_loss(margin_P: Tensor, *, beta: float) -> Tensor:
+    """Return (margin - 1 / (2 beta))^2 (Azar et al., arXiv:2310.12036).
+
+    Unlike DPO's loss it does not widen a margin that is wide enough, however sure the labels are.
+    """
+    return (margin_P - 1 / (2 * beta)).square().sum()

@@ -8,7 +8,6 @@ from engine.chat_template import answer_prompt
 from engine.config import DataConfig, Recipe
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from rlhf.rewards import Prompt
 from train.data.conversations import STORIES_INSTRUCT, Conversations, StoryRequests, open_conversations
 from train.data.instruct_formats import Conversation, prompt_of
 from train.data.loader import IGNORE_INDEX
@@ -18,8 +17,16 @@ from train.data.splits import hash_of, prompt_key
 from train.data.stories import AskedFacts
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the policy answers: token ids, and what a story must say where the prompt asks for a built-in one."""
+
+    ids: tuple[int, ...]
+    facts: AskedFacts | None = None
+
+
 class Prompts(Conversations):
-    """Encoded conversations of which the answer is left to the policy: they need none of their own."""
+    """Encoded conversations whose answer is left to the policy: they need none of their own."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
         super().__init__(tokenizer, context, source)
@@ -39,10 +46,6 @@ class Prompts(Conversations):
         self.facts.append(facts)
         self.asked.append(asked)
 
-    def prompt(self, number: int) -> list[int]:
-        inputs, _ = self.read(number, 0, int(self.lengths[number]))
-        return inputs.tolist()
-
     def describe(self) -> str:
         return "; ".join(
             [
@@ -53,22 +56,23 @@ class Prompts(Conversations):
         )
 
     def __getitem__(self, number: int) -> Prompt:
-        return Prompt(tuple(self.prompt(number)), self.facts[number])
+        inputs, _ = self.read(number, 0, int(self.lengths[number]))
+        return Prompt(tuple(inputs.tolist()), self.facts[number])
 
     def first(self, count: int) -> list[Prompt]:
         return [self[number] for number in range(min(count, len(self)))]
 
     def deal(self, first: int, count: int, seed: int) -> list[Prompt]:
-        """The prompts of these places in an endless shuffled order, in which an epoch deals each once."""
+        """Return the prompts at these positions of an endless shuffled order, in which an epoch deals each once."""
         dealt = []
-        for place in range(first, first + count):
-            epoch, position = divmod(place, len(self))
-            dealt.append(self[int(Permutation(len(self), seed, epoch)(np.array([position]))[0])])
+        for position in range(first, first + count):
+            epoch, within = divmod(position, len(self))
+            dealt.append(self[int(Permutation(len(self), seed, epoch)(np.array([within]))[0])])
         return dealt
 
 
 def open_prompts(data: DataConfig) -> Source:
-    """The prompts that `data` names, answered or not. Raises InputError where it names documents, or nothing."""
+    """Open the prompts that `data` names, answered or not. Raises InputError where it names documents, or nothing."""
     source = open_conversations(data, answers=False)
     if source is None:
         raise InputError(f"{data.source} holds documents; prompts come from conversations, such as {STORIES_INSTRUCT}")
@@ -76,7 +80,7 @@ def open_prompts(data: DataConfig) -> Source:
 
 
 def prompts_of(recipe: Recipe) -> DataConfig | None:
-    """The conversations that a run was finetuned on, for their prompts; None where it was with something else."""
+    """Return the conversations that a run was finetuned on, for their prompts; None where it was on something else."""
     try:
         found = open_conversations(recipe.data) is not None
     except InputError:  # preferences
@@ -85,12 +89,12 @@ def prompts_of(recipe: Recipe) -> DataConfig | None:
 
 
 def encode_prompts(source: Source, split: str, tokenizer: Tokenizer, context: int, most: int) -> Prompts:
-    """The first `most` prompts of a split that fit, and the facts where they are the built-in requests."""
+    """Encode the first `most` prompts of a split that fit, with the facts where they are the built-in requests."""
     source = dataclasses.replace(source)  # its own, to count what this split skips
     prompts = Prompts(tokenizer, context, source)
-    told = source.requests(split) if isinstance(source, StoryRequests) else None
+    requests = source.requests(split) if isinstance(source, StoryRequests) else None
     for messages in source.documents(split):
-        prompts.ask(messages, next(told).facts if told else None)
+        prompts.ask(messages, next(requests).facts if requests else None)
         if len(prompts) == most:
             break
     if not len(prompts):

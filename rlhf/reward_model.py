@@ -1,7 +1,7 @@
-"""The reward model: the Transformer of a finetuned run, and a head that says how well a person would like an answer."""
+"""What scores an answer: a program that checks it, or a reward model, which has learnt from preferences."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,23 +9,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ModelConfig, Recipe, RewardConfig
+from engine.chat_template import Message, answer_ends, render
+from engine.config import ModelConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, inference
 from engine.tokenizer import Tokenizer
-from rlhf.log_probs import sequence_log_probs, target_answers
+from rlhf.prompts import Prompt
+from rlhf.rollout import passes, sequence_log_probs, target_answers
 from train.data.loader import Batch
+from train.data.story_score import StoryScore, score_story
+from train.evaluation import Judge
+from train.heldout import Case
 
-# What is scored at a time, unless one sequence alone is longer.
+PROGRAM = "program"
+# How many tokens are scored at a time, unless one sequence alone is longer.
 SCORING_TOKENS = 8192
+
+# The score of each answer (token ids, with the end token where there is one) to its prompt: fp32 [n], on the CPU.
+Reward = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Tensor]
+
+
+class ProgramReward:
+    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/story_score.py."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.ends = tokenizer, answer_ends(tokenizer)
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([score.total for score in self.scores(prompts, answers)])
+
+    def scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[StoryScore]:
+        """Return the scores with their parts. Raises ValueError for a prompt without facts."""
+        scores = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if prompt.facts is None:
+                raise ValueError("a prompt has no facts; the program scores answers to the built-in requests alone")
+            text = self.tokenizer.decode([token for token in answer if token not in self.ends])
+            scores.append(score_story(prompt.facts, text))
+        return scores
 
 
 class RewardModel(GPT):
-    """Scores a conversation by the hidden state at its last token, the <|end|> of the answer.
+    """A reward model: it scores a conversation by the hidden state at its last token, the <|end|> of the answer.
 
-    The head is fp32 and has no bias: a preference does not know of one. `mean` and `std` are those of the rewards of
+    The head is fp32 and has no bias, which no comparison could teach it. `mean` and `std` are those of the rewards of
     the finetuned model's own answers; `score` counts from there.
     """
 
@@ -41,7 +70,7 @@ class RewardModel(GPT):
 
     @classmethod
     def load(cls, run: Run, runtime: Runtime, which: str = "latest") -> "RewardModel":
-        """The trained reward model of a run, normalised. Raises InputError where the run holds none."""
+        """Load the trained reward model of a run, normalised. Raises InputError where the run holds none."""
         recipe = run.read_recipe()
         if not recipe.scores:
             raise InputError(f"{run.path} is no reward model; train one with `gpt reward {run.path}`")
@@ -56,43 +85,56 @@ class RewardModel(GPT):
         return model.to(runtime.device).eval()
 
     def normalise(self, mean: float, std: float) -> None:
+        # A reward model learns differences alone, so where 0 lies and how far 1 is are left to chance. Scaled by the
+        # finetuned model's own answers (0 is a typical one, 1 is a standard deviation above), a beta or a penalty means
+        # the same beside every reward model, and the critic's values begin near 0.
         self.mean.fill_(mean)
         self.std.fill_(max(std, 1e-6))
 
     def take_backbone(self, weights: dict[str, Tensor]) -> None:
-        """The weights of a language model, all but its head."""
+        """Take the weights of a language model, all but its head."""
         self.load_state_dict({**weights, "head.weight": self.head.weight})
 
     def rewards(self, hidden: Tensor) -> Tensor:
-        """The reward of every hidden state, before normalisation. [..., C] -> fp32 [...]"""
+        """Return the reward of every hidden state, before normalisation. [..., C] -> fp32 [...]"""
         return F.linear(hidden.float(), self.head.weight.float())[..., 0]
 
-    def last_rewards(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The reward of every packed sequence, at its last token, before normalisation. fp32 [sequences]"""
-        hidden = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return self.rewards(hidden[cu_seqlens[1:].long() - 1])
+    def last_rewards(self, batch: Batch) -> Tensor:
+        """Return the reward of every packed sequence, at its last token, before normalisation. fp32 [sequences]"""
+        hidden = self(batch.tokens, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        return self.rewards(hidden[batch.cu_seqlens[1:].long() - 1])
 
     def score(self, sequences: Sequence[Sequence[int]], tokens_per_batch: int = SCORING_TOKENS) -> Tensor:
-        """Normalised rewards of whole conversations (token ids), in order: fp32 [n], on the CPU.
+        """Return normalised rewards of whole conversations (token ids), in order: fp32 [n], on the CPU.
 
         A conversation scores the same whatever is scored beside it. Raises InputError for one that is empty or longer
         than the context.
         """
-        device = self.embedding.weight.device
-        found = []
+        for number, sequence in enumerate(sequences):
+            if not 0 < len(sequence) <= self.config.context:
+                raise InputError(
+                    f"sequence {number} has {len(sequence)} tokens; a reward needs 1 to {self.config.context}"
+                )
+        device, found = self.embedding.weight.device, [torch.empty(0)]
         with inference(self):
-            for some in _batches(sequences, self.config.context, tokens_per_batch):
+            for rows in passes([*map(len, sequences)], tokens_per_batch):
+                some = sequences[rows.start : rows.stop]
                 tokens = torch.tensor([token for each in some for token in each], device=device)
                 bounds = torch.tensor([0, *map(len, some)], dtype=torch.int32, device=device).cumsum(0).int()
-                found.append(self.last_rewards(tokens, bounds, max(map(len, some))))
-        return ((torch.cat(found) - self.mean) / self.std).cpu() if found else torch.empty(0)
+                rewards = self.last_rewards(Batch(tokens, tokens, bounds, max(map(len, some))))
+                found.append(((rewards - self.mean) / self.std).cpu())
+        return torch.cat(found)
+
+    def score_answers(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tensor:
+        """Score answers to prompts, as a Reward."""
+        return self.score([[*prompt.ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
 
 
 class ImplicitRewardModel(RewardModel):
     """A language model as a reward model: beta times the log of how much likelier it finds an answer than the base.
 
     Rafailov et al., arXiv:2305.18290, section 5: every language model is one. Where a model is small and comparisons
-    are few it tells far more of them right than a head on the last hidden state: what was asked for is heeded at every
+    are few, it tells far more of them right than a head on the last hidden state: what was asked for is heeded at every
     token already, and need not first be gathered at the end.
     """
 
@@ -103,75 +145,73 @@ class ImplicitRewardModel(RewardModel):
 
     @classmethod
     def begin(cls, recipe: Recipe, run: Run, runtime: Runtime) -> "ImplicitRewardModel":
-        """As it is before it has learnt, beside the base of its run. Raises InputError where that is gone."""
-        reference = load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
+        """Make one that has not learnt yet, beside the base of its run. Raises InputError where that is gone."""
         assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
-        return cls(recipe.model, reference, assistant, recipe.reward.beta)
+        return cls(recipe.model, load_reference(recipe, runtime), assistant, recipe.reward.beta)
 
     def take_backbone(self, weights: dict[str, Tensor]) -> None:
-        """All the weights of the base: its head is what scores."""
+        """Take all the weights of the base: its head is what scores."""
         self.load_state_dict(weights)
 
-    def last_rewards(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""
-        answers = target_answers(Batch(tokens, tokens, cu_seqlens, max_seqlen), self.assistant)
+    def last_rewards(self, batch: Batch) -> Tensor:
+        """Return the reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""
+        answers = target_answers(batch, self.assistant)
         with torch.no_grad():
             before = sequence_log_probs(self._reference[0], answers)
         return self.beta * (sequence_log_probs(self, answers) - before)
 
 
 def load_frozen(run: Run, runtime: Runtime, which: str, context: int | None = None) -> GPT:
-    """A model to draw from and to compare with. Its weights stay fp32, or a policy's first KL would not be 0."""
+    """Load a model to draw from and to compare with. Its weights stay fp32, or a policy's first KL would not be 0."""
     model, _ = run.load_model(replace(runtime, precision="fp32"), which)
     model.compute_dtype = runtime.dtype
     model.config = replace(model.config, context=context or model.config.context)
     return model.requires_grad_(False)
 
 
-def _batches(sequences: Sequence[Sequence[int]], context: int, tokens_per_batch: int) -> Iterator[list[Sequence[int]]]:
-    held: list[Sequence[int]] = []
-    size = 0
-    for number, sequence in enumerate(sequences):
-        if not 0 < len(sequence) <= context:
-            raise InputError(f"sequence {number} has {len(sequence)} tokens; a reward needs 1 to {context}")
-        if held and size + len(sequence) > tokens_per_batch:
-            yield held
-            held, size = [], 0
-        held.append(sequence)
-        size += len(sequence)
-    if held:
-        yield held
+def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:
+    """Load the model that a run begins as, frozen."""
+    return load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
 
 
-def preference_loss(model: RewardModel, batch: Batch, config: RewardConfig) -> Tensor:
-    """Bradley-Terry loss of a packed batch of pairs (sequences 2k and 2k + 1: chosen, rejected), summed, in nats.
+def open_reward(name: str, tokenizer: Tokenizer, runtime: Runtime, facts: bool) -> Reward:
+    """Open a reward by its name: `program`, or the run of a reward model.
 
-    -log sigmoid(r_chosen - r_rejected - margin) + centring * (r_chosen + r_rejected)**2: the second term settles what
-    the first leaves open, where 0 lies (Eisenstein et al. 2023). A sequence left over is padding.
+    Raises InputError where the program has no facts to go by, or the model reads other tokens.
     """
-    rewards = model.last_rewards(batch.tokens, batch.cu_seqlens, batch.max_seqlen)
-    chosen, rejected = rewards[: len(rewards) // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
-    return (config.centring * (chosen + rejected) ** 2 - F.logsigmoid(chosen - rejected - config.margin)).sum()
+    if name == PROGRAM:
+        if not facts:
+            raise InputError("the program knows the built-in requests alone: use it with --data stories-instruct")
+        return ProgramReward(tokenizer)
+    run = Run(Path(name))
+    model = RewardModel.load(run, runtime)
+    if Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{run.path} has another tokenizer than the policy; train a reward model from the same run")
+    return model.requires_grad_(False).score_answers
 
 
-def measure_preferences(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """How well rewards [pairs] predict which answer was chosen. Ties count half; the loss is without margin, in nats.
+def gold_reward(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> dict[str, Reward]:
+    """Return the reward called "gold", the program's, where the prompts have facts for it."""
+    return {"gold": ProgramReward(tokenizer)} if prompts[0].facts else {}
 
-    The calibration error (Naeini et al. 2015) compares, in ten bins of confidence, the share of pairs told right with
-    the probability that the model gave: sigmoid of the difference.
-    """
-    difference = (chosen - rejected).double()
-    right = (difference > 0).double() + 0.5 * (difference == 0).double()
-    confidence = difference.abs().sigmoid()
-    bins = (20 * (confidence - 0.5)).long().clamp(0, 9)
-    gaps = torch.zeros(10, dtype=torch.float64).index_add(0, bins, right - confidence)
-    return {
-        "loss": float(-F.logsigmoid(difference).mean()),
-        "accuracy": float(right.mean()),
-        "calibration_error": float(gaps.abs().sum() / len(difference)),
-        **{
-            f"{name}_{what}": float(value)
-            for name, rewards in (("chosen", chosen), ("rejected", rejected))
-            for what, value in (("mean", rewards.mean()), ("std", rewards.std(correction=0)))
-        },
-    }
+
+def weights_of(reward: str) -> str | None:
+    """Return the SHA-256 of a reward model's weights, by which it is known; None for the program."""
+    return None if reward == PROGRAM else Run(Path(reward)).find_checkpoint().checksum("model")
+
+
+def judge_by(run: Run, runtime: Runtime) -> Judge:
+    """Make the reward model of a run score texts for train.evaluation. What is too long for it loses its end."""
+    model, tokenizer = RewardModel.load(run, runtime), Tokenizer.load(run.tokenizer)
+    context = model.config.context
+
+    def score(cases: Sequence[Case], texts: Sequence[str]) -> list[float]:
+        sequences = []
+        for case, text in zip(cases, texts, strict=True):
+            if isinstance(case.prompt, str):
+                raise InputError("a reward model scores answers in conversations: use it with --data stories-instruct")
+            ids, _ = render(tokenizer, [*case.prompt, Message("assistant", text)])
+            sequences.append([*ids[:-1][: context - 1], ids[-1]])
+        return model.score(sequences).tolist()
+
+    return score

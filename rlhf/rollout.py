@@ -1,9 +1,14 @@
-"""Rollouts: answers that a policy draws, from the batcher that serves users, with nothing cut off its distribution."""
+"""Rollouts: answers that a policy draws, and their log-probabilities under a model.
+
+The batcher that serves users draws the answers, from the whole distribution. What a model makes of them is computed
+from packed sequences: neither padding nor the logits of all tokens at once are ever in memory.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,24 +16,21 @@ from engine.batcher import Batcher, Request
 from engine.model import GPT
 from engine.runtime import inference
 from engine.sampling import Sampling
-from rlhf.log_probs import answer_log_probs, mask_of, pack_answers, to_rows
-from rlhf.rewards import Prompt
-from train.data.loader import Batch
+from kernels import linear_log_probs
+from rlhf.prompts import Prompt
+from train.data.loader import IGNORE_INDEX, Batch, pack
 
-# How far the sampler's log-probabilities may be from the trainer's in fp32: on average, and anywhere.
-TOLERANCE = 1e-5
-WORST = 1e-4
-# Answers drawn at a time: the more the faster, as far as their keys and values find room (in bytes, and on a GPU as a
-# share of its memory).
+# How many answers are drawn at a time: the more the faster, as far as their keys and values find room (in bytes, and on
+# a GPU as a share of its memory).
 SLOTS = 256
 CPU_CACHE, GPU_SHARE = 2**31, 8
-# Tokens of prompts read at a time: nobody waits for the next word meanwhile, as in a server.
+# How many tokens of prompts are read at a time: unlike in a server, nobody waits for the next word meanwhile.
 CHUNK = 8192
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and their answers: token ids with the end piece, where they `ended` with one.
+    """Prompts and their answers: token ids with the end token, where they `ended` with one.
 
     `sampled` holds the log-probabilities [tokens of all answers] that the sampler saw, at temperature 1.
     """
@@ -41,7 +43,13 @@ class Rollout:
     @property
     def mask(self) -> Tensor:
         """The tokens of each answer, bool [B, T], on the CPU."""
-        return mask_of([len(answer) for answer in self.answers])
+        lengths = torch.tensor([len(answer) for answer in self.answers])
+        return torch.arange(int(lengths.max())) < lengths[:, None]
+
+    @property
+    def inputs(self) -> list[int]:
+        """The number of tokens that a model reads of each prompt with its answer."""
+        return [len(prompt.ids) + len(answer) - 1 for prompt, answer in zip(self.prompts, self.answers, strict=True)]
 
 
 def roll_out(
@@ -55,9 +63,9 @@ def roll_out(
     first: int = 0,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Rollout:
-    """One answer to each prompt, drawn from softmax(logits / temperature), up to one of `ends` or max_tokens.
+    """Draw one answer to each prompt from softmax(logits / temperature), up to one of `ends` or max_tokens.
 
-    An answer depends on the seed and on its number; the first has number `first`. `progress` hears now and then how
+    An answer depends on the seed and on its number; the first has number `first`. `progress` is told now and then how
     many answers are whole, and how many tokens there are.
     """
     sampling = Sampling(temperature=temperature, seed=seed)
@@ -82,7 +90,10 @@ def roll_out(
 
 
 def most_slots(model: GPT) -> int:
-    """The same for every run on a machine: what is drawn together may differ in its last bits."""
+    """Return how many answers are drawn together.
+
+    It is the same for every run on a machine: among other answers, one may differ in its last bits.
+    """
     config, weight = model.config, model.embedding.weight
     room = CPU_CACHE
     if weight.device.type == "cuda":
@@ -92,36 +103,101 @@ def most_slots(model: GPT) -> int:
 
 
 def rollout_log_probs(model: GPT, rollout: Rollout, temperature: float, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of all answers' tokens under a model, and entropies there. fp32 [tokens] each, on the CPU."""
-    log_probs, entropies = [], []
+    """Return the log-probability of every token of the answers, and the entropy where it was drawn.
+
+    Both are in nats, fp32 [tokens], on the CPU.
+    """
+    # PPO and GRPO compare the policy with what it was when it drew the answers. Those old log-probabilities are
+    # computed again by this function, although the sampler knows them: it reads keys and values from a cache and
+    # rounds differently, and a ratio that is not 1 before the first step would count as a change of the policy.
+    log_probs, entropies = map_rollout(
+        model, rollout, tokens_per_pass, lambda batch: answer_log_probs(model, batch, temperature)
+    )
+    return log_probs, entropies
+
+
+def map_rollout(
+    model: GPT, rollout: Rollout, tokens_per_pass: int, compute: Callable[[Batch], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Compute something for all tokens of the answers, as many at a time as a pass holds: [tokens] each, on the CPU."""
+    found, device = [], model.embedding.weight.device
     with inference(model):
-        for part in passes(rollout, tokens_per_pass):
-            batch = pack_part(rollout, part, model.config.context)
-            found, entropy = answer_log_probs(model, batch.to(model.embedding.weight.device), temperature)
-            log_probs.append(found.cpu())
-            entropies.append(entropy.cpu())
-    return torch.cat(log_probs), torch.cat(entropies)
+        for rows in passes(rollout.inputs, tokens_per_pass):
+            part = slice(rows.start, rows.stop)
+            prompts = [prompt.ids for prompt in rollout.prompts[part]]
+            batch = pack_answers(prompts, rollout.answers[part], model.config.context)
+            found.append([each.cpu() for each in compute(batch.to(device))])
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def passes(rollout: Rollout, tokens_per_pass: int) -> Iterator[range]:
-    """Rows of a rollout in order, as many at a time as hold so many tokens (one at least)."""
+def passes(sizes: Sequence[int], tokens_per_pass: int) -> Iterator[range]:
+    """Yield the numbers of sequences in order, as many at a time as hold so many tokens (at least one sequence)."""
     first = held = 0
-    for row, (prompt, answer) in enumerate(zip(rollout.prompts, rollout.answers, strict=True)):
-        size = len(prompt.ids) + len(answer) - 1
+    for number, size in enumerate(sizes):
         if held and held + size > tokens_per_pass:
-            yield range(first, row)
-            first, held = row, 0
+            yield range(first, number)
+            first, held = number, 0
         held += size
-    yield range(first, len(rollout.answers))
+    if held:
+        yield range(first, len(sizes))
 
 
-def pack_part(rollout: Rollout, rows: range, context: int) -> Batch:
-    """These rows of a rollout, end to end."""
-    return pack_answers([rollout.prompts[row].ids for row in rows], [rollout.answers[row] for row in rows], context)
+def pack_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], context: int) -> Batch:
+    """Pack prompts (at least a token each) with their answers, whose tokens alone are targets."""
+    sequences = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = np.array([*prompt, *answer])
+        targets = ids[1:].copy()
+        targets[: len(prompt) - 1] = IGNORE_INDEX
+        sequences.append((ids[:-1], targets))
+    return pack(sequences, context)
+
+
+def target_answers(batch: Batch, assistant: int) -> Batch:
+    """Make the last answers of packed conversations, whole ones, the only targets.
+
+    The answer begins at the last token `assistant`, which no text spells.
+    """
+    bounds, tokens = batch.cu_seqlens, batch.tokens
+    positions = torch.arange(len(tokens), device=tokens.device)
+    sequence = torch.bucketize(positions, bounds[1:], right=True)
+    begins = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=tokens.device)
+    begins = begins.scatter_reduce(0, sequence, positions * (tokens == assistant), "amax")
+    targets = tokens.roll(-1).masked_fill(positions < begins[sequence], IGNORE_INDEX)
+    targets[bounds[1:].long() - 1] = IGNORE_INDEX
+    return replace(batch, targets=targets)
+
+
+def answer_log_probs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of every target of a batch and the entropy where it was drawn.
+
+    Both are in nats, fp32 [targets], of softmax(logits / temperature), as answers are drawn. Gradients flow.
+    """
+    learnt = batch.targets != IGNORE_INDEX
+    hidden = model(batch.tokens, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+    return linear_log_probs(hidden[learnt], model.head.weight, batch.targets[learnt], temperature)
+
+
+def sequence_log_probs(model: GPT, batch: Batch) -> Tensor:
+    """Return the summed log-probability of all targets of each sequence, in nats. fp32 [sequences], gradients flow."""
+    log_probs, _ = answer_log_probs(model, batch)
+    positions = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]
+    sequence = torch.bucketize(positions, batch.cu_seqlens[1:], right=True)
+    return torch.zeros(len(batch.cu_seqlens) - 1, device=log_probs.device).index_add(0, sequence, log_probs)
+
+
+def to_rows(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return values of all answers end to end [N] as rows [B, T], 0 where the mask is False. Gradients flow."""
+    return torch.zeros(mask_BT.shape, dtype=values_N.dtype, device=values_N.device).masked_scatter(mask_BT, values_N)
+
+
+def answer_kl(per_token_N: Tensor, mask_BT: Tensor) -> float:
+    """Return the mean over answers of the sum over their tokens: nats per answer."""
+    return float(to_rows(per_token_N, mask_BT).sum(dim=1).mean())
 
 
 def describe_answers(rollout: Rollout) -> dict[str, float]:
-    """What a policy does that games its reward: shorter or longer answers, without an end, that repeat themselves."""
+    """Measure what changes when a policy games its reward: the length of answers, whether they end, and repetition."""
     lengths = [len(answer) for answer in rollout.answers]
     pairs = [pair for answer in rollout.answers for pair in pairwise(answer)]
     return {
@@ -129,8 +205,3 @@ def describe_answers(rollout: Rollout) -> dict[str, float]:
         "ended": float(rollout.ended.float().mean()),
         "distinct_2": len(set(pairs)) / max(len(pairs), 1),
     }
-
-
-def answer_kl(per_token_N: Tensor, mask_BT: Tensor) -> float:
-    """The mean over answers of the sum over their tokens: nats per answer."""
-    return float(to_rows(per_token_N, mask_BT).sum(dim=1).mean())

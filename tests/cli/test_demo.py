@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from cli import demo_report
 from cli.demo import commands, run_together
+from cli.demo_report import write_demo_report
 from cli.main import app
 from engine.errors import InputError
-from rlhf import demo_report
-from rlhf.demo_report import write_demo_report
-from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD
+from rlhf.policy_metrics import BEST_OF_N, BEST_OF_N_GOLD
 
 
 def parse(words: list[str]) -> str:

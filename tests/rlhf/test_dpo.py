@@ -16,8 +16,8 @@ from engine.runtime import choose
 from engine.tokenizer import Tokenizer
 from rlhf.align import align, alignment_recipe
 from rlhf.dpo import DPO
-from rlhf.preferences import Pairs, Preference
-from rlhf.train_reward import PairBatch, PairLoader
+from rlhf.pairs import PairBatch, PairLoader, Pairs
+from rlhf.preferences import Preference
 from tests.train.conftest import Recorder
 from tests.train.team import train_on
 from train.tracking import read_metrics
@@ -42,14 +42,14 @@ def test_before_the_first_step_the_loss_is_that_of_no_preference(
 ) -> None:
     dpo = DPO(AlignmentConfig(method=method, beta=0.2), gpt, tokenizer)  # type: ignore[arg-type]
     assert float(dpo.loss(gpt, batch).detach()) == pytest.approx(3 * start)
-    measured = dpo.measures.take()
+    measured = dpo.metrics.take()
     assert measured["accuracy"] == 0.5 and measured["chosen_change"] == measured["rejected_change"] == 0
 
 
 def test_only_the_last_answer_and_its_end_count(gpt: GPT, batch: PairBatch, tokenizer: Tokenizer) -> None:
     dpo = DPO(AlignmentConfig(), gpt, tokenizer)
     dpo.loss(gpt, batch)
-    measured = dpo.measures.take()
+    measured = dpo.metrics.take()
     for name, answers in (("chosen", ("a fox", "fox", "b")), ("rejected", ("a bear there", "so", "a"))):
         expected = []
         for prompt, answer in zip((TALK[:1], TALK, TALK[:1]), answers, strict=True):
@@ -65,9 +65,9 @@ def test_a_batch_in_parts_is_the_whole_and_measures_the_same(gpt: GPT, batch: Pa
     dpo = DPO(AlignmentConfig(method="dpo", beta=0.2, label_smoothing=0.1), reference, tokenizer)
     # Of two pairs and of one: the mean of their means would be another.
     parts = torch.stack([dpo.loss(gpt, part) for part in batch.split(2)])
-    measured = dpo.measures.take()
+    measured = dpo.metrics.take()
     torch.testing.assert_close(parts.sum(), dpo.loss(gpt, batch))
-    assert measured == pytest.approx(dpo.measures.take(), rel=1e-5)
+    assert measured == pytest.approx(dpo.metrics.take(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo"])
@@ -93,7 +93,7 @@ def test_a_process_without_a_pair_has_a_loss_of_0_and_gradients(gpt: GPT, tokeni
     (part,) = padding.split(1)
     loss = dpo.loss(gpt, part)
     loss.backward()
-    assert loss == 0 and dpo.measures.take() == {}
+    assert loss == 0 and dpo.metrics.take() == {}
     assert all(parameter.grad is not None for parameter in gpt.parameters())
 
 

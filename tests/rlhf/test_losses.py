@@ -8,29 +8,28 @@ import torch
 from torch import Tensor
 
 from rlhf.advantages import gae, k1, token_rewards
-from rlhf.losses import dpo_loss, grpo_loss, ipo_loss, policy_loss, value_loss
+from rlhf.losses import dpo_loss, grpo_loss, ipo_loss, policy_loss, preference_margin, value_loss
 
 
 def test_dpo_at_the_start_is_log_2_and_ipo_the_square_of_its_margin() -> None:
     chosen, rejected = -30 * torch.rand(2, 12)
-    same = (chosen, rejected, chosen, rejected, 12)
+    margin = preference_margin(chosen, rejected, chosen, rejected)
     for smoothing in (0.0, 0.1):
-        assert dpo_loss(*same, beta=0.3, label_smoothing=smoothing).loss == pytest.approx(math.log(2))
-    assert ipo_loss(*same, beta=0.3).loss == pytest.approx(1 / (4 * 0.3**2))
-    assert dpo_loss(*same, beta=0.3).accuracy == ipo_loss(*same, beta=0.3).accuracy == 0.5
+        assert dpo_loss(margin, beta=0.3, label_smoothing=smoothing) == pytest.approx(12 * math.log(2))
+    assert ipo_loss(margin, beta=0.3) == pytest.approx(12 / (4 * 0.3**2))
 
 
 def test_dpo_and_ipo_pull_chosen_up_and_rejected_down_and_ipo_rests_at_its_margin() -> None:
     zero, at = torch.zeros(1), torch.zeros(1, requires_grad=True)
     for loss in (dpo_loss, ipo_loss):
-        (gradient,) = torch.autograd.grad(loss(at, zero, zero, zero, 1, beta=0.5).loss, at)
+        (gradient,) = torch.autograd.grad(loss(preference_margin(at, zero, zero, zero), beta=0.5), at)
         assert gradient < 0
-        (gradient,) = torch.autograd.grad(loss(zero, at, zero, zero, 1, beta=0.5).loss, at)
+        (gradient,) = torch.autograd.grad(loss(preference_margin(zero, at, zero, zero), beta=0.5), at)
         assert gradient > 0
-    assert ipo_loss(torch.ones(1), zero, zero, zero, 1, beta=0.5).loss == 0
+    assert ipo_loss(torch.ones(1), beta=0.5) == 0
     # Smoothed labels are content where sigmoid(beta * margin) is the share of right ones.
     margin = torch.full((1,), math.log(9) / 0.5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(dpo_loss(margin, zero, zero, zero, 1, beta=0.5, label_smoothing=0.1).loss, margin)
+    (gradient,) = torch.autograd.grad(dpo_loss(margin, beta=0.5, label_smoothing=0.1), margin)
     assert abs(float(gradient)) < 1e-6
 
 
@@ -38,52 +37,52 @@ def test_before_the_first_step_the_ratio_is_1_nothing_is_clipped_and_the_kl_is_0
     old, advantages = -torch.rand(9), torch.randn(9)
     new = old.clone().requires_grad_()
     for loss, clipped, approx_kl in (
-        policy_loss(new, old, advantages, 9),
-        grpo_loss(new, old, old, advantages, 9, beta=0.5),
+        policy_loss(new, old, advantages),
+        grpo_loss(new, old, old, advantages, beta=0.5),
     ):
-        torch.testing.assert_close(loss.detach(), -advantages.mean())
+        torch.testing.assert_close(loss.detach(), -advantages.sum())
         assert clipped == 0 and approx_kl == 0
         # The ratio being 1, this is the gradient of REINFORCE.
         (gradient,) = torch.autograd.grad(loss, new)
-        torch.testing.assert_close(gradient, -advantages / 9)
+        torch.testing.assert_close(gradient, -advantages)
 
 
 def test_the_policy_loss_stops_pulling_outside_of_the_clip_range_but_not_back_into_it() -> None:
     ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1])
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     new = ratios.log().requires_grad_()
-    loss, clipped, approx_kl = policy_loss(new, torch.zeros(5), advantages, 5)
+    loss, clipped, approx_kl = policy_loss(new, torch.zeros(5), advantages)
     (gradient,) = torch.autograd.grad(loss, new)
-    torch.testing.assert_close(5 * loss.detach(), -torch.tensor(1.2 - 1.5 + 0.5 - 0.8 + 1.1))
-    torch.testing.assert_close(5 * gradient, torch.tensor([0.0, 1.5, -0.5, 0.0, -1.1]))
-    assert clipped == pytest.approx(0.8)
-    torch.testing.assert_close(approx_kl, ratios.log().square().mean() / 2)
+    torch.testing.assert_close(loss.detach(), -torch.tensor(1.2 - 1.5 + 0.5 - 0.8 + 1.1))
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 1.5, -0.5, 0.0, -1.1]))
+    assert clipped == 4
+    torch.testing.assert_close(approx_kl, ratios.log().square().sum() / 2)
 
 
 def test_a_log_ratio_beyond_all_bounds_gives_finite_losses_and_gradients() -> None:
     new = torch.tensor([-1e4, -1.0], requires_grad=True)
     old, advantages = torch.tensor([-1.0, -1e4]), -torch.ones(2)
-    loss = grpo_loss(new, old, old, advantages, 2, beta=1.0).loss
+    loss = grpo_loss(new, old, old, advantages, beta=1.0).loss
     (gradient,) = torch.autograd.grad(loss, new)
     assert loss.isfinite() and gradient.isfinite().all()
 
 
 def test_the_value_loss_counts_the_worse_of_free_and_held() -> None:
     old, returns = torch.zeros(3), torch.ones(3)
-    loss, clipped = value_loss(torch.tensor([0.1, 1.0, -1.0]), old, returns, 3)
+    loss = value_loss(torch.tensor([0.1, 1.0, -1.0]), old, returns)
     # In range: 0.9^2. Beyond, towards the return: held at 0.2. Away from it: free, 2^2.
-    assert loss == pytest.approx((0.81 + 0.64 + 4.0) / 6)
-    assert clipped == pytest.approx(1 / 3)
+    assert loss == pytest.approx((0.81 + 0.64 + 4.0) / 2)
 
 
 def test_micro_batches_add_up_to_the_step() -> None:
     a, b, c, d = -3 * torch.rand(4, 10, dtype=torch.float64)
+    margin = preference_margin(a, b, c, d)
     losses: list[Callable[[slice], tuple[Tensor, ...]]] = [
-        lambda part: policy_loss(a[part], b[part], c[part], 10),
-        lambda part: value_loss(a[part], b[part], c[part], 10),
-        lambda part: grpo_loss(a[part], b[part], c[part], d[part], 10, beta=0.1),
-        lambda part: dpo_loss(a[part], b[part], c[part], d[part], 10, beta=0.1, label_smoothing=0.2),
-        lambda part: ipo_loss(a[part], b[part], c[part], d[part], 10, beta=0.1),
+        lambda part: policy_loss(a[part], b[part], c[part]),
+        lambda part: (value_loss(a[part], b[part], c[part]),),
+        lambda part: grpo_loss(a[part], b[part], c[part], d[part], beta=0.1),
+        lambda part: (dpo_loss(margin[part], beta=0.1, label_smoothing=0.2),),
+        lambda part: (ipo_loss(margin[part], beta=0.1),),
     ]
     for loss in losses:
         parts = zip(loss(slice(0, 3)), loss(slice(3, 4)), loss(slice(4, 10)), strict=True)
@@ -94,9 +93,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
 def test_what_does_not_fit_is_named() -> None:
     tokens = torch.zeros(4)
     with pytest.raises(ValueError, match=r"old_N \(3,\)"):
-        policy_loss(tokens, tokens[:3], tokens, 4)
-    with pytest.raises(ValueError, match="count is 0"):
-        dpo_loss(tokens, tokens, tokens, tokens, 0, beta=0.1)
+        policy_loss(tokens, tokens[:3], tokens)
 
 
 class Bandit:
@@ -127,8 +124,8 @@ def test_dpo_on_a_bandit_converges_to_the_reference_tilted_by_the_rewards() -> N
         now, reference = bandit.log_probs, bandit.reference
         total = torch.zeros(())
         for i, j, share in zip(first.split(1), second.split(1), wrong, strict=True):
-            pair = (now[i], now[j], reference[i], reference[j])
-            total = total + dpo_loss(*pair, len(wrong), beta=bandit.beta, label_smoothing=share).loss
+            margin = preference_margin(now[i], now[j], reference[i], reference[j])
+            total = total + dpo_loss(margin, beta=bandit.beta, label_smoothing=share) / len(wrong)
         total.backward()
         return total
 
@@ -152,6 +149,6 @@ def test_ppo_on_a_bandit_converges_to_the_reference_tilted_by_the_rewards() -> N
         for _ in range(4):
             optimizer.zero_grad()
             # Weighed by its probability, each answer stands for all that would have been drawn.
-            policy_loss(bandit.log_probs, old, old.exp() * advantages, 1).loss.backward()
+            policy_loss(bandit.log_probs, old, old.exp() * advantages).loss.backward()
             optimizer.step()
     torch.testing.assert_close(bandit.log_probs.exp().detach(), bandit.best, atol=1e-4, rtol=0)

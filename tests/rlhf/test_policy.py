@@ -19,13 +19,12 @@ from engine.run import Run
 from engine.runtime import choose
 from rlhf import align as alignment
 from rlhf.align import align, alignment_recipe
-from rlhf.experience import Experience, KLAlarmError
 from rlhf.grpo import GRPO
-from rlhf.log_probs import answer_log_probs, pack_answers
 from rlhf.ppo import PPO, critic_values
+from rlhf.prompts import Prompt
 from rlhf.reward_model import RewardModel
-from rlhf.rewards import Prompt
-from rlhf.rollout import roll_out, rollout_log_probs
+from rlhf.rollout import answer_log_probs, pack_answers, roll_out, rollout_log_probs
+from rlhf.rollout_loader import KLAlarmError, RolloutBatch, ScoredRollout
 from tests.train.conftest import Recorder, stop_after
 from tests.train.team import train_on
 from train.loop import TrainingError
@@ -73,39 +72,39 @@ def weights(run: Run, name: str = "model") -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def experience(gpt: GPT) -> Experience:
-    """Of five answers, made of distinct numbers."""
+def learnt(gpt: GPT) -> RolloutBatch:
+    """Five answers, with distinct numbers."""
     prompts = [Prompt(tuple(range(1, 2 + n))) for n in range(5)]
     rollout = roll_out(gpt, prompts, frozenset(range(20, 60)), max_tokens=6)
     old, _ = rollout_log_probs(gpt, rollout, 1.0, 10**6)
     batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, gpt.config.context)
     reference, advantages, values, returns = torch.randn(4, len(old))
-    return Experience(
+    return RolloutBatch(
         **vars(batch), old=old, reference=reference, advantages=advantages, values=values, returns=returns
     )
 
 
-def test_answers_are_picked_with_all_that_belongs_to_them(gpt: GPT, experience: Experience) -> None:
-    picked = experience.select([3, 0])
+def test_answers_are_picked_with_all_that_belongs_to_them(gpt: GPT, learnt: RolloutBatch) -> None:
+    picked = learnt.select([3, 0])
     # Log-probabilities computed anew tell whether tokens, targets, boundaries and numbers still belong together.
     torch.testing.assert_close(answer_log_probs(gpt, picked)[0].detach(), picked.old, atol=1e-5, rtol=0)
     assert picked.answers == 2 and len(picked.returns) == len(picked.old)
-    parts = experience.split(3)
-    sizes = experience.cu_seqlens.diff().tolist()
+    parts = learnt.split(3)
+    sizes = learnt.cu_seqlens.diff().tolist()
     assert [size for part in parts for size in part.cu_seqlens.diff().tolist()] == sizes and len(parts) == 3
     assert max(len(part.tokens) for part in parts) <= sum(sizes) / 3 + max(sizes)
     for name in ("tokens", "targets", "old", "advantages", "returns"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(experience, name))
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(learnt, name))
 
 
 def test_the_first_minibatch_of_ppo_has_ratio_1_no_clipping_and_no_kl(
-    gpt: GPT, experience: Experience, small_config: ModelConfig
+    gpt: GPT, learnt: RolloutBatch, small_config: ModelConfig
 ) -> None:
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     ppo = PPO(AlignmentConfig(), critic, 100)
-    batch = dataclasses.replace(experience, values=critic_values(critic, experience).detach())
+    batch = dataclasses.replace(learnt, values=critic_values(critic, learnt).detach())
     loss = ppo.loss(gpt, batch)
-    measured = ppo.measures.take()
+    measured = ppo.metrics.take()
     assert measured["clipped"] == 0 and measured["approx_kl"] == pytest.approx(0, abs=1e-10)
     assert measured["policy_loss"] == pytest.approx(-float(batch.advantages.mean()), abs=1e-5)
     assert measured["value_loss"] == pytest.approx(float((batch.values - batch.returns).square().mean()) / 2)
@@ -116,27 +115,31 @@ def test_the_first_minibatch_of_ppo_has_ratio_1_no_clipping_and_no_kl(
 def test_a_constant_added_to_all_scores_changes_nothing(gpt: GPT, small_config: ModelConfig) -> None:
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     rollout = roll_out(gpt, [Prompt((1, 2))] * 6, frozenset(range(20, 60)), max_tokens=6)
-    kl, scores = torch.zeros(len(rollout.sampled)), torch.randn(6)
+    zero, scores = torch.zeros(len(rollout.sampled)), torch.randn(6)
     for trainer in (PPO(AlignmentConfig(), critic, 100), GRPO(AlignmentConfig(answers=6, group=6))):
-        values = trainer.values(rollout)
-        (plain, _), (shifted, _) = (trainer.judge(rollout, values, kl, scores + shift, 0.1) for shift in (0.0, -5.0))
-        torch.testing.assert_close(plain, shifted, atol=1e-4, rtol=1e-4)
+        found = []
+        for shift in (0.0, -5.0):
+            of_tokens = {"old": zero, "reference": zero, "entropy": zero, "error": zero}
+            rewarded = {"values": trainer.values(rollout), "scores": {"reward": scores + shift}}
+            scored = ScoredRollout(**vars(rollout), **of_tokens, **rewarded)
+            found.append(trainer.advantages(scored, 0.1).advantages)
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_minibatches_in_parts_are_the_whole_and_measure_the_same(
-    gpt: GPT, experience: Experience, small_config: ModelConfig, method: str
+    gpt: GPT, learnt: RolloutBatch, small_config: ModelConfig, method: str
 ) -> None:
     config = AlignmentConfig()
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     trainer = PPO(config, critic, 100) if method == "ppo" else GRPO(config)
     with torch.no_grad():
         gpt.head.weight.mul_(1.5)  # no longer the policy that drew the answers
-    parts = torch.stack([trainer.loss(gpt, part) for part in experience.split(5)])
-    measured = trainer.measures.take()
+    parts = torch.stack([trainer.loss(gpt, part) for part in learnt.split(5)])
+    measured = trainer.metrics.take()
     assert measured["approx_kl"] > 0
-    torch.testing.assert_close(parts.sum(), trainer.loss(gpt, experience), atol=1e-4, rtol=1e-5)
-    assert measured == pytest.approx(trainer.measures.take(), rel=1e-4)
+    torch.testing.assert_close(parts.sum(), trainer.loss(gpt, learnt), atol=1e-4, rtol=1e-5)
+    assert measured == pytest.approx(trainer.metrics.take(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
@@ -213,7 +216,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
         rollout = roll_out(*arguments, **options)
         return dataclasses.replace(rollout, sampled=rollout.sampled + 0.01)
 
-    monkeypatch.setattr("rlhf.experience.roll_out", wrong)
+    monkeypatch.setattr("rlhf.rollout_loader.roll_out", wrong)
     with pytest.raises(TrainingError, match="sampler and trainer disagree"):
         align(recipe("grpo"), Run(tmp_path / "run"), CPU, Recorder())
 

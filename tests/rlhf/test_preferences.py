@@ -14,9 +14,8 @@ from engine.chat_template import END, Message, render
 from engine.config import DataConfig
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from rlhf.preference_sources import answer, open_preferences, read_preferences
-from rlhf.preferences import Pairs, Preference, encode_preferences, judge
-from rlhf.train_reward import PairLoader
+from rlhf.pairs import PairLoader, Pairs, encode_preferences
+from rlhf.preferences import Preference, open_preferences, prefer, read_preferences, write_answer
 from train.data.loader import IGNORE_INDEX
 from train.data.rows import Skipped
 from train.data.sources import SPLITS
@@ -221,12 +220,12 @@ def test_batches_hold_whole_pairs_however_they_are_split(tokenizer: Tokenizer) -
 
 def test_the_judge_is_a_coin_of_the_difference_that_sometimes_errs() -> None:
     rng = Random(0)
-    said = [judge(ASKED, ("good", "bad"), (1.0, 0.5), rng) for _ in range(4000)]
+    said = [prefer(ASKED, ("good", "bad"), (1.0, 0.5), rng) for _ in range(4000)]
     right = sum(each.chosen == "good" for each in said) / len(said)
     # sigma(1) of the time, but for one in twenty the other way round.
     assert right == pytest.approx(0.731 * 0.95 + 0.269 * 0.05, abs=0.02)
     assert all(each.gold == (each.chosen == "good") for each in said)
-    assert judge(ASKED, ("good", "fine"), (1.0, 1.0), rng).gold is None
+    assert prefer(ASKED, ("good", "fine"), (1.0, 1.0), rng).gold is None
 
 
 def test_built_in_preferences_are_the_same_again_and_held_out_ones_are_of_held_out_heroes() -> None:
@@ -249,7 +248,7 @@ def test_answers_are_of_every_quality() -> None:
     stories = [request for _, request in zip(range(101), story_requests("train"), strict=False)]
     scores = torch.tensor(
         [
-            score_story(request.facts, answer(request, other, Random(n))).total
+            score_story(request.facts, write_answer(request, other, Random(n))).total
             for n, (other, request) in enumerate(pairwise(stories))
         ]
     )

@@ -1,18 +1,23 @@
-"""The reward model: what it scores, its loss in closed form, and what is measured."""
+"""Rewards by the program and by a reward model: what is scored, the loss in closed form, and what is measured."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
 
+from engine.chat_template import END, Message, answer_prompt
 from engine.config import ModelConfig, RewardConfig, override
 from engine.errors import InputError
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from rlhf.preferences import Pairs, Preference
-from rlhf.reward_model import RewardModel, measure_preferences, preference_loss
-from rlhf.train_reward import PairBatch, PairLoader
+from rlhf.pairs import PairBatch, PairLoader, Pairs
+from rlhf.preferences import Preference
+from rlhf.prompts import Prompt
+from rlhf.reward_model import ProgramReward, RewardModel
+from rlhf.train_reward import measure_preferences, preference_loss
 from tests.rlhf.test_preferences import ASKED
+from train.data.story_requests import story_requests
 
 PLAIN = RewardConfig(centring=0.0)
 
@@ -31,7 +36,7 @@ def batch(tokenizer: Tokenizer) -> PairBatch:
 
 
 def rewards_of(model: RewardModel, batch: PairBatch) -> torch.Tensor:
-    return model.last_rewards(batch.tokens, batch.cu_seqlens, batch.max_seqlen)
+    return model.last_rewards(batch)
 
 
 def test_a_zero_head_has_a_loss_of_log_2_and_a_margin_raises_it(model: RewardModel, batch: PairBatch) -> None:
@@ -123,3 +128,21 @@ def test_calibration_is_perfect_where_the_model_is_right_as_often_as_it_says() -
     sure = measure_preferences(torch.tensor([odds] * 4), torch.zeros(4))
     assert sure["calibration_error"] == pytest.approx(0.25)
     assert (sure["chosen_mean"], sure["chosen_std"]) == (pytest.approx(odds), 0)
+
+
+def test_the_program_scores_the_true_story_high_and_another_s_low(tokenizer: Tokenizer) -> None:
+    requests = list(islice(story_requests("test"), 6))
+    prompts = [Prompt((*answer_prompt(tokenizer, [Message("user", each.text)]),), each.facts) for each in requests]
+    stories = [[*tokenizer.encode(each.story), tokenizer.special[END]] for each in requests]
+    reward = ProgramReward(tokenizer)
+    assert reward(prompts, stories).mean() > 0.85
+    assert reward(prompts, stories[1:] + stories[:1]).mean() < 0.6
+    with pytest.raises(ValueError, match="no facts"):
+        reward([Prompt((1,))], [[2]])
+
+
+def test_a_model_scores_the_whole_conversation(small_config: ModelConfig) -> None:
+    model = RewardModel(small_config)
+    model.normalise(0.5, 2.0)
+    prompts, answers = [Prompt((1, 2)), Prompt((3,))], [[4, 5], [6]]
+    torch.testing.assert_close(model.score_answers(prompts, answers), model.score([[1, 2, 4, 5], [3, 6]]))

@@ -18,8 +18,9 @@ from engine.run import Run
 from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
 from rlhf import train_reward as train_reward_module
+from rlhf.pairs import PairBatch
 from rlhf.reward_model import ImplicitRewardModel, RewardModel
-from rlhf.train_reward import PairBatch, reward_recipe, train_reward
+from rlhf.train_reward import reward_recipe, train_reward
 from tests.train.conftest import Recorder
 from train.finetune import finetuning_recipe
 from train.loop import Outcome

@@ -11,18 +11,27 @@ from engine.checkpoint import write_atomically
 from engine.run import Run, versions
 from engine.runtime import choose
 from engine.tokenizer import Tokenizer
-from rlhf.frontier import BEST_OF_N, BEST_OF_N_GOLD, plot_frontier
+from rlhf.policy_metrics import BEST_OF_N, BEST_OF_N_GOLD, plot_reward_vs_kl
 from rlhf.prompts import encode_prompts, open_prompts
-from rlhf.rewards import ProgramReward
+from rlhf.reward_model import ProgramReward
 from rlhf.rollout import roll_out
 
 SHOWN = 3
 REPORTED = ("gold_accuracy", "accuracy", "calibration_error", "pairs")
 RESULT = "result.json"
+# The columns of the table: what they hold of a method, and to how many digits.
+COLUMNS = {
+    "gold": ("gold", 3),
+    "reward": ("reward", 2),
+    "KL": ("kl", 2),
+    "gain, deviations": ("gain_in_deviations", 2),
+    "gain, of best-of-n's": ("share_of_best_of_n", 2),
+    "... by gold": ("share_of_best_of_n_by_gold", 2),
+}
 
 
 def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """The figures of one demo, from what its commands have written; kept in its result.json."""
+    """Return the figures of one demo, from what its commands have written; they are kept in its result.json."""
     curves = json.loads((folder / "chat" / "best-of-n.json").read_text())["curves"]
     (begin, *_, most), gold = curves[BEST_OF_N], curves[BEST_OF_N_GOLD][-1]["gold"]
     methods = {name: points[0] for name, points in curves.items() if not name.startswith(BEST_OF_N)}
@@ -48,41 +57,49 @@ def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str
 
 def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], samples: Path) -> list[str]:
     """Write report.md and frontier.png; `samples` is the demo whose models are asked. Returns the table's lines."""
-    curves: dict[str, list[dict[str, float]]] = {}
-    for name in (BEST_OF_N, BEST_OF_N_GOLD):
-        curves[name] = [_mean(points) for points in zip(*(result[name] for result in results), strict=True)]
-    for name in results[0]["methods"]:
-        curves[name] = [result["methods"][name] for result in results]
-    begin, most, gold = curves[BEST_OF_N][0], curves[BEST_OF_N][-1], curves[BEST_OF_N_GOLD][-1]
-    drawn = curves | {
-        name: [_moved(result["methods"][name], result[BEST_OF_N][0], begin) for result in results]
-        for name in results[0]["methods"]
-    }
+    methods = {name: [result["methods"][name] for result in results] for name in results[0]["methods"]}
+    best, by_gold = (
+        [_mean(points) for points in zip(*(result[name] for result in results), strict=True)]
+        for name in (BEST_OF_N, BEST_OF_N_GOLD)
+    )
+    begin = best[0]
+    curves = {BEST_OF_N: best, BEST_OF_N_GOLD: by_gold}
+    for name, points in methods.items():
+        # With the scores that a seed's gains would have led to from the average finetuned model.
+        curves[name] = [
+            point | {score: point[score] - result[BEST_OF_N][0][score] + begin[score] for score in ("gold", "reward")}
+            for point, result in zip(points, results, strict=True)
+        ]
     table = [
-        "| | gold | reward | KL | gain, deviations | gain, of best-of-n's | ... by gold |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {' | '.join(COLUMNS)} |",
+        f"|---{'|---' * len(COLUMNS)}|",
         f"| finetuned | {begin['gold']:.3f} | {begin['reward']:.2f} | 0 | | | |",
-        _row(f"best of {most['n']:.0f}", most),
-        _row(f"best of {gold['n']:.0f} by gold", gold),
-        *(_method(name, curves[name]) for name in results[0]["methods"]),
     ]
-    told = [result["reward_model"]["gold_accuracy"] for result in results]
+    for by, point in (("", best[-1]), (" by gold", by_gold[-1])):
+        scores = f"{point['gold']:.3f} | {point['reward']:.2f} | at most {point['kl']:.2f}"
+        table.append(f"| best of {point['n']:.0f}{by} | {scores} | | | |")
+    for name, points in methods.items():
+        columns = [_spread([point[key] for point in points], digits) for key, digits in COLUMNS.values()]
+        table.append(f"| {name} | {' | '.join(columns)} |")
     seconds = [sum(result["seconds"].values()) for result in results]
+    order = _spread([result["reward_model"]["gold_accuracy"] for result in results])
+    picture = ["![score against KL](frontier.png)", ""] if plot_reward_vs_kl(curves, folder / "frontier.png") else []
+    moved = ["In the picture every seed is moved to begin where the average one does.", ""] if results[1:] else []
     lines = [
         "# From stories to an aligned chat model",
         "",
         f"{statistics.mean(seconds) / 60:.1f} minutes{f' for each of {len(results)} seeds' if results[1:] else ''}. "
         "Gold is the program's score of answers to held-out requests, 0 to 1; reward is the reward model's (0 and 1: "
         "mean and deviation of the finetuned model's answers); KL is to the finetuned model, in nats per answer. "
-        f"The reward model puts {_spread(told)} of held-out pairs in gold order.",
+        f"The reward model puts {order} of held-out pairs in gold order.",
         "",
         *table,
         "",
-        *(["![score against KL](frontier.png)", ""] if plot_frontier(drawn, folder / "frontier.png") else []),
-        *(["In the picture every seed is moved to begin where the average one does.", ""] if len(results) > 1 else []),
+        *picture,
+        *moved,
         "## Before and after",
         "",
-        *_samples(samples, list(results[0]["methods"])),
+        *_samples(samples, [*methods]),
         "## Seconds",
         "",
         *(f"- {name}: {_spread([each['seconds'][name] for each in results], 0)}" for name in results[0]["seconds"]),
@@ -90,16 +107,6 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
     ]
     (folder / "report.md").write_text("\n".join(lines))
     return table
-
-
-def _row(name: str, point: Mapping[str, float]) -> str:
-    return f"| {name} | {point['gold']:.3f} | {point['reward']:.2f} | at most {point['kl']:.2f} | | | |"
-
-
-def _method(name: str, points: Sequence[Mapping[str, float]]) -> str:
-    shown = ("gold", "reward", "kl", "gain_in_deviations", "share_of_best_of_n", "share_of_best_of_n_by_gold")
-    columns = [_spread([point[key] for point in points], 3 if key == "gold" else 2) for key in shown]
-    return f"| {name} | {' | '.join(columns)} |"
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:
@@ -111,15 +118,9 @@ def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: statistics.mean(point[key] for point in points) for key in points[0]}
 
 
-def _moved(point: Mapping[str, float], begin: Mapping[str, float], average: Mapping[str, float]) -> dict[str, float]:
-    """The point with the scores that its gains would have led to from the average finetuned model."""
-    return {**point, **{score: point[score] - begin[score] + average[score] for score in ("gold", "reward")}}
-
-
 def _samples(folder: Path, methods: Sequence[str]) -> list[str]:
-    machine = choose("cpu", "fp32")
-    tokenizer = Tokenizer.load(Run(folder / "chat").tokenizer)
-    recipe = Run(folder / "chat").read_recipe()
+    machine, chat = choose("cpu", "fp32"), Run(folder / "chat")
+    tokenizer, recipe = Tokenizer.load(chat.tokenizer), chat.read_recipe()
     prompts = encode_prompts(open_prompts(recipe.data), "validation", tokenizer, recipe.model.context, SHOWN)
     asked, gold, ends = prompts.first(SHOWN), ProgramReward(tokenizer), answer_ends(tokenizer)
     lines = [[f"> {messages[-1].content}", ""] for messages in prompts.asked]

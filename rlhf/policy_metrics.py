@@ -1,0 +1,175 @@
+"""What a policy gained and how far it went for it: rewards of held-out prompts, against the KL to where it began."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.model import GPT
+from rlhf.advantages import k1, k3
+from rlhf.prompts import Prompt
+from rlhf.reward_model import Reward
+from rlhf.rollout import answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
+
+# Chosen by the reward, and by the program: the curves that plot_reward_vs_kl draws as lines.
+BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
+PANELS = {"gold": "gold: the program's score", "reward": "the reward model's score"}
+# In the picture KL is in proportion up to here, and by its logarithm from there on.
+NEAR_KL = 4.0
+COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#b45309", "#0f766e")
+SUSPICIONS = ("gold", "distinct_2", "ended", "length")
+
+
+def measure_policy(
+    policy: GPT,
+    reference: GPT,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    ends: frozenset[int],
+    *,
+    answers: int = 1,
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+    tokens_per_pass: int = 8192,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Measure what `answers` answers to each prompt are worth by every reward, and their KL to the reference.
+
+    KL is in nats per answer: the mean of k1, summed over an answer's tokens, and as "kl_k3" the same of k3, which
+    varies less. "X_error" is the standard error of X over prompts, "X_std" the spread of X over answers. The same seed
+    gives the same result.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(answers)]
+    rollout = roll_out(policy, repeated, ends, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    now, _ = rollout_log_probs(policy, rollout, temperature, tokens_per_pass)
+    before, _ = rollout_log_probs(reference, rollout, temperature, tokens_per_pass)
+    metrics = describe_scores("kl", to_rows(k1(now, before), rollout.mask).sum(dim=1).view(-1, answers))
+    metrics["kl_k3"] = answer_kl(k3(now, before), rollout.mask)
+    for name, reward in rewards.items():
+        metrics |= describe_scores(name, reward(repeated, rollout.answers).view(-1, answers))
+    return {**metrics, **describe_answers(rollout), "tokens": len(now)}
+
+
+def describe_scores(name: str, scores_PN: Tensor) -> dict[str, float]:
+    """Return the mean of N scores for each of P prompts, their spread, and the mean's standard error over prompts."""
+    prompts = len(scores_PN)
+    error = float(scores_PN.mean(dim=1).std()) / math.sqrt(prompts) if prompts > 1 else math.nan
+    return {name: float(scores_PN.mean()), f"{name}_std": float(scores_PN.std(correction=0)), f"{name}_error": error}
+
+
+def best_of_n(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], most: int, by: str, rewards: Mapping[str, Reward]
+) -> list[dict[str, float]]:
+    """Measure the best of n answers by the reward called `by`, for n = 1, 2, 4 ... up to `most`, by every reward.
+
+    It needs no training, and is what every method is compared with. There are `most` answers to each prompt, beside the
+    prompts repeated. For a small n they are many independent draws of n, and all count. A point has "n", "kl" (at most,
+    in nats per answer), and scores as of describe_scores.
+    """
+    scores = {name: reward(prompts, answers).view(-1, most) for name, reward in rewards.items()}
+    points = []
+    for n in (2**power for power in range(most.bit_length())):
+        draws = {name: own[:, : most // n * n].unflatten(1, (-1, n)) for name, own in scores.items()}
+        best = draws[by].argmax(dim=2, keepdim=True)
+        point = {"n": n, "kl": best_of_n_kl(n)}
+        for name, own in draws.items():
+            point |= describe_scores(name, torch.gather(own, 2, best)[..., 0])
+        points.append(point)
+    return points
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return log n - (n - 1) / n, which the KL to the model that draws n answers never exceeds (arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+class PolicyMonitor:
+    """Measures a policy beside its reference, and says once of each kind when it seems to game its reward.
+
+    It stops no run.
+    """
+
+    def __init__(self, measure: Callable[[GPT], dict[str, float]], reference: GPT, say: Callable[[str], None]) -> None:
+        self.measure, self.say = measure, say
+        self.begin = measure(reference)
+        self.said: set[str] = set()
+
+    def __call__(self, policy: GPT) -> dict[str, float]:
+        """Return the metrics, and for each kind of suspicion 1 or 0."""
+        now = self.measure(policy)
+        signs = suspicions(self.begin, now)
+        for kind in [kind for kind in signs if kind not in self.said]:
+            self.say(f"reward hacking? {signs[kind]}; a higher --beta, or an earlier checkpoint, stays closer")
+        self.said |= signs.keys()
+        return {**now, **{f"suspect_{kind}": float(kind in signs) for kind in SUSPICIONS}}
+
+
+def suspicions(begin: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
+    """Return, by its kind, what left its sane range between the two, in words."""
+    signs = {}
+    if {"gold", "reward"} <= now.keys():
+        # By more than chance would.
+        worse = now["gold"] < begin["gold"] - now["gold_error"]
+        if worse and now["reward"] > begin["reward"]:
+            change = f"from {begin['gold']:.3f} to {now['gold']:.3f} while the reward rose"
+            signs["gold"] = f"the program's score fell {change} from {begin['reward']:.3f} to {now['reward']:.3f}"
+    for kind, what in (("distinct_2", "the share of different word pairs"), ("ended", "the share of ended answers")):
+        if now[kind] < begin[kind] / 2:
+            signs[kind] = f"{what} fell from {begin[kind]:.3f} to {now[kind]:.3f}"
+    if not begin["length"] / 2 <= now["length"] <= 2 * begin["length"]:
+        signs["length"] = f"answers went from {begin['length']:.0f} to {now['length']:.0f} tokens"
+    return signs
+
+
+def plot_reward_vs_kl(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> bool:
+    """Draw scores over KL, a panel for each reward. False, and no picture, where matplotlib is not installed.
+
+    A curve is one or more points as of measure_policy or best_of_n, of several seeds or checkpoints perhaps.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [point for own in curves.values() for point in own]
+    panels = {name: title for name, title in PANELS.items() if all(name in point for point in points)}
+    colors = dict(zip((name for name in curves if not name.startswith(BEST_OF_N)), COLORS * len(curves), strict=False))
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(1 + 5 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, (score, title) in zip(grid[0], panels.items(), strict=True):
+        for name, own in curves.items():
+            line = name.startswith(BEST_OF_N)
+            axes.errorbar(
+                [point["kl"] for point in own],
+                [point[score] for point in own],
+                xerr=None if line else [point.get("kl_error", 0.0) for point in own],
+                yerr=[point.get(f"{score}_error", 0.0) for point in own],
+                fmt={BEST_OF_N: "o-", BEST_OF_N_GOLD: "o:"}.get(name, "o"),
+                color=colors.get(name, "#9db4d0"),
+                ms=4 if line else 6,
+                lw=1.3,
+                capsize=2,
+                label=name,
+            )
+            for point in own if line else ():
+                where = {"xy": (point["kl"], point[score]), "xytext": (9, -9), "textcoords": "offset points"}
+                axes.annotate(f"{point['n']:.0f}", **where, ha="center", fontsize=8, color="#64748b")
+        if max(point["kl"] for point in points) > NEAR_KL:
+            # A policy that no price on KL held back would squash all the others.
+            axes.set_xscale("symlog", linthresh=NEAR_KL, linscale=2)
+            ticks = [tick for tick in (0, 1, 2, 3, 4, 10, 30, 100, 300) if tick <= 1.3 * axes.get_xlim()[1]]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("KL to the finetuned model (nats per answer)")
+        axes.set_ylabel("mean score of held-out prompts")
+        axes.grid(alpha=0.25)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True

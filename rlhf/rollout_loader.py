@@ -1,0 +1,288 @@
+"""The batches of a policy that learns from its own answers: rounds of drawing, scoring and learning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import AlignmentConfig, Recipe
+from engine.errors import InputError
+from engine.model import GPT
+from engine.processes import ALONE, Processes
+from rlhf.advantages import Advantages, KLCoefficient, k1, k3
+from rlhf.prompts import Prompt, Prompts
+from rlhf.reward_model import Reward, RewardModel
+from rlhf.rollout import Rollout, answer_kl, describe_answers, pack_answers, roll_out, rollout_log_probs
+from train.data.loader import IGNORE_INDEX, Batch
+from train.loop import TrainingError
+from train.tracking import RunningMetrics
+
+# The sum of k1 over an answer may be negative by chance, its mean over many answers hardly.
+LEAST_KL = -1.0
+# How far the sampler's log-probabilities may be from the trainer's in fp32: on average, and anywhere.
+TOLERANCE = 1e-5
+WORST = 1e-4
+
+
+class KLAlarmError(TrainingError):
+    """The policy has left the reference behind. Up to step `good` it had not."""
+
+    def __init__(self, message: str, good: int) -> None:
+        super().__init__(message)
+        self.good = good
+
+
+@dataclass(frozen=True)
+class ScoredRollout(Rollout):
+    """A rollout, its scores, and what models make of each token of the answers: fp32 [tokens] each, on the CPU.
+
+    `old` and `reference` are log-probabilities of the policy and of the reference, `values` what the critic expects.
+    `error` is how far the sampler's log-probability was from the trainer's. Each reward has one score an answer.
+    """
+
+    old: Tensor
+    entropy: Tensor
+    error: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Mapping[str, Tensor]
+
+    @staticmethod
+    def join(parts: Sequence["ScoredRollout"]) -> "ScoredRollout":
+        """Return the answers of all parts, in order."""
+        return ScoredRollout(**{name: _join([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+def _join(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat([*values])
+    if isinstance(values[0], Mapping):
+        return {name: _join([each[name] for each in values]) for name in values[0]}
+    return [item for each in values for item in each]
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Batch):
+    """Packed prompts and answers, and for each target, in their order, fp32 [targets] each.
+
+    These are log-probabilities of the policy that drew it and of the reference, its advantage, and what PPO's critic
+    expected and should have expected.
+    """
+
+    old: Tensor
+    reference: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+
+    @property
+    def answers(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def select(self, rows: Sequence[int]) -> "RolloutBatch":
+        """Return these answers, in this order."""
+        lengths = self.cu_seqlens.diff().tolist()
+        learnt = torch.stack([(part != IGNORE_INDEX).sum() for part in self.targets.split(lengths)]).tolist()
+
+        def pick(tensor: Tensor) -> Tensor:
+            parts = tensor.split(lengths if len(tensor) == len(self.tokens) else learnt)
+            return torch.cat([parts[row] for row in rows])
+
+        tensors = {name: pick(value) for name, value in vars(self).items() if name not in ("cu_seqlens", "max_seqlen")}
+        bounds = torch.tensor([0, *(lengths[row] for row in rows)], device=self.cu_seqlens.device)
+        return RolloutBatch(**tensors, cu_seqlens=bounds.cumsum(0).int(), max_seqlen=self.max_seqlen)
+
+    def part(self, first: int, last: int) -> "RolloutBatch":
+        return self.select(range(first, last))
+
+
+class Method:
+    """What PPO and GRPO do differently: how scores become advantages, and the loss."""
+
+    # Trained beside the policy, where there is one.
+    critic: RewardModel | None = None
+
+    def __init__(self, config: AlignmentConfig) -> None:
+        self.config, self.metrics = config, RunningMetrics()
+        self.group = 1  # answers to each prompt
+
+    def values(self, rollout: Rollout) -> Tensor:
+        """Return what is expected before each token of the answers. fp32 [tokens], on the CPU."""
+        return torch.zeros(len(rollout.sampled))
+
+    def advantages(self, rollout: ScoredRollout, coefficient: float) -> Advantages:
+        """Return advantages and returns of every token, [tokens] each. A nat of KL costs `coefficient`."""
+        raise NotImplementedError
+
+    def loss(self, policy: GPT, batch: RolloutBatch) -> Tensor:
+        """Return the loss summed over the batch's targets."""
+        raise NotImplementedError
+
+
+class RolloutLoader:
+    """The batches of a policy that learns from its own answers (train.loop.Batches), `micro` answers at a time.
+
+    A round: the policy as it is draws answers, they are scored, and all of them are handed out `passes` times, each
+    time in another order. Then the next round begins.
+
+    Each of many processes draws its part of the answers, and learns its part of each batch. What lies between, such as
+    whitened advantages, they all compute from all answers.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Prompts,
+        reference: GPT,
+        rewards: Mapping[str, Reward],
+        method: Method,
+        ends: frozenset[int],
+        processes: Processes = ALONE,
+    ) -> None:
+        """Let the policy learn from the reward that is called "reward"; the others are for the log."""
+        self.recipe, self.config, self.prompts = recipe, recipe.alignment, prompts
+        self.reference, self.rewards, self.method, self.ends = reference, rewards, method, ends
+        self.processes = processes
+        self.policy = reference  # until there is one
+        self.micro = recipe.loop.micro_batch or recipe.loop.batch
+        if self.config.answers % recipe.loop.batch:
+            raise InputError(
+                f"alignment.answers {self.config.answers} is not a multiple of the batch of {recipe.loop.batch}"
+            )
+        if self.micro < processes.count:
+            raise InputError(f"a micro-batch of {self.micro} answers is too small for {processes.count} processes")
+        self.coefficient = KLCoefficient(self.config.beta, self.config.kl_target)
+        self.rounds = 0
+        self.tokens = 0  # of prompts and answers handed out, to all processes
+        self.held: RolloutBatch | None = None
+        self.order: list[list[int]] = []  # the rows of `held` that have yet to be handed out
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.config.answers // self.method.group
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.config.answers * self.config.passes // self.recipe.loop.batch
+
+    @property
+    def epoch(self) -> float:
+        return self.rounds * self.prompts_per_round / len(self.prompts)
+
+    def batches_per_epoch(self) -> float:
+        micro_batches = self.config.answers * self.config.passes / self.micro
+        return len(self.prompts) / self.prompts_per_round * micro_batches
+
+    def close(self) -> None:
+        pass
+
+    def __next__(self) -> RolloutBatch:
+        if not self.order:
+            self.held = self._round()
+            orders = [torch.randperm(self.held.answers) for _ in range(self.config.passes)]
+            self.order = [
+                rows.tolist() for order in self.processes.collect(orders)[0] for rows in order.split(self.micro)
+            ]
+        assert self.held is not None
+        rows = self.order.pop(0)
+        self.tokens += int(self.held.cu_seqlens.diff()[rows].sum())
+        return self.held.select(rows[self.processes.rank :: self.processes.count])
+
+    def _round(self) -> RolloutBatch:
+        """Draw answers, score them, check that the policy is near its reference, and compute the advantages."""
+        first = self.rounds * self.prompts_per_round
+        prompts = self.prompts.deal(first, self.prompts_per_round, self.recipe.loop.seed)
+        prompts = [prompt for prompt in prompts for _ in range(self.method.group)]
+        # From the generator that checkpoints hold, the main process's.
+        seed = self.processes.collect(int(torch.randint(2**62, ())))[0]
+        rollout = ScoredRollout.join(self.processes.collect(self._draw(prompts, seed)))
+        kl = answer_kl(k1(rollout.old, rollout.reference), rollout.mask)
+        self.method.metrics.add(
+            {
+                "round": self.rounds + 1,
+                **{name: float(each.mean()) for name, each in rollout.scores.items()},
+                "reward_std": float(rollout.scores["reward"].std()),
+                "kl": kl,
+                "kl_k3": answer_kl(k3(rollout.old, rollout.reference), rollout.mask),
+                "beta": self.coefficient.value,
+                "entropy": float(rollout.entropy.mean()),
+                "sampler_error": float(rollout.error.mean()),
+                "sampler_error_worst": float(rollout.error.max()),
+                **describe_answers(rollout),
+            }
+        )
+        self._check(kl, rollout.error)
+        advantages, returns = self.method.advantages(rollout, self.coefficient.value)
+        if self.rounds < self.config.critic_rounds:
+            advantages = torch.zeros_like(advantages)
+        self.coefficient.update(kl, len(prompts))
+        self.rounds += 1
+        batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
+        of_models = {"old": rollout.old, "reference": rollout.reference, "values": rollout.values}
+        return RolloutBatch(**vars(batch), **of_models, advantages=advantages, returns=returns)
+
+    def _draw(self, prompts: Sequence[Prompt], seed: int) -> ScoredRollout:
+        """Draw and score this process's part of the answers."""
+        config, tokens = self.config, self.recipe.tokens_per_pass
+        rank, count = self.processes.rank, self.processes.count
+        first = len(prompts) * rank // count
+        prompts = prompts[first : len(prompts) * (rank + 1) // count]
+        rollout = roll_out(
+            self.policy,
+            prompts,
+            self.ends,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            seed=seed,
+            first=first,
+        )
+        old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
+        reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
+        at_1 = old if config.temperature == 1 else rollout_log_probs(self.policy, rollout, 1.0, tokens)[0]
+        return ScoredRollout(
+            **vars(rollout),
+            old=old,
+            entropy=entropy,
+            error=(rollout.sampled - at_1).abs(),
+            reference=reference,
+            values=self.method.values(rollout),
+            scores={name: reward(prompts, rollout.answers) for name, reward in self.rewards.items()},
+        )
+
+    def _check(self, kl: float, error: Tensor) -> None:
+        """Raise TrainingError where sampler and trainer disagree, KLAlarmError where the policy has run away."""
+        mean, worst = float(error.mean()), float(error.max())
+        # Coarser formats round the cached keys and values as well.
+        if self.recipe.precision == "fp32" and not (mean <= TOLERANCE and worst <= WORST):
+            raise TrainingError(
+                f"sampler and trainer disagree by {mean:.1e} nats a token, {worst:.1e} at most; expected {TOLERANCE:g} "
+                f"and {WORST:g}"
+            )
+        if not LEAST_KL <= kl <= self.config.kl_budget:  # NaN is not either
+            raise KLAlarmError(
+                f"KL alarm: after {self.rounds} rounds the answers are {kl:.2f} nats from the reference; expected "
+                f"{LEAST_KL:g} to {self.config.kl_budget:g} (alignment.kl_budget). A higher beta, or lower learning "
+                "rates, keep the policy closer",
+                good=max(0, self.rounds - 1) * self.steps_per_round,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the cursor, JSON-able; in the middle of a round with all that it has yet to hand out."""
+        held = {}
+        if self.held is not None and self.order:
+            held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
+        counted = {"rounds": self.rounds, "tokens": self.tokens, "beta": self.coefficient.value}
+        return {**counted, "order": self.order, "held": held, "prompts": self.prompts.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises InputError where the state belongs to other prompts."""
+        if state["prompts"] != self.prompts.fingerprint:
+            raise InputError("this run cannot be resumed with other prompts; start a new run")
+        self.rounds, self.coefficient.value, self.order = state["rounds"], state["beta"], state["order"]
+        # Older checkpoints have not counted: such a run counts from there.
+        self.tokens = state.get("tokens", 0)
+        dtypes = {"tokens": torch.int64, "targets": torch.int64, "cu_seqlens": torch.int32}
+        held = {name: torch.tensor(each, dtype=dtypes.get(name)) for name, each in state["held"].items()}
+        self.held = RolloutBatch(**held, max_seqlen=self.policy.config.context) if held else None
