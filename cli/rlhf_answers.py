@@ -86,35 +86,31 @@ def best_of_n(
     from engine.checkpoint import write_atomically
     from engine.run import Run
     from engine.tokenizer import Tokenizer
-    from rlhf import policy_metrics
+    from rlhf.policy_metrics import BEST_OF_N, BEST_OF_N_GOLD, best_of_n, measure_policy, plot_reward_vs_kl
     from rlhf.prompts import encode_prompts, open_prompts
-    from rlhf.reward_model import gold_reward, load_frozen, open_reward
+    from rlhf.reward_model import load_frozen, open_rewards
     from rlhf.rollout import roll_out
 
     base, machine = Run(run), runtime.choose(device, precision)
-    recipe, tokenizer = base.read_recipe(), Tokenizer.load(base.tokenizer)
-    model = load_frozen(base, machine, checkpoint)
-    source = open_prompts(prompt_data(base, data, prompt_column))
-    asked = encode_prompts(source, "validation", tokenizer, recipe.model.context, prompts).first(prompts)
-    gold, ends = gold_reward(asked, tokenizer), answer_ends(tokenizer)
-    rewards = {"reward": open_reward(named_reward(run, reward), tokenizer, machine, bool(gold)), **gold}
+    tokenizer, model = Tokenizer.load(base.tokenizer), load_frozen(base, machine, checkpoint)
+    source, ends = open_prompts(prompt_data(base, data, prompt_column)), answer_ends(tokenizer)
+    asked = encode_prompts(source, "validation", tokenizer, model.config.context, prompts).first(prompts)
+    rewards = open_rewards(named_reward(run, reward), asked, tokenizer, machine)
     aligned = {}
     for path in policies or []:
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
             raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
-        aligned[path] = load_frozen(Run(path), machine, "latest")
+        aligned[path.name] = load_frozen(Run(path), machine, "latest")
     repeated = [prompt for prompt in asked for _ in range(n)]
     answers = roll_out(model, repeated, ends, temperature=temperature, seed=seed).answers
     curves = {
-        name: policy_metrics.best_of_n(repeated, answers, n, by, rewards)
-        for name, by in {policy_metrics.BEST_OF_N: "reward", policy_metrics.BEST_OF_N_GOLD: "gold"}.items()
+        name: best_of_n(repeated, answers, n, by, rewards)
+        for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
         if by in rewards
     }
-    for path, policy in aligned.items():
-        metrics = policy_metrics.measure_policy(
-            policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed
-        )
-        curves[path.name] = [metrics]
+    how = {"answers": 8, "temperature": temperature, "seed": seed}
+    for name, policy in aligned.items():
+        curves[name] = [measure_policy(policy, model, asked, rewards, ends, **how)]
     table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
     for name, points in curves.items():
         for point in points:
@@ -122,12 +118,10 @@ def best_of_n(
             scores = (f"{point[each]:.3f} ± {point[f'{each}_error']:.3f}" for each in rewards)
             table.add_row(label, *scores, f"{point['kl']:.2f}" if "kl_error" in point else f"at most {point['kl']:.2f}")
     Console(highlight=False).print(table)
-    path = base.path / "best-of-n.json"
-    write_atomically(
-        path, json.dumps({"data": source.name, "prompts": len(asked), "curves": curves}, indent=1).encode()
-    )
+    result, path = {"data": source.name, "prompts": len(asked), "curves": curves}, base.path / "best-of-n.json"
+    write_atomically(path, json.dumps(result, indent=1).encode())
     picture = path.with_suffix(".png")
-    typer.echo(f"written to {path}" + (f" and {picture}" if policy_metrics.plot_reward_vs_kl(curves, picture) else ""))
+    typer.echo(f"written to {path}" + (f" and {picture}" if plot_reward_vs_kl(curves, picture) else ""))
 
 
 def pairs(
@@ -153,6 +147,7 @@ def pairs(
 
     Each line has prompt, chosen, rejected, and as gold whether the judge was right.
     """
+    import contextlib
     import time
 
     from cli.console import Console
@@ -180,12 +175,9 @@ def pairs(
         speed = tokens / (time.perf_counter() - begin)
         console.progress(f"{whole:,} answers, {speed:,.0f} tokens/s", whole / (answers * len(asked)))
 
-    try:
-        found = sample_pairs(
-            model, asked, reward, answers=answers, temperature=temperature, seed=seed, progress=progress
-        )
-    finally:
-        console.close()
+    how = {"answers": answers, "temperature": temperature, "seed": seed}
+    with contextlib.closing(console):
+        found = sample_pairs(model, asked, reward, **how, progress=progress)
     console.say(f"{len(asked):,} prompts of {source.name}: {drawn:,} tokens in {time.perf_counter() - begin:,.0f} s")
     console.say(found.describe())
     if not found.pairs:

@@ -30,7 +30,7 @@ from rlhf.policy_metrics import PolicyMonitor, measure_policy
 from rlhf.ppo import PPO, begin_critic
 from rlhf.preferences import open_preferences
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
-from rlhf.reward_model import Reward, gold_reward, load_reference, open_reward, weights_of
+from rlhf.reward_model import Reward, load_reference, open_reward, open_rewards, weights_of
 from rlhf.rollout import roll_out
 from rlhf.rollout_loader import KLAlarmError, RolloutLoader
 from rlhf.train_reward import feedback_recipe
@@ -114,8 +114,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
         for split, most in {"train": asked, "validation": HELD_OUT}.items()
     )
     prompts, reference = held_out.first(HELD_OUT), load_reference(recipe, runtime)
-    gold = gold_reward(prompts, tokenizer)
-    rewards = {"reward": open_reward(config.reward, tokenizer, runtime, bool(gold)), **gold}
+    rewards = open_rewards(config.reward, prompts, tokenizer, runtime)
     if config.method == "ppo":
         method = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass)
     else:
@@ -164,7 +163,8 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
     reference = load_reference(recipe, runtime)
     dpo = DPO(recipe.alignment, reference, tokenizer)
     prompts = prompts_to_measure(recipe, tokenizer, validation)
-    monitor = begin_monitor(recipe, reference, prompts, gold_reward(prompts, tokenizer), tokenizer, console)
+    rewards = open_rewards(None, prompts, tokenizer, runtime)
+    monitor = begin_monitor(recipe, reference, prompts, rewards, tokenizer, console)
 
     def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
         return {**monitor(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}

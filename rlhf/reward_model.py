@@ -190,9 +190,16 @@ def open_reward(name: str, tokenizer: Tokenizer, runtime: Runtime, facts: bool) 
     return model.requires_grad_(False).score_answers
 
 
-def gold_reward(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> dict[str, Reward]:
-    """Return the reward called "gold", the program's, where the prompts have facts for it."""
-    return {"gold": ProgramReward(tokenizer)} if prompts[0].facts else {}
+def open_rewards(
+    name: str | None, prompts: Sequence[Prompt], tokenizer: Tokenizer, runtime: Runtime
+) -> dict[str, Reward]:
+    """Open what is measured of answers to prompts: "reward", the named one, and "gold", the program's.
+
+    There is no "reward" without a name, and no "gold" where the prompts have no facts for it.
+    """
+    gold = {"gold": ProgramReward(tokenizer)} if prompts[0].facts else {}
+    named = {"reward": open_reward(name, tokenizer, runtime, bool(gold))} if name else {}
+    return {**named, **gold}
 
 
 def weights_of(reward: str) -> str | None:

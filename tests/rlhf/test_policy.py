@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import choose
-from rlhf import align as alignment
+from rlhf import reward_model
 from rlhf.align import align, alignment_recipe
 from rlhf.grpo import GRPO
 from rlhf.ppo import PPO, critic_values
@@ -43,7 +43,7 @@ def recipe(chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Six rounds of 16 answers of 8 tokens, with a reward that is easy to have."""
     rows = [{"prompt": f"say {n}", "response": "fox"} for n in range(30)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(alignment, "open_reward", lambda *_: likes_small_ids)
+    monkeypatch.setattr(reward_model, "open_reward", lambda *_: likes_small_ids)
 
     def make(method: str, *, rounds: int = 6, rate: float = 0.03, **settings: Any) -> Recipe:
         values = {
@@ -222,7 +222,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(
 
 
 def with_an_easy_reward(rank: int) -> None:
-    alignment.open_reward = lambda *_: likes_small_ids
+    reward_model.open_reward = lambda *_: likes_small_ids
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
@@ -283,7 +283,7 @@ def test_a_reward_that_is_no_number_ends_the_run_with_weights_that_are(
         # Asked before the first round, then once in each.
         return likes_small_ids(prompts, answers) * (float("nan") if next(asked) > 1 else 1.0)
 
-    monkeypatch.setattr(alignment, "open_reward", lambda *_: broken)
+    monkeypatch.setattr(reward_model, "open_reward", lambda *_: broken)
     run = Run(tmp_path / "run")
     with pytest.raises(TrainingError, match="without a finite gradient"):
         align(override(plan, "loop.evaluate_every", 100), run, CPU, Recorder())
