@@ -66,7 +66,7 @@ def reward(
     from engine.config import DataConfig
     from engine.run import Run
     from rlhf.preferences import STORIES_PREFERENCES
-    from rlhf.train_reward import reward_recipe, train_reward
+    from rlhf.reward_model import reward_recipe, train_reward
 
     target = Run(out or run.with_name(f"{run.name}-reward"))
     if resume:

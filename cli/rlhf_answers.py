@@ -154,9 +154,10 @@ def pairs(
     from engine import runtime
     from engine.checkpoint import write_atomically
     from engine.run import Run
-    from rlhf.preferences import Preference, sample_pairs
+    from rlhf.preferences import Preference
     from rlhf.prompts import encode_prompts, open_prompts
     from rlhf.reward_model import open_reward
+    from rlhf.sampled_pairs import sample_pairs
 
     base, machine, console = Run(run), runtime.choose(device, precision), Console()
     path = out or base.path / "pairs.jsonl"

@@ -25,15 +25,13 @@ from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
 from rlhf.dpo import DPO
 from rlhf.grpo import GRPO
-from rlhf.pairs import Pairs, read_pairs
 from rlhf.policy_metrics import PolicyMonitor, measure_policy
 from rlhf.ppo import PPO, begin_critic
-from rlhf.preferences import open_preferences
+from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
-from rlhf.reward_model import Reward, load_reference, open_reward, open_rewards, weights_of
+from rlhf.reward_model import Reward, feedback_recipe, load_reference, open_reward, open_rewards, weights_of
 from rlhf.rollout import roll_out
 from rlhf.rollout_loader import KLAlarmError, RolloutLoader
-from rlhf.train_reward import feedback_recipe
 from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import load_base
 from train.stage import Amounts, Console, Outcome, Stage, run_stage

@@ -8,7 +8,7 @@ from engine.model import GPT
 from engine.runtime import inference
 from engine.tokenizer import Tokenizer
 from rlhf.losses import dpo_loss, ipo_loss, preference_margin
-from rlhf.pairs import PairBatch, Pairs
+from rlhf.preferences import PairBatch, Pairs
 from rlhf.rollout import sequence_log_probs, target_answers
 from train.evaluate import whole_pieces
 from train.tracking import RunningMetrics

@@ -61,7 +61,7 @@ def trained(gpt: Gpt) -> Path:
 @pytest.fixture
 def chat(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> str:
     """A chat model of a step, which has not learnt a thing, and pairs.jsonl beside it."""
-    monkeypatch.setattr("rlhf.train_reward.ANSWERS", 4)
+    monkeypatch.setattr("rlhf.reward_model.ANSWERS", 4)
     small = [*SMALL, "--set", "model.context=64"]
     assert gpt("train", "nano", "--steps", "1", "--out", "runs/small", *small).code == 0
     rows = [{"prompt": f"say {n}", "response": f"{n}!"} for n in range(200)]

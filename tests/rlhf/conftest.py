@@ -18,7 +18,7 @@ __all__ = ["hub"]  # a fixture here too
 
 @pytest.fixture
 def chat(tmp_path: Path, tokenizer: Tokenizer, small_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("rlhf.train_reward.ANSWERS", 6)
+    monkeypatch.setattr("rlhf.reward_model.ANSWERS", 6)
     run = Run(tmp_path / "chat")
     recipe = dataclasses.replace(
         preset("nano"),

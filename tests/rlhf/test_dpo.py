@@ -16,8 +16,7 @@ from engine.runtime import choose
 from engine.tokenizer import Tokenizer
 from rlhf.align import align, alignment_recipe
 from rlhf.dpo import DPO
-from rlhf.pairs import PairBatch, PairLoader, Pairs
-from rlhf.preferences import Preference
+from rlhf.preferences import PairBatch, PairLoader, Pairs, Preference
 from tests.train.conftest import Recorder
 from tests.train.team import train_on
 from train.tracking import read_metrics

@@ -14,8 +14,16 @@ from engine.chat_template import END, Message, render
 from engine.config import DataConfig
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from rlhf.pairs import PairLoader, Pairs, encode_preferences
-from rlhf.preferences import Preference, open_preferences, prefer, read_preferences, write_answer
+from rlhf.preferences import (
+    PairLoader,
+    Pairs,
+    Preference,
+    encode_preferences,
+    open_preferences,
+    prefer,
+    read_preferences,
+    write_answer,
+)
 from train.data.loader import IGNORE_INDEX
 from train.data.rows import Skipped
 from train.data.sources import SPLITS

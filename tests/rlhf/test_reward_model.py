@@ -11,11 +11,9 @@ from engine.config import ModelConfig, RewardConfig, override
 from engine.errors import InputError
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from rlhf.pairs import PairBatch, PairLoader, Pairs
-from rlhf.preferences import Preference
+from rlhf.preferences import PairBatch, PairLoader, Pairs, Preference
 from rlhf.prompts import Prompt
-from rlhf.reward_model import ProgramReward, RewardModel
-from rlhf.train_reward import measure_preferences, preference_loss
+from rlhf.reward_model import ProgramReward, RewardModel, measure_preferences, preference_loss
 from tests.rlhf.test_preferences import ASKED
 from train.data.story_requests import story_requests
 

@@ -12,11 +12,11 @@ from engine.chat_template import END, Message, answer_ends
 from engine.errors import InputError
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from rlhf.pairs import Pairs
-from rlhf.preferences import Preference, read_preferences, sample_pairs
+from rlhf.preferences import Pairs, Preference, read_preferences
 from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import ProgramReward
 from rlhf.rollout import Rollout
+from rlhf.sampled_pairs import sample_pairs
 from train.data.story_score import StoryScore
 
 ASKED = [Message("system", "Be brief."), Message("user", "say fox")]
@@ -54,7 +54,7 @@ def test_what_cannot_be_told_apart_is_left_out_and_counted(
         assert [prompt.ids for prompt in asked[::4]] == [prompt.ids for prompt in prompts.first(2)] and len(asked) == 8
         return Rollout(asked, answers, torch.tensor([answer[-1] == end for answer in answers]), torch.zeros(1))
 
-    monkeypatch.setattr("rlhf.preferences.roll_out", drawn)
+    monkeypatch.setattr("rlhf.sampled_pairs.roll_out", drawn)
     found = sample_pairs(gpt, prompts, Length(tokenizer), answers=4)
     # Of the first prompt: equal texts, and two pairs with the longer one. Of the second: equal texts, two ties.
     assert (len(found.pairs), found.same, found.ties, found.unfinished) == (2, 2, 2, 2)
@@ -66,7 +66,7 @@ def test_what_cannot_be_told_apart_is_left_out_and_counted(
 def test_the_same_seed_gives_the_same_pairs_and_only_the_program_knows_gold(
     gpt: GPT, prompts: Prompts, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf.preferences.answer_ends", lambda _: answer_ends(tokenizer) | set(range(100, 200)))
+    monkeypatch.setattr("rlhf.sampled_pairs.answer_ends", lambda _: answer_ends(tokenizer) | set(range(100, 200)))
     first, again, other = (sample_pairs(gpt, prompts, Length(tokenizer), answers=6, seed=seed) for seed in (1, 1, 2))
     assert first == again != other and len(first.pairs) > 3
     unknown = sample_pairs(gpt, prompts, lambda *given: Length(tokenizer)(*given), answers=6, seed=1)

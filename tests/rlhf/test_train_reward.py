@@ -17,10 +17,9 @@ from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
-from rlhf import train_reward as train_reward_module
-from rlhf.pairs import PairBatch
-from rlhf.reward_model import ImplicitRewardModel, RewardModel
-from rlhf.train_reward import reward_recipe, train_reward
+from rlhf import reward_model
+from rlhf.preferences import PairBatch
+from rlhf.reward_model import ImplicitRewardModel, RewardModel, reward_recipe, train_reward
 from tests.train.conftest import Recorder
 from train.finetune import finetuning_recipe
 from train.loop import Outcome
@@ -95,7 +94,7 @@ def test_a_step_that_ran_out_of_memory_is_repeated_in_halves_with_the_same_gradi
     learn: Learn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = learn(steps=2)
-    honest, refused = train_reward_module.preference_loss, []
+    honest, refused = reward_model.preference_loss, []
 
     def greedy(model: RewardModel, batch: PairBatch, config: RewardConfig) -> torch.Tensor:
         if len(batch.tokens) == 4 * model.config.context:
@@ -103,7 +102,7 @@ def test_a_step_that_ran_out_of_memory_is_repeated_in_halves_with_the_same_gradi
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
         return honest(model, batch, config)
 
-    monkeypatch.setattr(train_reward_module, "preference_loss", greedy)
+    monkeypatch.setattr(reward_model, "preference_loss", greedy)
     _, halves = learn("halves", steps=2)
     assert len(refused) == 1
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-5)
