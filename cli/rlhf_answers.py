@@ -108,9 +108,9 @@ def best_of_n(
         for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
         if by in rewards
     }
-    how = {"answers": 8, "temperature": temperature, "seed": seed}
     for name, policy in aligned.items():
-        curves[name] = [measure_policy(policy, model, asked, rewards, ends, **how)]
+        metrics = measure_policy(policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed)
+        curves[name] = [metrics]
     table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
     for name, points in curves.items():
         for point in points:
@@ -176,9 +176,10 @@ def pairs(
         speed = tokens / (time.perf_counter() - begin)
         console.progress(f"{whole:,} answers, {speed:,.0f} tokens/s", whole / (answers * len(asked)))
 
-    how = {"answers": answers, "temperature": temperature, "seed": seed}
     with contextlib.closing(console):
-        found = sample_pairs(model, asked, reward, **how, progress=progress)
+        found = sample_pairs(
+            model, asked, reward, answers=answers, temperature=temperature, seed=seed, progress=progress
+        )
     console.say(f"{len(asked):,} prompts of {source.name}: {drawn:,} tokens in {time.perf_counter() - begin:,.0f} s")
     console.say(found.describe())
     if not found.pairs:

@@ -31,7 +31,7 @@ from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import Reward, feedback_recipe, load_reference, open_reward, open_rewards, weights_of
 from rlhf.rollout import roll_out
-from rlhf.rollout_loader import KLAlarmError, RolloutLoader
+from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
 from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import load_base
 from train.stage import Amounts, Console, Outcome, Stage, run_stage
@@ -113,10 +113,9 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
     )
     prompts, reference = held_out.first(HELD_OUT), load_reference(recipe, runtime)
     rewards = open_rewards(config.reward, prompts, tokenizer, runtime)
+    method: Method = GRPO(config)
     if config.method == "ppo":
         method = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass)
-    else:
-        method = GRPO(config)
     ends = answer_ends(tokenizer)
     rollouts = RolloutLoader(recipe, train, reference, rewards, method, ends, runtime.processes)
     monitor = begin_monitor(recipe, reference, prompts, rewards, tokenizer, console)

@@ -24,6 +24,8 @@ class PPO(Method):
     The critic is a model of its own: what it has to learn would disturb the policy.
     """
 
+    critic: RewardModel
+
     def __init__(self, config: AlignmentConfig, critic: RewardModel, tokens_per_pass: int) -> None:
         super().__init__(config)
         self.critic, self.tokens_per_pass = critic, tokens_per_pass

@@ -220,8 +220,14 @@ class RolloutLoader:
         self.coefficient.update(kl, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
-        of_models = {"old": rollout.old, "reference": rollout.reference, "values": rollout.values}
-        return RolloutBatch(**vars(batch), **of_models, advantages=advantages, returns=returns)
+        return RolloutBatch(
+            **vars(batch),
+            old=rollout.old,
+            reference=rollout.reference,
+            advantages=advantages,
+            values=rollout.values,
+            returns=returns,
+        )
 
     def _draw(self, prompts: Sequence[Prompt], seed: int) -> ScoredRollout:
         """Draw and score this process's part of the answers."""

@@ -119,9 +119,15 @@ def test_a_constant_added_to_all_scores_changes_nothing(gpt: GPT, small_config: 
     for trainer in (PPO(AlignmentConfig(), critic, 100), GRPO(AlignmentConfig(answers=6, group=6))):
         found = []
         for shift in (0.0, -5.0):
-            of_tokens = {"old": zero, "reference": zero, "entropy": zero, "error": zero}
-            rewarded = {"values": trainer.values(rollout), "scores": {"reward": scores + shift}}
-            scored = ScoredRollout(**vars(rollout), **of_tokens, **rewarded)
+            scored = ScoredRollout(
+                **vars(rollout),
+                old=zero,
+                entropy=zero,
+                error=zero,
+                reference=zero,
+                values=trainer.values(rollout),
+                scores={"reward": scores + shift},
+            )
             found.append(trainer.advantages(scored, 0.1).advantages)
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
