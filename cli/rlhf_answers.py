@@ -101,10 +101,9 @@ def best_of_n(
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
             raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
         aligned[path.name] = load_frozen(Run(path), machine, "latest")
-    repeated = [prompt for prompt in asked for _ in range(n)]
-    answers = roll_out(model, repeated, ends, temperature=temperature, seed=seed).answers
+    rollout = roll_out(model, asked, ends, each=n, temperature=temperature, seed=seed)
     curves = {
-        name: best_of_n(repeated, answers, n, by, rewards)
+        name: best_of_n(rollout, n, by, rewards)
         for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
         if by in rewards
     }

@@ -4,7 +4,6 @@ Answers of different lengths are the rows of [B, T], beside a mask that is True 
 value where the mask is False, even NaN, changes nothing, and every result is 0 there. Log-probabilities are in nats.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,9 +33,9 @@ def k3(log_probs: Tensor, reference: Tensor) -> Tensor:
 
 
 def token_rewards(
-    kl_BT: Tensor, scores_B: Tensor, ended_B: Tensor, mask_BT: Tensor, *, coefficient: float, missing_end: float
+    kl_BT: Tensor, scores_B: Tensor, ended_B: Tensor, mask_BT: Tensor, *, beta: float, missing_end: float
 ) -> Tensor:
-    """Return PPO's reward of every token [B, T]: -coefficient * KL, plus the answer's score at its last token.
+    """Return PPO's reward of every token [B, T]: -beta * KL, plus the answer's score at its last token.
 
     kl_BT is k1 (Stiennon et al., arXiv:2009.01325). An answer that did not end loses `missing_end`. That is taken from
     its score and does not replace it: in the place of a worse score it would be a gain.
@@ -47,7 +46,7 @@ def token_rewards(
     # KL is a price on each token here, and no term of the loss as in GRPO: GAE then carries the price of a later token
     # back to the earlier ones that led to it. It must be k1: what the policy maximises is the expected reward, and the
     # expectation of the summed k1 is exactly the KL of the whole answer.
-    rewards = torch.where(mask_BT, -coefficient * kl_BT, 0.0)
+    rewards = torch.where(mask_BT, -beta * kl_BT, 0.0)
     positions = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last = torch.where(mask_BT, positions, -1).amax(dim=1, keepdim=True)
     return rewards.scatter_add(1, last, with_missing_end(scores_B, ended_B, missing_end)[:, None].to(rewards.dtype))
@@ -106,23 +105,14 @@ def group_advantages(scores_GN: Tensor) -> tuple[Tensor, int]:
     return advantages, int(undecided.sum())
 
 
-@dataclass
-class KLCoefficient:
-    """The price of a nat of KL: fixed, or with a `target` (nats per answer) steered there.
+def adapted_beta(beta: float, kl: float, target: float, answers: int) -> float:
+    """Return the price of a nat of KL after `answers` answers with a mean KL of `kl` nats, steered to `target` nats.
 
     Ziegler et al., arXiv:1909.08593, section 2.2: an error of at most 20% counts at a time, and has its full effect
-    within `horizon` answers. A checkpoint has to hold nothing but `value`.
+    within 10,000 answers.
     """
-
-    value: float
-    target: float | None = None
-    horizon: int = 10_000
-
-    def update(self, kl: float, answers: int) -> None:
-        """Adapt the price after `answers` answers with a mean KL of `kl` nats each."""
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * answers / self.horizon
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * answers / 10_000)
 
 
 def _check_rows(mask_BT: Tensor, **tensors: Tensor) -> None:

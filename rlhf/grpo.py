@@ -18,7 +18,7 @@ class GRPO(Method):
         super().__init__(config)
         self.group = config.group
 
-    def advantages(self, rollout: ScoredRollout, coefficient: float) -> Advantages:
+    def advantages(self, rollout: ScoredRollout, beta: float) -> Advantages:
         scores = with_missing_end(rollout.scores["reward"], rollout.ended, self.config.missing_end)
         advantages, undecided = group_advantages(scores.view(-1, self.group))
         self.metrics.add({"undecided_groups": float(undecided)})

@@ -11,7 +11,7 @@ from engine.model import GPT
 from rlhf.advantages import k1, k3
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
-from rlhf.rollout import answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
+from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
 
 # Chosen by the reward, and by the program: the curves that plot_reward_vs_kl draws as lines.
 BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
@@ -41,14 +41,13 @@ def measure_policy(
     varies less. "X_error" is the standard error of X over prompts, "X_std" the spread of X over answers. The same seed
     gives the same result.
     """
-    repeated = [prompt for prompt in prompts for _ in range(answers)]
-    rollout = roll_out(policy, repeated, ends, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    rollout = roll_out(policy, prompts, ends, each=answers, temperature=temperature, max_tokens=max_tokens, seed=seed)
     now, _ = rollout_log_probs(policy, rollout, temperature, tokens_per_pass)
     before, _ = rollout_log_probs(reference, rollout, temperature, tokens_per_pass)
     metrics = describe_scores("kl", to_rows(k1(now, before), rollout.mask).sum(dim=1).view(-1, answers))
     metrics["kl_k3"] = answer_kl(k3(now, before), rollout.mask)
     for name, reward in rewards.items():
-        metrics |= describe_scores(name, reward(repeated, rollout.answers).view(-1, answers))
+        metrics |= describe_scores(name, reward(rollout.prompts, rollout.answers).view(-1, answers))
     return {**metrics, **describe_answers(rollout), "tokens": len(now)}
 
 
@@ -59,16 +58,14 @@ def describe_scores(name: str, scores_PN: Tensor) -> dict[str, float]:
     return {name: float(scores_PN.mean()), f"{name}_std": float(scores_PN.std(correction=0)), f"{name}_error": error}
 
 
-def best_of_n(
-    prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], most: int, by: str, rewards: Mapping[str, Reward]
-) -> list[dict[str, float]]:
+def best_of_n(rollout: Rollout, most: int, by: str, rewards: Mapping[str, Reward]) -> list[dict[str, float]]:
     """Measure the best of n answers by the reward called `by`, for n = 1, 2, 4 ... up to `most`, by every reward.
 
-    It needs no training, and is what every method is compared with. There are `most` answers to each prompt, beside the
-    prompts repeated. For a small n they are many independent draws of n, and all count. A point has "n", "kl" (at most,
-    in nats per answer), and scores as of describe_scores.
+    It needs no training, and is what every method is compared with. The rollout has `most` answers to each prompt: for
+    a small n they are many independent draws of n, and all count. A point has "n", "kl" (at most, in nats per answer),
+    and scores as of describe_scores.
     """
-    scores = {name: reward(prompts, answers).view(-1, most) for name, reward in rewards.items()}
+    scores = {name: reward(rollout.prompts, rollout.answers).view(-1, most) for name, reward in rewards.items()}
     points = []
     for n in (2**power for power in range(most.bit_length())):
         draws = {name: own[:, : most // n * n].unflatten(1, (-1, n)) for name, own in scores.items()}

@@ -36,7 +36,7 @@ class PPO(Method):
         )
         return values
 
-    def advantages(self, rollout: ScoredRollout, coefficient: float) -> Advantages:
+    def advantages(self, rollout: ScoredRollout, beta: float) -> Advantages:
         mask, missing_end = rollout.mask, self.config.missing_end
         # Scores count from their mean: a critic that expects nothing yet would take a bad score for the fault of the
         # last tokens, the only ones that a lam below 1 lets hear of it, and would teach the policy never to end an
@@ -44,7 +44,7 @@ class PPO(Method):
         scores = rollout.scores["reward"]
         scores = scores - with_missing_end(scores, rollout.ended, missing_end).mean()
         kl = to_rows(k1(rollout.old, rollout.reference), mask)
-        rewards = token_rewards(kl, scores, rollout.ended, mask, coefficient=coefficient, missing_end=missing_end)
+        rewards = token_rewards(kl, scores, rollout.ended, mask, beta=beta, missing_end=missing_end)
         advantages, returns = gae(rewards, to_rows(rollout.values, mask), mask, lam=self.config.lam)
         unexplained = (returns[mask] - rollout.values).var() / returns[mask].var()
         self.metrics.add({"explained": 1 - unexplained})

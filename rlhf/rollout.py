@@ -57,17 +57,20 @@ def roll_out(
     prompts: Sequence[Prompt],
     ends: frozenset[int],
     *,
+    each: int = 1,
     temperature: float = 1.0,
     max_tokens: int | None = None,
     seed: int = 0,
     first: int = 0,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Rollout:
-    """Draw one answer to each prompt from softmax(logits / temperature), up to one of `ends` or max_tokens.
+    """Draw `each` answers to each prompt from softmax(logits / temperature), up to one of `ends` or max_tokens.
 
-    An answer depends on the seed and on its number; the first has number `first`. `progress` is told now and then how
-    many answers are whole, and how many tokens there are.
+    The rollout has each prompt as often as there are answers to it, one after the other. An answer depends on the seed
+    and on its number; the first has number `first`. `progress` is told now and then how many answers are whole, and how
+    many tokens there are.
     """
+    prompts = [prompt for prompt in prompts for _ in range(each)]
     sampling = Sampling(temperature=temperature, seed=seed)
     batcher = Batcher(model, slots=min(len(prompts), most_slots(model)), queue=len(prompts), chunk=CHUNK)
     most = max_tokens or model.config.context
@@ -86,7 +89,7 @@ def roll_out(
             whole, tokens = whole + (step.finish is not None), tokens + 1
         progress(whole, tokens)
     ended = torch.tensor([answer[-1] in ends for answer in answers])
-    return Rollout(prompts, answers, ended, torch.tensor([each for own in sampled for each in own]))
+    return Rollout(prompts, answers, ended, torch.tensor([log_prob for own in sampled for log_prob in own]))
 
 
 def most_slots(model: GPT) -> int:

@@ -11,7 +11,7 @@ from engine.config import AlignmentConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.processes import ALONE, Processes
-from rlhf.advantages import Advantages, KLCoefficient, k1, k3
+from rlhf.advantages import Advantages, adapted_beta, k1, k3
 from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import Reward, RewardModel
 from rlhf.rollout import Rollout, answer_kl, describe_answers, pack_answers, roll_out, rollout_log_probs
@@ -112,8 +112,8 @@ class Method:
         """Return what is expected before each token of the answers. fp32 [tokens], on the CPU."""
         return torch.zeros(len(rollout.sampled))
 
-    def advantages(self, rollout: ScoredRollout, coefficient: float) -> Advantages:
-        """Return advantages and returns of every token, [tokens] each. A nat of KL costs `coefficient`."""
+    def advantages(self, rollout: ScoredRollout, beta: float) -> Advantages:
+        """Return advantages and returns of every token, [tokens] each. A nat of KL costs `beta`."""
         raise NotImplementedError
 
     def loss(self, policy: GPT, batch: RolloutBatch) -> Tensor:
@@ -153,7 +153,7 @@ class RolloutLoader:
             )
         if self.micro < processes.count:
             raise InputError(f"a micro-batch of {self.micro} answers is too small for {processes.count} processes")
-        self.coefficient = KLCoefficient(self.config.beta, self.config.kl_target)
+        self.beta = self.config.beta  # what a nat of KL costs
         self.rounds = 0
         self.tokens = 0  # of prompts and answers handed out, to all processes
         self.held: RolloutBatch | None = None
@@ -206,7 +206,7 @@ class RolloutLoader:
                 "reward_std": float(rollout.scores["reward"].std()),
                 "kl": kl,
                 "kl_k3": answer_kl(k3(rollout.old, rollout.reference), rollout.mask),
-                "beta": self.coefficient.value,
+                "beta": self.beta,
                 "entropy": float(rollout.entropy.mean()),
                 "sampler_error": float(rollout.error.mean()),
                 "sampler_error_worst": float(rollout.error.max()),
@@ -214,10 +214,11 @@ class RolloutLoader:
             }
         )
         self._check(kl, rollout.error)
-        advantages, returns = self.method.advantages(rollout, self.coefficient.value)
+        advantages, returns = self.method.advantages(rollout, self.beta)
         if self.rounds < self.config.critic_rounds:
             advantages = torch.zeros_like(advantages)
-        self.coefficient.update(kl, len(prompts))
+        if self.config.kl_target is not None:
+            self.beta = adapted_beta(self.beta, kl, self.config.kl_target, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
         return RolloutBatch(
@@ -279,14 +280,14 @@ class RolloutLoader:
         held = {}
         if self.held is not None and self.order:
             held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
-        counted = {"rounds": self.rounds, "tokens": self.tokens, "beta": self.coefficient.value}
+        counted = {"rounds": self.rounds, "tokens": self.tokens, "beta": self.beta}
         return {**counted, "order": self.order, "held": held, "prompts": self.prompts.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises InputError where the state belongs to other prompts."""
         if state["prompts"] != self.prompts.fingerprint:
             raise InputError("this run cannot be resumed with other prompts; start a new run")
-        self.rounds, self.coefficient.value, self.order = state["rounds"], state["beta"], state["order"]
+        self.rounds, self.beta, self.order = state["rounds"], state["beta"], state["order"]
         # Older checkpoints have not counted: such a run counts from there.
         self.tokens = state.get("tokens", 0)
         dtypes = {"tokens": torch.int64, "targets": torch.int64, "cu_seqlens": torch.int32}

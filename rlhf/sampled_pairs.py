@@ -48,16 +48,15 @@ def sample_pairs(
     `gold` is known where the program itself gives the reward. The same seed gives the same pairs.
     """
     tokenizer, ends = prompts.tokenizer, answer_ends(prompts.tokenizer)
-    repeated = [prompt for prompt in prompts.first(len(prompts)) for _ in range(answers)]
-    rollout = roll_out(model, repeated, ends, temperature=temperature, seed=seed, progress=progress)
+    asked = prompts.first(len(prompts))
+    rollout = roll_out(model, asked, ends, each=answers, temperature=temperature, seed=seed, progress=progress)
     texts = [tokenizer.decode([token for token in answer if token not in ends]) for answer in rollout.answers]
     ended = rollout.ended.tolist()
-    knows_gold = isinstance(reward, ProgramReward)
     if isinstance(reward, ProgramReward):
-        found = reward.scores(repeated, rollout.answers)
+        found = reward.scores(rollout.prompts, rollout.answers)
         scores, points = [score.total for score in found], [score.points for score in found]
     else:
-        scores = points = reward(repeated, rollout.answers).tolist()
+        scores = points = reward(rollout.prompts, rollout.answers).tolist()
     rng, pairs, same, ties = Random(f"pairs {seed}"), [], 0, 0
     for number, messages in enumerate(prompts.asked):
         # An answer that was cut short would look as if it ended there.
@@ -69,5 +68,5 @@ def sample_pairs(
                 ties += 1
             else:
                 pair = prefer(messages, (texts[one], texts[other]), (points[one], points[other]), rng)
-                pairs.append(pair if knows_gold else replace(pair, gold=None))
+                pairs.append(pair if isinstance(reward, ProgramReward) else replace(pair, gold=None))
     return SampledPairs(pairs, same, ties, ended.count(False), scores)

@@ -143,7 +143,7 @@ def test_ppo_on_a_bandit_converges_to_the_reference_tilted_by_the_rewards() -> N
             group["lr"] = 0.02 * (1 - iteration / 300)
         old = bandit.log_probs.detach()
         kl = k1(old, bandit.reference)[:, None]
-        rewards = token_rewards(kl, bandit.rewards, column[:, 0], column, coefficient=bandit.beta, missing_end=1.0)
+        rewards = token_rewards(kl, bandit.rewards, column[:, 0], column, beta=bandit.beta, missing_end=1.0)
         values = (old.exp() @ rewards).expand(6, 1)
         advantages = gae(rewards, values, column).advantages[:, 0]
         for _ in range(4):

@@ -74,9 +74,10 @@ def test_the_best_of_more_is_better_and_its_kl_is_bounded(gpt: GPT, tokenizer: T
     def low(prompts: object, answers: list[list[int]]) -> torch.Tensor:
         return -high(prompts, answers)
 
-    prompts = [Prompt(ids) for ids in ((1, 2), (3,)) for _ in range(8)]
-    answers = roll_out(gpt, prompts, answer_ends(tokenizer)).answers
-    found = best_of_n(prompts, answers, 8, "high", {"high": high, "low": low})  # type: ignore[dict-item]
+    rollout = roll_out(gpt, [Prompt((1, 2)), Prompt((3,))], answer_ends(tokenizer), each=8)
+    answers = rollout.answers
+    assert [prompt.ids for prompt in rollout.prompts[::8]] == [(1, 2), (3,)] and len(answers) == 16
+    found = best_of_n(rollout, 8, "high", {"high": high, "low": low})  # type: ignore[dict-item]
     assert [point["n"] for point in found] == [1, 2, 4, 8]
     rewards = [point["high"] for point in found]
     assert rewards == sorted(rewards) and rewards[0] < rewards[-1]
