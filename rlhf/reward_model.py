@@ -23,7 +23,7 @@ from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt
-from rlhf.rollout import passes, sequence_log_probs, target_answers
+from rlhf.rollout import sequence_log_probs, split_by_tokens, target_answers
 from train.data.loader import Batch
 from train.data.story_score import StoryScore, score_story
 from train.evaluation import Judge
@@ -131,7 +131,7 @@ class RewardModel(GPT):
                 )
         device, found = self.embedding.weight.device, [torch.empty(0)]
         with inference(self):
-            for rows in passes([*map(len, sequences)], tokens_per_batch):
+            for rows in split_by_tokens([*map(len, sequences)], tokens_per_batch):
                 some = sequences[rows.start : rows.stop]
                 tokens = torch.tensor([token for each in some for token in each], device=device)
                 bounds = torch.tensor([0, *map(len, some)], dtype=torch.int32, device=device).cumsum(0).int()

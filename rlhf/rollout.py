@@ -47,7 +47,7 @@ class Rollout:
         return torch.arange(int(lengths.max())) < lengths[:, None]
 
     @property
-    def inputs(self) -> list[int]:
+    def input_lengths(self) -> list[int]:
         """The number of tokens that a model reads of each prompt with its answer."""
         return [len(prompt.ids) + len(answer) - 1 for prompt, answer in zip(self.prompts, self.answers, strict=True)]
 
@@ -125,7 +125,7 @@ def map_rollout(
     """Compute something for all tokens of the answers, as many at a time as a pass holds: [tokens] each, on the CPU."""
     found, device = [], model.embedding.weight.device
     with inference(model):
-        for rows in passes(rollout.inputs, tokens_per_pass):
+        for rows in split_by_tokens(rollout.input_lengths, tokens_per_pass):
             part = slice(rows.start, rows.stop)
             prompts = [prompt.ids for prompt in rollout.prompts[part]]
             batch = pack_answers(prompts, rollout.answers[part], model.config.context)
@@ -133,7 +133,7 @@ def map_rollout(
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def passes(sizes: Sequence[int], tokens_per_pass: int) -> Iterator[range]:
+def split_by_tokens(sizes: Sequence[int], tokens_per_pass: int) -> Iterator[range]:
     """Yield the numbers of sequences in order, as many at a time as hold so many tokens (at least one sequence)."""
     first = held = 0
     for number, size in enumerate(sizes):

@@ -11,9 +11,9 @@ from rlhf.rollout import (
     answer_log_probs,
     describe_answers,
     pack_answers,
-    passes,
     roll_out,
     rollout_log_probs,
+    split_by_tokens,
     to_rows,
 )
 
@@ -53,9 +53,9 @@ def test_the_same_seed_draws_the_same_answers_and_equal_prompts_different_ones(g
 
 def test_rows_are_read_in_passes_that_hold_so_many_tokens_at_most(gpt: GPT) -> None:
     rollout = roll_out(gpt, PROMPTS, frozenset(), max_tokens=4)
-    assert rollout.inputs == [4, 7, 10, 13, 16, 19]
-    assert list(passes(rollout.inputs, 21)) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
-    assert list(passes(rollout.inputs, 1)) == [range(n, n + 1) for n in range(6)]
+    assert rollout.input_lengths == [4, 7, 10, 13, 16, 19]
+    assert list(split_by_tokens(rollout.input_lengths, 21)) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
+    assert list(split_by_tokens(rollout.input_lengths, 1)) == [range(n, n + 1) for n in range(6)]
 
 
 def test_answers_are_described_by_length_end_and_repetition(gpt: GPT) -> None:
