@@ -167,11 +167,9 @@ def pairs(
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
     console.say(f"prompts    {asked.describe()}")
     reward = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
-    begin, drawn = time.perf_counter(), 0
+    begin = time.perf_counter()
 
     def progress(whole: int, tokens: int) -> None:
-        nonlocal drawn
-        drawn = tokens
         speed = tokens / (time.perf_counter() - begin)
         console.progress(f"{whole:,} answers, {speed:,.0f} tokens/s", whole / (answers * len(asked)))
 
@@ -179,7 +177,9 @@ def pairs(
         found = sample_pairs(
             model, asked, reward, answers=answers, temperature=temperature, seed=seed, progress=progress
         )
-    console.say(f"{len(asked):,} prompts of {source.name}: {drawn:,} tokens in {time.perf_counter() - begin:,.0f} s")
+    console.say(
+        f"{len(asked):,} prompts of {source.name}: {found.tokens:,} tokens in {time.perf_counter() - begin:,.0f} s"
+    )
     console.say(found.describe())
     if not found.pairs:
         raise InputError("no two answers to a prompt differ: nothing is written")

@@ -22,6 +22,7 @@ class SampledPairs:
     ties: int
     unfinished: int
     scores: list[float]  # of all answers
+    tokens: int  # in all answers
 
     def describe(self) -> str:
         answers = len(self.scores)
@@ -69,4 +70,4 @@ def sample_pairs(
             else:
                 pair = prefer(messages, (texts[one], texts[other]), (points[one], points[other]), rng)
                 pairs.append(pair if isinstance(reward, ProgramReward) else replace(pair, gold=None))
-    return SampledPairs(pairs, same, ties, ended.count(False), scores)
+    return SampledPairs(pairs, same, ties, ended.count(False), scores, len(rollout.sampled))
