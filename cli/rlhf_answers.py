@@ -70,7 +70,7 @@ def best_of_n(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Of n answers take the one that the reward likes best: what that is worth, and runs aligned by training beside it.
+    """Take the one of n answers that the reward likes best: what that is worth, beside runs aligned by training.
 
     Example: gpt rlhf best-of-n runs/nano-chat runs/nano-chat-ppo runs/nano-chat-dpo
 

@@ -44,8 +44,8 @@ def token_rewards(
     if not mask_BT.any(dim=1).all():
         raise ValueError("mask_BT has a row without a token; expected one at least in every answer")
     # KL is a price on each token here, and no term of the loss as in GRPO: GAE then carries the price of a later token
-    # back to the earlier ones that led to it. It must be k1: what the policy maximises is the expected reward, and the
-    # expectation of the summed k1 is exactly the KL of the whole answer.
+    # back to the earlier ones that led to it. It must be k1. A reward counts as a constant when the policy learns, and
+    # that gives the gradient of the KL only where the estimator's own gradient is 0 on average: k1's is, k3's is not.
     rewards = torch.where(mask_BT, -beta * kl_BT, 0.0)
     positions = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last = torch.where(mask_BT, positions, -1).amax(dim=1, keepdim=True)

@@ -13,7 +13,7 @@ from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
 from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
 
-# Chosen by the reward, and by the program: the curves that plot_reward_vs_kl draws as lines.
+# The names of the best answers by the reward and by the program: plot_reward_vs_kl draws these curves as lines.
 BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
 PANELS = {"gold": "gold: the program's score", "reward": "the reward model's score"}
 # In the picture KL is in proportion up to here, and by its logarithm from there on.
@@ -83,7 +83,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 class PolicyMonitor:
-    """Measures a policy beside its reference, and says once of each kind when it seems to game its reward.
+    """It measures a policy beside its reference, and says once of each kind when the policy seems to game its reward.
 
     It stops no run.
     """
@@ -107,7 +107,7 @@ def suspicions(begin: Mapping[str, float], now: Mapping[str, float]) -> dict[str
     """Return, by its kind, what left its sane range between the two, in words."""
     signs = {}
     if {"gold", "reward"} <= now.keys():
-        # By more than chance would.
+        # Chance alone moves it by about an error.
         worse = now["gold"] < begin["gold"] - now["gold_error"]
         if worse and now["reward"] > begin["reward"]:
             change = f"from {begin['gold']:.3f} to {now['gold']:.3f} while the reward rose"

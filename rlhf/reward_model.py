@@ -1,4 +1,4 @@
-"""What scores an answer, a program or a reward model; and how a reward model is trained, in the one training loop."""
+"""Rewards: a program or a reward model scores answers; a reward model is trained on pairs, in the one training loop."""
 
 import dataclasses
 import json
@@ -34,11 +34,11 @@ from train.stage import Console, Outcome, Stage, run_stage
 PROGRAM = "program"
 # How many tokens are scored at a time, unless one sequence alone is longer.
 SCORING_TOKENS = 8192
-# Of nano; Muon at a rate of its own tells no more pairs right and takes longer.
+# This rate suits nano; Muon at a rate of its own tells no more pairs right and takes longer.
 RATE = 5e-4
-# Of an implicit one, whose every weight has learnt to write already.
+# An implicit reward model learns more slowly: each of its weights has learnt to write already.
 IMPLICIT_RATE = 1e-4
-# Answers of the finetuned model that set the scale of the rewards: their mean is 0 and their deviation 1.
+# So many answers of the finetuned model set the scale of the rewards: their mean is 0 and their deviation 1.
 ANSWERS = 128
 
 # The score of each answer (token ids, with the end token where there is one) to its prompt: fp32 [n], on the CPU.

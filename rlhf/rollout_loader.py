@@ -195,7 +195,7 @@ class RolloutLoader:
         first = self.rounds * self.prompts_per_round
         prompts = self.prompts.deal(first, self.prompts_per_round, self.recipe.loop.seed)
         prompts = [prompt for prompt in prompts for _ in range(self.method.group)]
-        # From the generator that checkpoints hold, the main process's.
+        # It comes from the generator of the main process, which checkpoints hold.
         seed = self.processes.collect(int(torch.randint(2**62, ())))[0]
         rollout = ScoredRollout.join(self.processes.collect(self._draw(prompts, seed)))
         kl = answer_kl(k1(rollout.old, rollout.reference), rollout.mask)
