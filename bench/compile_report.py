@@ -1,31 +1,25 @@
-"""Compile the kernels at every size that they are launched with, without a GPU: registers, spills, shared memory.
+"""Compile the kernels at every size that they are launched with, without a GPU: registers, spills, shared memory."""
 
-Runs as a program of its own (`python -m bench.compile_report`), one JSON line per kernel: an assertion inside the
-compiler ends the process, and where kernels are interpreted (TRITON_INTERPRET) there is nothing to compile.
-"""
-
-import json
+import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from kernels.tiles import rows
-
 ARCHITECTURES = (80, 89, 90, 100)
-# Of one program, in bytes: what the architecture has per multiprocessor, less what the system keeps.
+# The bytes that one program may take: what a multiprocessor has, less what the system keeps.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 ATTENTION = ("forward", "delta", "keys", "queries", "decode", "decode-tall")
 
 
 @dataclass(frozen=True)
-class Case:
+class Launch:
     """One kernel as the compiler wants it: types of its arguments, values of its constants; and how to call it."""
 
     kernel: str
@@ -37,11 +31,12 @@ class Case:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Case]:
-    """Every row of the tile table: causal and packed, as training runs it; decode split, with blocks of 16 keys."""
+def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Launch]:
+    """Yield every row of the tile table: causal and packed, as in training; decode split, with blocks of 16 keys."""
     from kernels.attention.backward import delta_kernel, dk_dv_kernel, dq_kernel
     from kernels.attention.decode import decode_kernel
     from kernels.attention.forward import forward_kernel
+    from kernels.tiles import rows
 
     kernels = (forward_kernel, delta_kernel, dk_dv_kernel, dq_kernel, decode_kernel, decode_kernel)
     functions = dict(zip(ATTENTION, kernels, strict=True))
@@ -58,30 +53,30 @@ def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterat
                 )
                 types["lengths_ptr"] = "*i64"
                 about = {"head_dim": head_dim, "tile": vars(tile)}
-                yield Case(name, function, types, constants, tile.warps, tile.stages, about)
+                yield Launch(name, function, types, constants, tile.warps, tile.stages, about)
 
 
-def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Case]:
-    """With a residual, without and with a bias; parameters in fp32, as training keeps them."""
+def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Launch]:
+    """Yield launches with a residual, without and with a bias; parameters in fp32, as training keeps them."""
     from kernels import layernorm_triton as kernels
 
     fp32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partial_ptr", "out_ptr", "eps")
     for width in widths:
         for bias in (False, True):
-            launches: list[tuple[str, Any, dict[str, int]]] = [
+            kinds: list[tuple[str, Any, dict[str, int]]] = [
                 ("forward", kernels.forward_kernel, kernels.forward_options(width)),
                 ("backward", kernels.backward_kernel, kernels.backward_options(width)),
                 ("sum", kernels.sum_kernel, kernels.sum_options(2 * width if bias else width)),
             ]
-            for name, function, options in launches:
+            for name, function, options in kinds:
                 constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True}
                 warps = constants.pop("num_warps")
                 types = argument_types(function, dtype, fp32=fp32)
-                yield Case(name, function, types, constants, warps, about={"width": width, "bias": bias})
+                yield Launch(name, function, types, constants, warps, about={"width": width, "bias": bias})
 
 
-def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Case]:
-    """Loss and gradient in one, and log-probabilities with an entropy, forward and backward."""
+def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Launch]:
+    """Yield loss and gradient in one, and log-probabilities with an entropy, forward and backward."""
     from kernels.cross_entropy_triton import rows_kernel, tile
 
     rows = ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy")
@@ -93,11 +88,11 @@ def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Itera
         for name, switches in passes.items():
             constants: dict[str, Any] = dict(zip(("STATISTICS", "GRADIENT", "ENTROPY"), switches, strict=True))
             constants = {**constants, "SOFTCAP": False, "BLOCK_V": size}
-            yield Case(name, rows_kernel, types, constants, warps, about={"vocab": vocab})
+            yield Launch(name, rows_kernel, types, constants, warps, about={"vocab": vocab})
 
 
-# The cases of a family for an architecture, of some sizes and a dtype; and the sizes that are looked at.
-FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Case]], tuple[int, ...]]] = {
+# By family: its launches for an architecture, sizes and a dtype; and the sizes that are looked at.
+FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Launch]], tuple[int, ...]]] = {
     "attention": (attention, (32, 64, 128, 256)),
     "cross_entropy": (cross_entropy, (4096, 28000, 128256)),
     "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 16384)),
@@ -105,7 +100,7 @@ FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Case]], t
 
 
 def argument_types(function: Any, dtype: str, *, fp32: Sequence[str] = (), i32: Sequence[str] = ()) -> dict[str, str]:
-    """Of pointers `dtype`, unless named (by its beginning, for i32); of numbers i32, unless a scale or named."""
+    """Return types: pointers to `dtype` unless named (for i32 by a beginning); numbers i32 unless a scale or named."""
     types = {}
     for name in function.arg_names:
         if name.endswith("_ptr"):
@@ -119,43 +114,37 @@ def argument_types(function: Any, dtype: str, *, fp32: Sequence[str] = (), i32: 
 def report(
     family: str, architectures: Sequence[int] = ARCHITECTURES, sizes: Sequence[int] = (), dtype: str = "bf16"
 ) -> Iterator[dict[str, Any]]:
-    """What the compiler says of each kernel of a family, compiled in a process per architecture."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    chosen = ",".join(map(str, sizes or FAMILIES[family][1]))
-    root = Path(__file__).resolve().parent.parent
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.compile_report", family, dtype, chosen, str(each)],
-            cwd=root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for each in architectures
-    ]
-    for process in running:
-        output, _ = process.communicate()
-        yield from map(json.loads, output.splitlines())
-        if process.returncode:
-            raise RuntimeError(f"the compiler ended with {process.returncode}; what it printed stands above")
+    """Yield what the compiler says of each kernel of a family. Raises BrokenProcessPool where it ends its process."""
+    compiled = partial(compile_family, family, sizes or FAMILIES[family][1], dtype)
+    # A process for each architecture: an assertion inside the compiler ends it.
+    with ProcessPoolExecutor(len(architectures), multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(compiled, architectures):
+            yield from lines
 
 
-def compile_case(case: Case, architecture: int) -> dict[str, Any]:
+def compile_family(family: str, sizes: Sequence[int], dtype: str, architecture: int) -> list[dict[str, Any]]:
+    # Interpreted kernels cannot be compiled: this comes before the kernels are imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    launches = FAMILIES[family][0](architecture, sizes, dtype)
+    return [{"dtype": dtype, **compile_launch(launch, architecture)} for launch in launches]
+
+
+def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, values, attributes = {}, {}, {}
-    for index, name in enumerate(case.function.arg_names):
-        if name in case.constants:
-            signature[name], values[(index,)] = "constexpr", case.constants[name]
+    for index, name in enumerate(launch.function.arg_names):
+        if name in launch.constants:
+            signature[name], values[(index,)] = "constexpr", launch.constants[name]
             continue
-        signature[name] = case.types[name]
+        signature[name] = launch.types[name]
         # Log-sum-exps lie as closely as sequences are long, which may be odd.
         if name.endswith("_ptr") or name == "columns" or (name.startswith("stride") and "lse" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=case.function, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    source = ASTSource(fn=launch.function, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -165,9 +154,9 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     ptx = compiled.asm["ptx"]
     return {
-        "kernel": case.kernel,
+        "kernel": launch.kernel,
         "architecture": architecture,
-        **case.about,
+        **launch.about,
         "warps": compiled.metadata.num_warps,
         "registers": int(registers),
         "spilled_bytes": int(stack),
@@ -178,9 +167,3 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
         "async_copy": "cp.async" in ptx,
         "specialized": "setmaxnreg" in ptx,
     }
-
-
-if __name__ == "__main__":
-    which, element, listed, target = sys.argv[1:]
-    for each in FAMILIES[which][0](int(target), [int(size) for size in listed.split(",")], element):
-        print(json.dumps({"dtype": element, **compile_case(each, int(target))}), flush=True)

@@ -5,33 +5,32 @@ depend on them, but the tokens have to be the same.
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from bench.timing import copy_bandwidth
+from bench.harness import Figures, copy_bandwidth, in_turn, wall_seconds
 from engine.batcher import Batcher, Request
 from engine.config import ModelConfig
 from engine.huggingface import their_config, their_tensors
 from engine.model import GPT
-from engine.runtime import Runtime, synchronize
+from engine.runtime import Runtime
 from engine.sampling import Sampling
 
-BATCHES = (1, 8, 32)
-
-# From prompts [B, T], new tokens [B, so many as are asked for].
-Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+Prompts = Sequence[Sequence[int]]  # [B, T]
+# From prompts to new tokens, as many as are asked for.
+Generate = Callable[[Prompts, int], list[list[int]]]
 
 
 def ours(model: GPT, runtime: Runtime, **options: Any) -> Generate:
     # As in a server, where it lives as long as the model.
     batchers: dict[int, Batcher] = {}
 
-    def generate(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    def generate(prompts: Prompts, new: int) -> list[list[int]]:
         if (slots := len(prompts)) not in batchers:
             batchers[slots] = Batcher(model, slots=slots, **options)
         batcher = batchers[slots]
@@ -46,10 +45,6 @@ def ours(model: GPT, runtime: Runtime, **options: Any) -> Generate:
     return generate
 
 
-def without_graphs(model: GPT, runtime: Runtime) -> Generate:
-    return ours(model, runtime, graphs=False)
-
-
 def transformers(model: GPT, runtime: Runtime) -> Generate:
     import transformers
     from safetensors.torch import save_file
@@ -60,7 +55,7 @@ def transformers(model: GPT, runtime: Runtime) -> Generate:
         peer: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=runtime.dtype)
         peer = peer.to(runtime.device)
 
-    def generate(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    def generate(prompts: Prompts, new: int) -> list[list[int]]:
         tokens = torch.tensor(prompts, device=runtime.device)
         options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode():
@@ -73,14 +68,14 @@ def transformers(model: GPT, runtime: Runtime) -> Generate:
 PROVIDERS: dict[str, Callable[[GPT, Runtime], Generate]] = {
     "transformers": transformers,
     "ours": ours,
-    "without graphs": without_graphs,
+    "without graphs": partial(ours, graphs=False),
 }
 
 
 def bench_decoding(
     config: ModelConfig, runtime: Runtime, *, batches: Sequence[int], providers: Sequence[str], rounds: int
-) -> Iterator[dict[str, Any]]:
-    """One point for each batch: a prompt of an eighth of the context, and new tokens for three quarters of it."""
+) -> Iterator[Figures]:
+    """Yield a point for each batch: a prompt of an eighth of the context, and new tokens for three quarters of it."""
     torch.manual_seed(0)
     model = GPT(config).to(device=runtime.device, dtype=runtime.dtype).eval()
     model.decode_int8 = runtime.precision == "int8"
@@ -90,37 +85,31 @@ def bench_decoding(
     for batch in batches:
         prompts = torch.randint(config.vocab_size, (batch, prompt)).tolist()
         tokens = {name: generate(prompts, new) for name, generate in made.items()}  # and all is warm
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-        for _ in range(rounds):
-            for name, generate in made.items():
-                seconds[name].append(tuple(_seconds(generate, prompts, each, runtime) for each in (1, new)))  # type: ignore[arg-type]
+
+        measures = {name: partial(clock, generate, prompts, new, runtime) for name, generate in made.items()}
+        taken = in_turn(measures, rounds)
         # What a step reads, at the least: all weights, and the keys and values of half a sequence more than the prompt.
         cached = 2 * config.blocks * config.width * batch * (prompt + new // 2)
         read = (config.matmul_parameters + cached) * model.embedding.weight.element_size()
-        point: dict[str, Any] = {"batch": batch, "prompt": prompt, "new": new, "bytes_per_step": read}
-        for name in made:
-            first = median(one for one, _ in seconds[name])
-            rate = batch * (new - 1) / median(whole - one for one, whole in seconds[name])
+        point: Figures = {"batch": batch, "prompt": prompt, "new": new, "bytes_per_step": read}
+        for name, seconds in taken.items():
+            rate = batch * (new - 1) / seconds["others"]
             point[name] = {
                 "tokens_per_second": rate,
-                "first_token_seconds": first,
+                "first_token_seconds": seconds["first"],
                 "bandwidth_share": rate / batch * read / bandwidth,
-                "same_tokens": _same(tokens[name], tokens[providers[0]]),
+                "same_tokens": same_tokens(tokens[name], tokens[providers[0]]),
             }
         yield point
 
 
-def _seconds(generate: Generate, prompts: Sequence[Sequence[int]], new: int, runtime: Runtime) -> float:
-    synchronize(runtime.device)
-    begin = time.perf_counter()
-    generate(prompts, new)
-    return time.perf_counter() - begin
+def clock(generate: Generate, prompts: Prompts, new: int, runtime: Runtime) -> Figures:
+    first, whole = (wall_seconds(partial(generate, prompts, count), runtime.device) for count in (1, new))
+    return {"first": first, "others": whole - first}
 
 
-def _same(these: list[list[int]], those: list[list[int]]) -> float:
-    """The share of tokens before the first difference of each sequence."""
-    same = total = 0
-    for one, other in zip(these, those, strict=True):
-        same += next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
-        total += len(one)
-    return same / total
+def same_tokens(these: list[list[int]], those: list[list[int]]) -> float:
+    """Return the share of tokens before the first difference of each sequence."""
+    pairs = [zip(one, other, strict=True) for one, other in zip(these, those, strict=True)]
+    same = sum(len(list(takewhile(lambda pair: pair[0] == pair[1], each))) for each in pairs)
+    return same / sum(map(len, these))

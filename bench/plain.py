@@ -1,6 +1,6 @@
-"""The peer: a GPT as it is plainly written in PyTorch. SDPA, full logits, fused AdamW.
+"""The peers: attention, LayerNorm, loss and a GPT as they are plainly written in PyTorch.
 
-Same shape and number of matrix parameters as ours; learned positions, every row attended as one sequence.
+The GPT has the shape and number of matrix parameters of ours; learned positions, every row attended as one sequence.
 """
 
 import math
@@ -18,11 +18,39 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, T, D] to c
 sdpa: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
 
 
+def future(length: int, device: torch.device) -> Tensor:
+    """Return the mask of what causal attention must not see, [T, T]."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Attention that holds the matrix of scores; [..., T, D] with the mask of what is hidden, [T, S]."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention that holds the matrix of scores."""
-    hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, float("-inf"))
-    return scores.softmax(dim=-1) @ v
+    return attention(q, k, v, future(q.shape[-2], q.device))
+
+
+def layer_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the norm of x; with a residual stream that of the sum, and the sum."""
+    if residual is None:
+        return F.layer_norm(x, weight.shape, weight)
+    summed = x + residual
+    return F.layer_norm(summed, weight.shape, weight), summed
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The softmax in fp32, as autocast has it."""
+    return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), targets)
+
+
+def half_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All in the precision of the products: in half, less memory and time for a loss of three digits."""
+    return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)), targets)
 
 
 class PlainBlock(nn.Module):
@@ -33,9 +61,8 @@ class PlainBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.expand = nn.Linear(width, 4 * width, bias=False)
-        self.contract = nn.Linear(4 * width, width, bias=False)
+        expand, contract = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.mlp = nn.Sequential(nn.LayerNorm(width, bias=False), expand, nn.GELU(), contract)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         batch, length, width = x_BTC.shape
@@ -44,7 +71,7 @@ class PlainBlock(nn.Module):
             for part in self.qkv(self.attention_norm(x_BTC)).split(width, dim=-1)
         )
         x_BTC = x_BTC + self.output(self.attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
-        return x_BTC + self.contract(F.gelu(self.expand(self.mlp_norm(x_BTC))))
+        return x_BTC + self.mlp(x_BTC)
 
 
 class PlainGPT(nn.Module):
@@ -58,19 +85,15 @@ class PlainGPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                residual = name.endswith(("output.weight", "contract.weight"))
+                residual = name.endswith(("output.weight", "mlp.3.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * config.blocks) if residual else 1))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTC = self.embedding(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]
         return self.head(self.final_norm(self.blocks(x_BTC)))
 
-    def row_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean loss of whole rows."""
-        return F.cross_entropy(self(tokens_BT).flatten(0, 1), targets_BT.flatten())
-
     def loss(self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
-        """Sum of the loss of packed sequences, one by one: what evaluation asks of any model."""
+        """Return the sum of the loss over packed sequences, one by one: what evaluation asks of any model."""
         losses = [
             F.cross_entropy(self(tokens[None, start:end])[0], targets[start:end], reduction="sum")
             for start, end in pairwise(cu_seqlens.tolist())
@@ -78,8 +101,12 @@ class PlainGPT(nn.Module):
         return torch.stack(losses).sum()
 
 
-def plain_optimizer(model: nn.Module, rate: float = 1e-3) -> torch.optim.AdamW:
-    """nanoGPT's settings: matrices decay, vectors do not."""
+def row_loss(model: Callable[[Tensor], Tensor], tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens_BT).flatten(0, 1), targets_BT.flatten())
+
+
+def optimizer(model: nn.Module, rate: float = 1e-3) -> torch.optim.AdamW:
+    """Return AdamW with nanoGPT's settings: matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

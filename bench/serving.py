@@ -46,8 +46,6 @@ class Stream:
     begin: float
     text: str = ""
     times: list[float] = field(default_factory=list)
-    finish: str | None = None
-    usage: dict[str, int] | None = None
     fault: str | None = None
 
 
@@ -68,7 +66,7 @@ def request(number: int) -> dict[str, Any]:
 
 
 async def events(port: int, body: dict[str, Any]) -> AsyncIterator[str]:
-    """The data of each event of a stream. Raises ValueError for any other answer."""
+    """Yield the data of each event of a stream. Raises ValueError for any other answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         content = json.dumps(body).encode()
@@ -88,7 +86,8 @@ async def events(port: int, body: dict[str, Any]) -> AsyncIterator[str]:
 
 async def follow(port: int, body: dict[str, Any]) -> Stream:
     """Read one stream to its end and check it."""
-    stream, done = Stream(body, time.perf_counter()), False
+    stream = Stream(body, time.perf_counter())
+    done, finish, counted = False, None, None
     try:
         async for data in events(port, body):
             if done:
@@ -99,24 +98,23 @@ async def follow(port: int, body: dict[str, Any]) -> Stream:
             event = json.loads(data)
             if "error" in event:
                 raise ValueError(event["error"]["message"])
-            stream.usage = event["usage"] or stream.usage
+            counted = (event["usage"] or {}).get("completion_tokens", counted)
             for choice in event["choices"]:
-                if stream.finish:
+                if finish:
                     raise ValueError("something came after the end")
-                stream.finish = choice["finish_reason"]
+                finish = choice["finish_reason"]
                 stream.text += choice["text"]
-                if not stream.finish:
+                if not finish:
                     stream.times.append(time.perf_counter())
-        counted = (stream.usage or {}).get("completion_tokens")
-        if not (done and stream.finish and counted == len(stream.times)):
-            raise ValueError(f"{len(stream.times)} tokens of {counted}, finish {stream.finish}, [DONE] {done}")
+        if not (done and finish and counted == len(stream.times)):
+            raise ValueError(f"{len(stream.times)} tokens of {counted}, finish {finish}, [DONE] {done}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         stream.fault = f"{type(error).__name__}: {error}"
     return stream
 
 
 async def load(port: int, clients: int, seconds: float, numbers: Iterator[int]) -> list[Stream]:
-    """So many clients, each asking again as soon as it has its answer, until the time is over."""
+    """Have so many clients ask, each again as soon as it has its answer, until the time is over."""
     end, streams = time.perf_counter() + seconds, []
 
     async def client() -> None:
@@ -128,24 +126,18 @@ async def load(port: int, clients: int, seconds: float, numbers: Iterator[int]) 
 
 
 def rate(streams: list[Stream], begin: float, end: float) -> float:
-    """Tokens per second that came between the two times."""
+    """Return the tokens per second that came between the two times."""
     return sum(begin <= each < end for stream in streams for each in stream.times) / (end - begin)
 
 
-@dataclass
-class Process:
-    port: int
-    number: int
-
-    def memory(self) -> int:
-        """Resident bytes now."""
-        status = Path(f"/proc/{self.number}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+def resident_bytes(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 @contextlib.contextmanager
-def serving(run: Path, options: Sequence[str]) -> Iterator[Process]:
-    """`gpt serve` in a process of its own. Raises InputError where it does not begin, or does not end well."""
+def serving(run: Path, options: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Run `gpt serve`, for its port and process number. Raises InputError where it does not begin or end well."""
     command = [sys.executable, "-m", "cli", "serve", str(run), "--port", "0", "--name", MODEL, *options]
     environment = {name: value for name, value in os.environ.items() if name != "GPT_API_KEY"}
     with (
@@ -153,11 +145,10 @@ def serving(run: Path, options: Sequence[str]) -> Iterator[Process]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        url = next((line.strip() for line in lines if line.startswith("http://")), None)
+        url = next((line.strip() for line in process.stdout if line.startswith("http://")), None)
         try:
             if url is not None:
-                yield Process(urlsplit(url).port or 0, process.pid)
+                yield urlsplit(url).port or 0, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait()
@@ -166,25 +157,23 @@ def serving(run: Path, options: Sequence[str]) -> Iterator[Process]:
             raise InputError(f"gpt serve ended with {code}: {log.read()[-500:].strip()}")
 
 
-async def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
+async def measure(port: int, process: int, clients: int, seconds: float) -> dict[str, Any]:
     numbers = itertools.count()
-    await load(server.port, 1, 1.0, numbers)
+    await load(port, 1, 1.0, numbers)
     begin = time.perf_counter()
-    single = await load(server.port, 1, seconds / 6, numbers)
-    alone = rate(single, begin, begin + seconds / 6)
+    alone = rate(await load(port, 1, seconds / 6, numbers), begin, begin + seconds / 6)
 
     begin = time.perf_counter()
-    running = asyncio.create_task(load(server.port, clients, seconds, numbers))
+    running = asyncio.create_task(load(port, clients, seconds, numbers))
     memory = []
     while not running.done():
         await asyncio.sleep(seconds / 30)
-        memory.append(server.memory())
+        memory.append(resident_bytes(process))
     streams = await running
-    settled = begin + seconds / 6
-    together = rate(streams, settled, begin + seconds)
+    together = rate(streams, begin + seconds / 6, begin + seconds)
 
     samples = [stream for stream in streams[::SAMPLE_EVERY] if not stream.fault][:SAMPLES]
-    again = [await follow(server.port, stream.body) for stream in samples]
+    again = [await follow(port, stream.body) for stream in samples]
     gaps = [later - earlier for stream in streams for earlier, later in pairwise(stream.times)]
     first = [stream.times[0] - stream.begin for stream in streams if stream.times]
     return {
@@ -206,13 +195,13 @@ async def measure(server: Process, clients: int, seconds: float) -> dict[str, An
 
 def quantiles(values: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+    return {f"p{share}": cuts[share - 1] for share in (50, 95, 99)}
 
 
 def bench_serving(run: Path, *, clients: int, seconds: float, options: Sequence[str] = ()) -> dict[str, Any]:
-    """One client, then many for so long, then a sample of their requests again, alone: each must get the same text.
+    """Load with one client, then many, then ask a sample of their requests again, alone: each must get the same text.
 
     Rates are tokens per second; the first sixth of the time does not count. Raises InputError where the server fails.
     """
-    with serving(run, ["--slots", str(clients), *options]) as server:
-        return asyncio.run(measure(server, clients, seconds))
+    with serving(run, ["--slots", str(clients), *options]) as (port, process):
+        return asyncio.run(measure(port, process, clients, seconds))

@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
-from bench.attention import Shape, check, timed
-from bench.timing import outcome
+from bench.harness import Figures, check, outcome, timed
+from bench.kernels import attention
 from engine.runtime import Runtime
 from kernels import tiles
 from kernels.tiles import Tile
 
-KERNELS = ("forward", "keys", "queries")
+DIRECTION = {"forward": "forward", "keys": "backward", "queries": "backward"}
 LENGTH, BATCH = 4096, 4
 # For one candidate, the start of its process included. A kernel that takes so long is of no use.
 COMPILE_SECONDS, TIMING_SECONDS = 90, 30
@@ -32,29 +31,32 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "triton", "bench.tuning"])
 
 Key = tuple[str, str, int]
-Task = Callable[[Tile], dict[str, Any]]
+Task = Callable[[Tile], Figures]
 
 
-def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The result so far, after every kernel and head dim: causal, as training runs.
+def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[Figures]:
+    """Yield the result so far, after every kernel and head dim: causal, as training runs.
 
     `tuned` holds every candidate, fastest first, with its seconds or the `reason` why it has none, and the fastest as a
     `row` to paste into the table. For "keys" and "queries" the whole backward is timed, the other kernels as they are.
     """
     major, minor = torch.cuda.get_device_capability(runtime.device)
     family = tiles.family(10 * major + minor, runtime.dtype.itemsize)
-    result: dict[str, Any] = {"precision": runtime.precision, "length": LENGTH, "batch": BATCH, "tuned": []}
-    for head_dim, kernel in itertools.product(head_dims, KERNELS):
+    result: Figures = {"precision": runtime.precision, "length": LENGTH, "batch": BATCH, "tuned": []}
+    for head_dim, kernel in itertools.product(head_dims, DIRECTION):
         key = (kernel, family, head_dim)
         now = tiles.TABLE[key][0]
-        lines = list(try_all(candidates(key), partial(checked, key, runtime), partial(clocked, key, runtime)))
-        lines.sort(key=lambda line: line.get("seconds", float("inf")))
+        checked, clocked = (
+            partial(tried, check, key, runtime, 512, 1),
+            partial(tried, timed, key, runtime, LENGTH, BATCH),
+        )
+        lines = sorted(try_all(candidates(key), checked, clocked), key=lambda line: line.get("seconds", float("inf")))
         result["tuned"].append({"kernel": kernel, "head_dim": head_dim, "row": row(key, lines, now), "timings": lines})
         yield result
 
 
 def candidates(key: Key) -> list[Tile]:
-    """The rows of the table, then a grid about them."""
+    """Return the rows of the table, then a grid about them."""
     kernel, family, _ = key
     # The program of "keys" holds a block of keys and walks over the queries; the others the other way about.
     queries, keys = ((32, 64, 128), (64, 128)) if kernel == "keys" else ((64, 128), (32, 64, 128))
@@ -69,8 +71,8 @@ def candidates(key: Key) -> list[Tile]:
     return list(dict.fromkeys([*tiles.TABLE[key], *grid]))
 
 
-def try_all(rows: Sequence[Tile], check: Task, clock: Task, workers: int | None = None) -> Iterator[dict[str, Any]]:
-    """A line for each row: its tile, and what `check` and, where that gives no reason against it, `clock` say."""
+def try_all(rows: Sequence[Tile], check: Task, clock: Task, workers: int | None = None) -> Iterator[Figures]:
+    """Yield a line for each row: its tile, what `check` says and, unless that is a reason against it, `clock`."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         checks = list(pool.map(lambda tile: next(in_processes(check, [tile], COMPILE_SECONDS)), rows))
     right = [tile for tile, verdict in zip(rows, checks, strict=True) if "reason" not in verdict]
@@ -79,8 +81,8 @@ def try_all(rows: Sequence[Tile], check: Task, clock: Task, workers: int | None 
         yield {"tile": vars(tile), **verdict, **times.get(tile, {})}
 
 
-def in_processes(task: Task, rows: Sequence[Tile], seconds: float) -> Iterator[dict[str, Any]]:
-    """What `task` says of each row, run in a process that is started anew where a row kills it or takes too long."""
+def in_processes(task: Task, rows: Sequence[Tile], seconds: float) -> Iterator[Figures]:
+    """Yield what `task` says of each row, in a process that is started anew where a row kills it or takes too long."""
     waiting = list(rows)
     while waiting:
         receiver, sender = PROCESSES.Pipe(duplex=False)
@@ -110,23 +112,14 @@ def serve(sender: Connection, task: Task, rows: Sequence[Tile]) -> None:
         sender.send(outcome(task, tile))
 
 
-def checked(key: Key, runtime: Runtime, tile: Tile) -> dict[str, Any]:
-    """As many heads as are timed: Triton compiles anew for a number of another kind."""
+def tried(measure: Callable[..., Figures], key: Key, runtime: Runtime, length: int, batch: int, tile: Tile) -> Figures:
+    """Measure with this row, as many heads to check as to time: Triton compiles anew for another kind of number."""
     tiles.TABLE[key] = (tile,)
-    return check("ours", Shape(key[2], True, length=512, batch=1), direction(key), runtime)
+    return measure(attention(runtime, key[2], True, length, batch), "ours", DIRECTION[key[0]], runtime)
 
 
-def clocked(key: Key, runtime: Runtime, tile: Tile) -> dict[str, Any]:
-    tiles.TABLE[key] = (tile,)
-    return timed("ours", Shape(key[2], True, LENGTH, BATCH), direction(key), runtime)
-
-
-def direction(key: Key) -> str:
-    return "forward" if key[0] == "forward" else "backward"
-
-
-def row(key: Key, lines: Sequence[dict[str, Any]], now: Tile) -> str:
-    """The fastest line as the table writes it, beside the time of the row that runs now."""
+def row(key: Key, lines: Sequence[Figures], now: Tile) -> str:
+    """Return the fastest line as the table writes it, beside the time of the row that runs now."""
     best = lines[0]
     if "seconds" not in best:
         return f"# {key}: no row ran: {best['reason']}"
@@ -141,5 +134,5 @@ def row(key: Key, lines: Sequence[dict[str, Any]], now: Tile) -> str:
     kernel, family, head_dim = key
     return (
         f'("{kernel}", "{family}", {head_dim}): (Tile({written}),),  '
-        f"# {direction(key)} at T {LENGTH:,}, causal: {1e3 * best['seconds']:.3f} ms; before {before}"
+        f"# {DIRECTION[kernel]} at T {LENGTH:,}, causal: {1e3 * best['seconds']:.3f} ms; before {before}"
     )

@@ -1,12 +1,11 @@
-"""gpt bench-train"""
+"""gpt bench-*: training, generation and the server beside their peers, and what the compiler makes of the kernels."""
 
-import dataclasses
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cli.options import Device, Precision, Results
+from cli.bench_kernels import RESULTS, chosen
+from cli.options import Device, GenerationPrecision, Precision, Results, RunArgument, integers
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 
@@ -19,16 +18,13 @@ def bench_train(
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
-    out: Results = Path("bench/results"),
+    out: Results = RESULTS,
 ) -> None:
     """Time the training step against a plain PyTorch GPT of the same shape, in the same process.
 
     Example: gpt bench-train tiny --rounds 5
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from bench.results import write_result
+    from bench.harness import tabulate, write_result
     from bench.training import bench_training
     from engine import config, runtime
 
@@ -38,20 +34,14 @@ def bench_train(
         recipe, title = config.override(recipe, "model.context", context), f"{title}-{context}"
     machine = runtime.choose(device, precision)
     result = bench_training(recipe, machine, rounds=rounds, compile=compile)
-    table = Table("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory")
-    for name, figures in result["variants"].items():
-        table.add_row(
-            name,
-            f"{figures['tokens_per_second']:,.0f}",
-            f"{figures['against_plain']:.2f}x",
-            f"{100 * figures['mfu']:.0f}%",
-            f"{figures['start_up_seconds']:.1f} s",
-            f"{figures['peak_memory_bytes'] / 2**20:,.0f} MiB",
-        )
-    console = Console(highlight=False)
-    console.print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
-    console.print(table)
-    console.print(f"written to {write_result(title, machine, result, out)}")
+    print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
+    rows = []
+    for name, found in result["variants"].items():
+        speeds = [f"{found['tokens_per_second']:,.0f}", f"{found['against_plain']:.2f}x", f"{100 * found['mfu']:.0f}%"]
+        memory = f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        rows.append([name, *speeds, f"{found['start_up_seconds']:.1f} s", memory])
+    tabulate(("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory"), rows)
+    print(f"written to {write_result(title, machine, result, out)}")
 
 
 def bench_quality(
@@ -65,11 +55,11 @@ def bench_quality(
 
     Example: gpt bench-quality data/tinystories --minutes 2.75
     """
-    from bench.results import write_result
+    from bench.harness import write_result
     from bench.training import train_plain
     from engine import config, runtime
 
-    recipe = dataclasses.replace(config.override(config.preset("nano"), "loop.batch", batch), precision="fp32")
+    recipe = config.override(config.preset("nano"), "loop.batch", batch)
     machine = runtime.choose(device, "fp32")
     result = train_plain(recipe, data, machine, seconds=60 * minutes, rate=rate)
     trained, evaluation = result["trained"], result["evaluation"]
@@ -78,3 +68,116 @@ def bench_quality(
         f"after {trained['tokens']:,} tokens in {trained['seconds']:.0f} s"
     )
     print(f"written to {write_result('quality-plain', machine, result)}")
+
+
+def bench_decode(
+    preset: Annotated[str, typer.Argument(help="nano, tiny or large.")] = "nano",
+    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
+    only: Annotated[str | None, typer.Option(help="Of transformers, ours, without graphs.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
+    device: Device = "auto",
+    precision: GenerationPrecision = "auto",
+    out: Results = RESULTS,
+) -> None:
+    """Time generation against transformers on the same weights: tokens per second, time to the first token.
+
+    Example: gpt bench-decode tiny --batch 1,32
+    """
+    import importlib.util
+
+    from bench import decoding, harness
+    from engine import config, runtime
+
+    machine = runtime.choose(device, precision)
+    model = config.preset(preset).model
+    default = ["transformers", "ours"] + (["without graphs"] if machine.device.type == "cuda" else [])
+    names = chosen(only, decoding.PROVIDERS, default)
+    if "transformers" in names and importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed (pip install 'gpt[hf]'): there is no peer to compare with")
+        names.remove("transformers")
+    print(f"{preset}, {machine.describe()}")
+    points, rows = [], []
+    suffix = "-int8" if machine.precision == "int8" else ""
+    batches = integers("--batch", batch)
+    for point in decoding.bench_decoding(model, machine, batches=batches, providers=names, rounds=rounds):
+        points.append(point)
+        path = harness.write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, out)
+        for name in names:
+            found = point[name]
+            ratio = found["tokens_per_second"] / point[names[0]]["tokens_per_second"]
+            speeds = [f"{found['tokens_per_second']:,.0f}", f"{ratio:.2f}x"]
+            shares = [f"{found[share]:.0%}" for share in ("bandwidth_share", "same_tokens")]
+            rows.append([str(point["batch"]), name, *speeds, f"{found['first_token_seconds'] * 1000:,.1f} ms", *shares])
+    heads = ("batch", "who", "tokens/s", "against the first", "first token", "of bandwidth", "same tokens")
+    harness.tabulate(heads, rows)
+    print(f"written to {path}")
+
+
+def bench_serving(
+    path: RunArgument,
+    clients: Annotated[int, typer.Option(min=1, help="How many read a stream each at any time.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they go on.")] = 60.0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    out: Results = RESULTS,
+) -> None:
+    """Start `gpt serve`, let many clients stream from it, and check every stream.
+
+    Example: gpt bench-serving runs/nano --clients 64 --seconds 60
+    """
+    from bench.harness import write_result
+    from bench.serving import bench_serving
+    from engine import runtime
+    from engine.run import Run
+
+    recipe, machine = Run(path).read_recipe(), runtime.choose(device, precision)
+    options = ["--device", str(machine.device), "--precision", machine.precision]
+    result = bench_serving(path, clients=clients, seconds=seconds, options=options)
+    memory, first, gap = (result[name] for name in ("memory_bytes", "first_token_seconds", "token_gap_seconds"))
+    print(f"{recipe.name}, {clients} clients for {seconds:.0f} s, {machine.describe()}")
+    print(f"streams      {result['streams']:,}, {len(result['faults'])} with a fault; {result['tokens']:,} tokens")
+    print(f"asked again  {result['asked_again_alone']} alone: {result['different_alone']} differ")
+    print(f"tokens/s     {result['tokens_per_second']:,.0f}, {result['against_one_client']:.1f}x one client's")
+    print(f"first token  {1000 * first['p50']:.0f} ms, p99 {1000 * first['p99']:.0f} ms")
+    print(f"token gap    {1000 * gap['p50']:.0f} ms, p99 {1000 * gap['p99']:.0f} ms")
+    print(f"memory       {memory['settled'] / 2**20:,.0f} MiB settled, {memory['end'] / 2**20:,.0f} MiB at the end")
+    for fault in sorted(set(result["faults"]))[:5]:
+        print(f"fault        {fault}")
+    print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, out)}")
+
+
+def bench_compile(
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Compile every kernel at every size for sm_80, 89, 90 and 100, GPU or not: registers, spills, shared memory.
+
+    Example: gpt bench-compile --dtype fp16
+    """
+    import json
+
+    from bench.compile_report import FAMILIES, report
+    from bench.harness import tabulate
+    from engine.run import versions
+
+    lines = {family: list(report(family, dtype=dtype)) for family in FAMILIES}
+    rows = []
+    for family, line in ((family, line) for family, found in lines.items() for line in found):
+        name = line["kernel"] if family == "attention" else f"{family} {line['kernel']}"
+        figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
+        rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures)])
+    tabulate(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
+    path = RESULTS / f"compile-{dtype}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A line for each kernel.
+    parts = [f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]" for family, found in lines.items()]
+    path.write_text("{\n" + ",\n".join([f'"versions": {json.dumps(versions())}', *parts]) + "\n}\n")
+    print(f"written to {path}")
+
+
+def _how(line: dict[str, Any]) -> tuple[str, str, str]:
+    if "tile" not in line:
+        return str(line.get("width", line.get("vocab"))), str(line["warps"]), "bias" if line.get("bias") else ""
+    tile = line["tile"]
+    flags = (("descriptors", "TMA"), ("specialize", "own warps"), ("split", "split"))
+    how = ", ".join(name for flag, name in flags if tile[flag] and (flag != "split" or line["kernel"] == "keys"))
+    return str(line["head_dim"]), f"{tile['queries']}x{tile['keys']} {tile['warps']} {tile['stages']}", how

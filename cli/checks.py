@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from engine.config import PRESETS
-from engine.estimate import Setup, peak_memory, step_memory
+from engine.memory import Setup, peak_memory, step_memory
 
 GIB = 2**30
 HUB_SECONDS = 2.0
@@ -112,7 +112,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def cpu() -> Iterator[Finding]:
-    from bench.results import device_name
+    from bench.harness import device_name
     from engine.runtime import Runtime, cpu_multiplies_bf16
 
     vectors, native = torch.backends.cpu.get_cpu_capability(), cpu_multiplies_bf16()

@@ -7,13 +7,7 @@ import typer
 
 from cli import (
     bench,
-    bench_attention,
-    bench_compile,
-    bench_cross_entropy,
-    bench_decode,
-    bench_decode_attention,
-    bench_layernorm,
-    bench_serving,
+    bench_kernels,
     chat,
     data,
     demo,
@@ -54,13 +48,13 @@ app.command("plan")(plan.plan)
 app.command("export")(huggingface.export_run)
 app.command("import")(huggingface.import_folder)
 app.command("bench-train")(bench.bench_train)
-app.command("bench-attention")(bench_attention.bench_attention)
-app.command("bench-layernorm")(bench_layernorm.bench_layernorm)
-app.command("bench-cross-entropy")(bench_cross_entropy.bench_cross_entropy)
-app.command("bench-decode")(bench_decode.bench_decode)
-app.command("bench-decode-attention")(bench_decode_attention.bench_decode_attention)
-app.command("bench-serving")(bench_serving.bench_serving)
-app.command("bench-compile")(bench_compile.bench_compile)
+app.command("bench-attention")(bench_kernels.bench_attention)
+app.command("bench-layernorm")(bench_kernels.bench_layernorm)
+app.command("bench-cross-entropy")(bench_kernels.bench_cross_entropy)
+app.command("bench-decode")(bench.bench_decode)
+app.command("bench-decode-attention")(bench_kernels.bench_decode_attention)
+app.command("bench-serving")(bench.bench_serving)
+app.command("bench-compile")(bench.bench_compile)
 app.command("bench-quality")(bench.bench_quality)
 app.add_typer(rlhf.app, name="rlhf")
 app.add_typer(tokenizer.app, name="tokenizer")

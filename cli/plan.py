@@ -10,8 +10,8 @@ from cli.options import Precision
 from engine.errors import InputError
 
 if TYPE_CHECKING:
-    from bench.plan import Machine, Plan, Rate
     from engine.config import Recipe
+    from engine.memory import Machine, Plan, Rate
 
 
 def plan(
@@ -32,8 +32,8 @@ def plan(
 
     Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
     """
-    from bench import plan as planning
     from engine import config
+    from engine import memory as planning
 
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
@@ -62,14 +62,14 @@ def plan(
 
 def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate, str]":
     """The machine, how fast it trains this model, and in which precision."""
-    from bench import plan as planning
+    from engine import memory as planning
 
     if gpu != "cpu":
         precision = "bf16" if recipe.precision == "auto" else recipe.precision
         machine = planning.MACHINES[gpu]
         measured = planning.measured_rate(recipe, precision, gpu, results)
         return machine, measured or planning.assumed_rate(machine, precision), precision
-    from bench.results import device_name
+    from bench.harness import device_name
     from engine import runtime
 
     here = runtime.choose("cpu", recipe.precision)
@@ -84,8 +84,7 @@ def _print_memory(found: "Plan", machine: "Machine") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bench.plan import GIB, RESERVED
-    from engine.estimate import peak_memory, step_memory, total
+    from engine.memory import GIB, RESERVED, peak_memory, step_memory, total
 
     moments = step_memory(found.setup)
     table = Table("GiB", *moments, box=None, padding=(0, 2, 0, 0))
@@ -106,7 +105,7 @@ def _print_memory(found: "Plan", machine: "Machine") -> None:
 def _print_speed(
     found: "Plan", recipe: "Recipe", machine: "Machine", rate: "Rate", gpus: int, price: float | None
 ) -> None:
-    from bench.plan import LINK_EFFICIENCY
+    from engine.memory import LINK_EFFICIENCY
 
     step, tokens = found.step_seconds, recipe.tokens_per_step
     print(

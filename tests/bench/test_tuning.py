@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tuning
-from bench.attention import Shape, check
+from bench.harness import Case, Figures, check
+from bench.kernels import attention
 from engine.runtime import Runtime
 from kernels import tiles
 from kernels.tiles import Tile
@@ -79,7 +80,11 @@ def test_a_candidate_runs_with_its_own_row(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("the interpreter is for machines without a GPU")
     monkeypatch.setenv("GPT_KERNELS", "triton")
     monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
-    monkeypatch.setattr(tuning, "check", lambda name, shape, *rest: check(name, Shape(32, True, 40, 1, 32), *rest))
+    runtime = Runtime(torch.device("cpu"), "fp32")
+
+    def small_check(case: Case, *rest: Any) -> Figures:
+        return check(attention(runtime, 32, True, 40, 1, 32), *rest)
+
     seen: list[Tile] = []
 
     chosen = tiles.tile
@@ -90,8 +95,8 @@ def test_a_candidate_runs_with_its_own_row(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(tiles, "tile", tile)
     row = Tile(16, 16, 4, 1)
-    for kernel in tuning.KERNELS:
-        verdict = tuning.checked((kernel, "fp32", 32), Runtime(torch.device("cpu"), "fp32"), row)
+    for kernel in tuning.DIRECTION:
+        verdict = tuning.tried(small_check, (kernel, "fp32", 32), runtime, 512, 1, row)
         assert verdict["relative_error"] < 1e-3
         assert row in seen
         seen.clear()
