@@ -7,8 +7,6 @@ of Liger Kernel, arXiv:2410.10989). The products are the library's; cross_entrop
 what lies between.
 """
 
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -128,13 +126,10 @@ def summed_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float | None, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum over rows of z_loss * lse^2 - log p(target), and its gradients by hidden and weight."""
-    options, step = Options(ignore_index, softcap), _backend(hidden)
-    rows = Rows(_per_row(hidden), _per_row(hidden), None)
-    sums = GradientSums(hidden, weight)
-    for block, part, chosen, logits in _walk(hidden, sums.weight, targets, options):
-        sums.add(block, part, step.statistics(logits, chosen, rows.part(block), options, z_loss, hidden.dtype))
-    assert rows.log_probs is not None and rows.lse is not None
-    return (z_loss * rows.lse.square() - rows.log_probs).sum(), *sums.result()
+    log_probs, lse, sums = _per_row(hidden), _per_row(hidden), GradientSums(hidden, weight)
+    options = Options(ignore_index, softcap)
+    _walk(hidden, sums.weight, targets, Rows(log_probs, lse, None), None, options, z_loss, sums)
+    return (z_loss * lse.square() - log_probs).sum(), *sums.result()
 
 
 def row_statistics(
@@ -142,12 +137,10 @@ def row_statistics(
     ignore_index: int, softcap: float | None, temperature: float, want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return log p(target), log-sum-exp and entropy (empty unless wanted) of each row [N], 0 where none counts."""
-    options, step = Options(ignore_index, softcap, temperature), _backend(hidden)
     log_probs, lse = _per_row(hidden), _per_row(hidden)
     entropy = _per_row(hidden if want_entropy else hidden[:0])
     rows = Rows(log_probs, lse, entropy if want_entropy else None)
-    for block, _, chosen, logits in _walk(hidden, weight.to(hidden.dtype), targets, options):
-        step.statistics(logits, chosen, rows.part(block), options, None, hidden.dtype)
+    _walk(hidden, weight.to(hidden.dtype), targets, rows, None, Options(ignore_index, softcap, temperature), None, None)
     return log_probs, lse, entropy
 
 
@@ -157,7 +150,6 @@ def row_gradients(
     ignore_index: int, softcap: float | None, temperature: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of row_statistics by hidden and weight: the logits are made a second time."""
-    options, step = Options(ignore_index, softcap, temperature), _backend(hidden)
     counts = targets != ignore_index
     zero = torch.zeros_like(counts, dtype=_accumulator(hidden))
     # Where nobody asked for the entropy's part, it is left out: it is a pass over the logits.
@@ -167,19 +159,9 @@ def row_gradients(
         None if d_entropy is None else torch.where(counts, d_entropy, zero),
     )
     rows, sums = Rows(None, lse, entropy), GradientSums(hidden, weight)
-    for block, part, chosen, logits in _walk(hidden, sums.weight, targets, options):
-        known, given = rows.part(block), upstream.part(block)
-        sums.add(block, part, step.gradient(logits, chosen, known, given, options, hidden.dtype))
+    options = Options(ignore_index, softcap, temperature)
+    _walk(hidden, sums.weight, targets, rows, upstream, options, None, sums)
     return sums.result()
-
-
-def _backend(hidden: Tensor) -> ModuleType:
-    if backend(hidden.device) == "torch" or hidden.dtype == torch.float64:
-        return cross_entropy_torch
-    # Imported here: a machine that runs the torch backend needs no Triton.
-    from kernels import cross_entropy_triton
-
-    return cross_entropy_triton
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -202,28 +184,34 @@ def block_rows(rows: int, vocab: int, element_size: int, *, gpu: bool) -> int:
 
 
 def _walk(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, options: Options
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield, block by block, where it stands, its rows of hidden, their targets, and their logits.
-
-    The next block overwrites the logits.
-    """
-    vocab = weight_VC.shape[0]
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor,
+    rows: Rows, upstream: Rows | None, options: Options, z_loss: float | None, sums: "GradientSums | None",
+) -> None:  # fmt: skip
+    """Make the logits block by block, let the backend take its step with each, and add up the gradients in `sums`."""
+    vocab, dtype = weight_VC.shape[0], _accumulator(hidden_NC)
     if not targets_N.is_cuda:
         wrong = targets_N[(targets_N != options.ignore_index) & ((targets_N < 0) | (targets_N >= vocab))]
         if len(wrong):
             raise ValueError(f"targets holds {int(wrong[0])}; expected 0 to {vocab - 1}, or {options.ignore_index}")
-    rows = block_rows(len(hidden_NC), vocab, hidden_NC.element_size(), gpu=hidden_NC.is_cuda)
+    if backend(hidden_NC.device) == "torch" or hidden_NC.dtype == torch.float64:
+        step = cross_entropy_torch.step
+    else:
+        # Imported here: a machine that runs the torch backend needs no Triton.
+        from kernels.cross_entropy_triton import step
+    height = block_rows(len(hidden_NC), vocab, hidden_NC.element_size(), gpu=hidden_NC.is_cuda)
     # Rows begin at multiples of 16 logits, whatever the vocabulary: a GPU's products need that to be fast.
     padded = -(-vocab // 16) * 16
-    dtype = _accumulator(hidden_NC)
-    buffer = torch.empty(min(rows, len(targets_N)), padded, dtype=dtype, device=hidden_NC.device)[:, :vocab]
-    for start in range(0, len(targets_N), rows):
-        block = slice(start, min(start + rows, len(targets_N)))
+    buffer = torch.empty(min(height, len(targets_N)), padded, dtype=dtype, device=hidden_NC.device)[:, :vocab]
+    for start in range(0, len(targets_N), height):
+        block = slice(start, min(start + height, len(targets_N)))
         targets = targets_N[block]
         # 0 * inf is NaN: a row that does not count must not be able to spoil the sums over rows.
         hidden = hidden_NC[block].masked_fill((targets == options.ignore_index)[:, None], 0.0)
-        yield block, hidden, targets, linear_scores(hidden, weight_VC, out=buffer[: len(targets)])
+        logits = linear_scores(hidden, weight_VC, out=buffer[: len(targets)])
+        given = None if upstream is None else upstream.part(block)
+        by_logits = step(logits, targets, rows.part(block), given, options, z_loss, hidden.dtype)
+        if sums is not None and by_logits is not None:
+            sums.add(block, hidden, by_logits)
 
 
 class GradientSums:

@@ -1,6 +1,6 @@
-"""One block of logits in PyTorch: what is known of its rows, and the gradient. Any dtype; the records of both backends.
+"""One block of logits in PyTorch, in any dtype: what is known of its rows, and the gradient. The records are shared.
 
-Each step overwrites the block, so that it stays in the cache of a CPU.
+Every operation overwrites the block, so that it stays in the cache of a CPU.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,12 @@ class Rows(NamedTuple):
     """Values of each row [N], or the gradients by them. They are 0 where a row does not count."""
 
     log_probs: Tensor | None  # log p(target)
-    lse: Tensor | None  # log-sum-exp of the logits
+    lse: Tensor  # log-sum-exp of the logits
     entropy: Tensor | None
 
     def part(self, block: slice) -> "Rows":
-        return Rows(*(None if each is None else each[block] for each in self))
+        log_probs, entropy = (None if each is None else each[block] for each in (self.log_probs, self.entropy))
+        return Rows(log_probs, self.lse[block], entropy)
 
 
 class LogitsGradient(NamedTuple):
@@ -41,14 +42,42 @@ class LogitsGradient(NamedTuple):
     targets: Tensor | None = None  # [R], 0 where a row does not count
 
 
-def statistics(
-    raw: Tensor, targets: Tensor, rows: Rows, options: Options, z_loss: float | None, dtype: torch.dtype
-) -> LogitsGradient | None:
-    """Fill in `rows`. With z_loss, return the gradient of the sum of z_loss * lse^2 - log p(target), in `dtype`."""
+def step(
+    raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows | None, options: Options, z_loss: float | None,
+    dtype: torch.dtype,
+) -> LogitsGradient | None:  # fmt: skip
+    """Take a block of products hidden @ weight.T, which is overwritten.
+
+    With upstream, return the gradient by the products of the sum of rows * upstream. Else fill in `rows`; with z_loss,
+    also return the gradient of the sum of z_loss * lse^2 - log p(target). Gradients are in `dtype`.
+    """
     counts = targets != options.ignore_index
     targets = targets.masked_fill(~counts, 0)
-    logits = _logits(raw, options)
-    capped = logits.clone() if z_loss is not None and options.softcap is not None else None
+    logits = raw
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    if options.temperature != 1:
+        logits.div_(options.temperature)
+    wanted = upstream is not None or z_loss is not None
+    capped = logits.clone() if wanted and options.softcap is not None else None
+    if upstream is not None:
+        matrix, factor, one_hot = _gradient(logits, rows, upstream)
+    else:
+        matrix, total, lse = _statistics(logits, counts, targets, rows)
+        if z_loss is None:
+            return None
+        scale = counts.to(lse.dtype)
+        factor, one_hot = scale * (1 + 2 * z_loss * lse) / total, -scale
+    if capped is not None and options.softcap is not None:
+        # The slope of the cap differs by column: it goes into the matrix.
+        slope = capped.mul_(options.temperature / options.softcap).square_().neg_().add_(1)
+        matrix.mul_(slope)
+        one_hot = one_hot * slope.gather(1, targets[:, None])[:, 0]
+    return LogitsGradient(matrix.to(dtype), factor / options.temperature, one_hot / options.temperature, targets)
+
+
+def _statistics(logits: Tensor, counts: Tensor, targets: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill in `rows`. Return exp(logits - the highest of the row), the sum of that, and the log-sum-exp."""
     highest = logits.amax(dim=1)
     target = logits.gather(1, targets[:, None])[:, 0] - highest
     shifted = logits.sub_(highest[:, None])
@@ -56,52 +85,24 @@ def statistics(
     total = exponentials.sum(dim=1)
     log_total = total.log()
     lse = highest + log_total
-    assert rows.log_probs is not None and rows.lse is not None
+    assert rows.log_probs is not None
     rows.log_probs.copy_((target - log_total).masked_fill(~counts, 0.0))
     rows.lse.copy_(lse.masked_fill(~counts, 0.0))
     if rows.entropy is not None:
         mean = torch.linalg.vecdot(exponentials, shifted) / total
         rows.entropy.copy_((log_total - mean).masked_fill(~counts, 0.0))
-    if z_loss is None:
-        return None
-    scale = counts.to(lse.dtype)
-    factor = scale * (1 + 2 * z_loss * lse) / total
-    return _chained(LogitsGradient(exponentials, factor, -scale, targets), capped, dtype, options)
+    return exponentials, total, lse
 
 
-def gradient(
-    raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows, options: Options, dtype: torch.dtype
-) -> LogitsGradient:
-    """Return the gradient by the logits, in `dtype`, of the sum of rows * upstream."""
-    targets = targets.masked_fill(targets == options.ignore_index, 0)
-    logits = _logits(raw, options)
-    capped = logits.clone() if options.softcap is not None else None
-    assert rows.lse is not None and upstream.log_probs is not None and upstream.lse is not None
+def _gradient(logits: Tensor, rows: Rows, upstream: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return matrix, factor and one_hot of a LogitsGradient."""
+    assert upstream.log_probs is not None
     log_p = logits.sub_(rows.lse[:, None])
     factor = upstream.lse - upstream.log_probs
     if upstream.entropy is None:
-        matrix = log_p.exp_()
-    else:
-        # d entropy / d logit = -p * (log p + entropy)
-        assert rows.entropy is not None
-        matrix = log_p.exp()
-        matrix.mul_(log_p.add_(rows.entropy[:, None]).mul_(-upstream.entropy[:, None]).add_(factor[:, None]))
-        factor = torch.ones_like(factor)
-    return _chained(LogitsGradient(matrix, factor, upstream.log_probs, targets), capped, dtype, options)
-
-
-def _logits(logits: Tensor, options: Options) -> Tensor:
-    if options.softcap is not None:
-        logits.div_(options.softcap).tanh_().mul_(options.softcap)
-    return logits.div_(options.temperature) if options.temperature != 1 else logits
-
-
-def _chained(by_logits: LogitsGradient, capped: Tensor | None, dtype: torch.dtype, options: Options) -> LogitsGradient:
-    """Return the gradient by the products, before the cap, whose slope differs by column, and the temperature."""
-    matrix, factor, one_hot, targets = by_logits
-    assert factor is not None and one_hot is not None and targets is not None
-    if capped is not None and options.softcap is not None:
-        slope = capped.mul_(options.temperature / options.softcap).square_().neg_().add_(1)
-        matrix.mul_(slope)
-        one_hot = one_hot * slope.gather(1, targets[:, None])[:, 0]
-    return LogitsGradient(matrix.to(dtype), factor / options.temperature, one_hot / options.temperature, targets)
+        return log_p.exp_(), factor, upstream.log_probs
+    # d entropy / d logit = -p * (log p + entropy)
+    assert rows.entropy is not None
+    matrix = log_p.exp()
+    matrix.mul_(log_p.add_(rows.entropy[:, None]).mul_(-upstream.entropy[:, None]).add_(factor[:, None]))
+    return matrix, torch.ones_like(factor), upstream.log_probs

@@ -132,40 +132,21 @@ def tile(vocab: int) -> tuple[int, int]:
     return min(512 * warps, triton.next_power_of_2(vocab)), warps
 
 
-def statistics(
-    raw: Tensor, targets: Tensor, rows: Rows, options: Options, z_loss: float | None, dtype: torch.dtype = torch.float32
-) -> LogitsGradient | None:
-    """Do what cross_entropy_torch.statistics does."""
-    matrix = None if z_loss is None else _room(raw, dtype)
-    _launch(raw, matrix, targets, rows, None, options, z_loss or 0.0)
-    return None if matrix is None else LogitsGradient(matrix)
-
-
-def gradient(
-    raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows, options: Options, dtype: torch.dtype
-) -> LogitsGradient:
-    """Do what cross_entropy_torch.gradient does."""
-    matrix = _room(raw, dtype)
-    _launch(raw, matrix, targets, rows, upstream, options, 0.0)
-    return LogitsGradient(matrix)
-
-
-def _room(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return room for the gradient, with the strides of the logits: their own where the dtype is the same."""
-    if raw.dtype == dtype:
-        return raw
-    return torch.empty(len(raw), raw.stride(0), dtype=dtype, device=raw.device)[:, : raw.shape[1]]
-
-
-def _launch(
-    raw: Tensor, matrix: Tensor | None, targets: Tensor, rows: Rows, upstream: Rows | None, options: Options,
-    z_loss: float,
-) -> None:  # fmt: skip
-    vocab = raw.shape[1]
+def step(
+    raw: Tensor, targets: Tensor, rows: Rows, upstream: Rows | None, options: Options, z_loss: float | None,
+    dtype: torch.dtype,
+) -> LogitsGradient | None:  # fmt: skip
+    """Do what cross_entropy_torch.step does, in one launch. The gradient may take the place of the products."""
+    matrix, vocab = raw, raw.shape[1]
+    wanted = upstream is not None or z_loss is not None
+    if wanted and raw.dtype != dtype:
+        # The kernel takes the strides of the products for those of the gradient.
+        matrix = torch.empty(len(raw), raw.stride(0), dtype=dtype, device=raw.device)[:, :vocab]
     size, warps = tile(vocab)
     rows_kernel[(len(targets),)](
-        raw, raw if matrix is None else matrix, targets.contiguous(), *rows, *(upstream or (None, None, None)),
-        vocab, raw.stride(0), options.ignore_index, z_loss, options.softcap or 0.0, 1 / options.temperature,
-        STATISTICS=upstream is None, GRADIENT=matrix is not None, ENTROPY=(upstream or rows).entropy is not None,
+        raw, matrix, targets.contiguous(), *rows, *(upstream or (None, None, None)),
+        vocab, raw.stride(0), options.ignore_index, z_loss or 0.0, options.softcap or 0.0, 1 / options.temperature,
+        STATISTICS=upstream is None, GRADIENT=wanted, ENTROPY=(upstream or rows).entropy is not None,
         SOFTCAP=options.softcap is not None, BLOCK_V=size, num_warps=warps,
     )  # fmt: skip
+    return LogitsGradient(matrix) if wanted else None

@@ -106,7 +106,8 @@ def test_a_target_that_there_is_none_of_gives_nan_and_reads_nothing_beyond(targe
 
     targets = torch.tensor([3, target], device=DEVICE)
     rows = Rows(torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE), None)
-    wide = cross_entropy_triton.statistics(torch.randn(2, 29, device=DEVICE), targets, rows, Options(-100, None), 0.0)
+    logits = torch.randn(2, 29, device=DEVICE)
+    wide = cross_entropy_triton.step(logits, targets, rows, None, Options(-100, None), 0.0, torch.float32)
     assert rows.log_probs is not None and wide is not None
     assert rows.log_probs.isnan().tolist() == [False, True]
     assert wide.matrix.isnan().tolist() == [[False] * 29, [True] * 29]
