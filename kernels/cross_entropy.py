@@ -68,12 +68,7 @@ def linear_cross_entropy(
 
 
 def linear_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    *,
-    softcap: float | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return log p(target) under softmax(logits / temperature), and that distribution's entropy, in nats: both [...].
 

@@ -52,17 +52,13 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected a floating dtype and [..., width]")
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor.shape != x.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(x.shape[-1:])}")
-        if not tensor.is_floating_point() or tensor.device != x.device:
+    width = x.shape[-1:]
+    for name, tensor, shape in (("weight", weight, width), ("bias", bias, width), ("residual", residual, x.shape)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}, to fit x")
+        if tensor is not None and not (tensor.is_floating_point() and tensor.device == x.device):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected a floating dtype on {x.device}")
-    if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(f"residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
-        if residual.dtype != x.dtype or residual.device != x.device:
-            here, there = f"{residual.dtype} on {residual.device}", f"{x.dtype} on {x.device}"
-            raise ValueError(f"residual is {here}; expected dtype and device of x, {there}")
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(f"residual is {residual.dtype}; expected the dtype of x, {x.dtype}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; expected 0 or more")

@@ -166,13 +166,10 @@ def backward_options(width: int) -> dict[str, int]:
     columns = min(8192, max(32, triton.next_power_of_2(width)))
     splits = triton.cdiv(width, columns)
     return {
-        "WIDTH": width,
-        "ROWS": max(1, 2048 // columns),
-        "BLOCK_N": columns,
-        "SPLITS": splits,
+        "WIDTH": width, "ROWS": max(1, 2048 // columns), "BLOCK_N": columns, "SPLITS": splits,
         "STAGES": 2 if splits == 1 else 1,  # with two splits, one more stage would not fit into shared memory
         "num_warps": max(4, columns // 512),
-    }
+    }  # fmt: skip
 
 
 @cache
@@ -187,8 +184,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y like x; x + residual, empty without one; mean and 1 / standard deviation, fp32 [2, rows]."""
     x, weight = x.contiguous(), weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    residual, bias = (None if each is None else each.contiguous() for each in (residual, bias))
     y, summed, stats = _empty_results(x, residual)
     rows, options = stats.shape[1], forward_options(x.shape[-1])
     if rows:

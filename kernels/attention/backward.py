@@ -54,12 +54,9 @@ def delta_kernel(
 
 @jit
 def _score_gradient(
-    b_s,  # raw scores, [rows, columns] in either orientation
-    b_dp,  # dO V^T, in the same orientation
-    b_lse,  # log-sum-exp in units of log2, broadcast over keys
-    b_delta,  # broadcast over keys
-    scale, softcap_log2,  # as in the forward kernel
-    SOFTCAP: tl.constexpr,
+    b_s, b_dp,  # q k^T and dO V^T, [BLOCK_T, BLOCK_S] or transposed
+    b_lse, b_delta,  # one for each query, broadcast over keys; the log-sum-exp in units of log2
+    scale, softcap_log2, SOFTCAP: tl.constexpr,  # as in the forward kernel
 ):  # fmt: skip
     """Return the probabilities and the gradient of the scores before the scale, both without a mask."""
     if SOFTCAP:

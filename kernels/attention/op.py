@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.reference import Call, attention_torch, decode_torch, empty_results
+from kernels.attention.reference import Call, decode_torch, dense_torch, empty_results, packed_torch
 from kernels.backend import backend, uncompiled
 
 DENSE, PACKED = "[batch, length, heads, head_dim]", "[tokens, heads, head_dim] with cu_seqlens"
@@ -57,7 +57,7 @@ def flash_attention(
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
         out, lse = attention_forward(q, k, v, *call)
     else:
-        out, lse = attention_torch(q, k, v, call, return_lse=return_lse)
+        out, lse = (packed_torch if packed else dense_torch)(q, k, v, call, return_lse)
     return (out, lse) if return_lse and lse is not None else out
 
 

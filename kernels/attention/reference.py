@@ -47,9 +47,8 @@ class Call(NamedTuple):
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
         """Return the strides of every dimension but the last, with 0 for the batch that packed tensors do not have.
 
-        Of queries, keys, values and their gradients these are batch, token and head. Of a log-sum-exp, [B, H, T] or
-        packed [H, tokens], they are batch and head: its last dimension is that of tokens, since a program reads and
-        writes it for the rows of one head.
+        A log-sum-exp, [B, H, T] or packed [H, tokens], has its tokens last and side by side, since a program reads and
+        writes it for the rows of one head. All other tensors have heads and head dim last.
         """
         batch = () if self.cu_seqlens_q is None else (0,)
         return tuple(stride for tensor in tensors for stride in (*batch, *tensor.stride()[:-1]))
@@ -84,15 +83,9 @@ def visible(
 
 
 def attention_reference(
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *,
+    causal: bool = True, scale: float | None = None, window: int | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return softmax(scale * q k^T + mask) v, [B, T, H, D], and the log-sum-exp of the scores, [B, H, T].
 
     k and v may have fewer heads than q, if their number divides it. A row that sees no key gives 0, and -inf for its
@@ -115,22 +108,16 @@ def attention_reference(
     return torch.einsum("bhts,bshd->bthd", probabilities_BHTS, v_BSHD), lse_BHT
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the output, and the log-sum-exp where it is asked for, as flash_attention gives them."""
-    if call.cu_seqlens_q is None:
-        return _dense(q, k, v, call, return_lse)
-    return _packed(q, k, v, call, return_lse)
-
-
 @uncompiled
-def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def packed_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return what dense_torch does, of each sequence by itself."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     lengths_q = [end - start for start, end in pairwise(call.cu_seqlens_q.tolist())]
     lengths_k = [end - start for start, end in pairwise(call.cu_seqlens_k.tolist())]
     # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size
     # gradient per sequence.
     parts = zip(torch.split(q, lengths_q), torch.split(k, lengths_k), torch.split(v, lengths_k), strict=True)
-    results = [_dense(q_part[None], k_part[None], v_part[None], call, return_lse) for q_part, k_part, v_part in parts]
+    results = [dense_torch(one_q[None], one_k[None], one_v[None], call, return_lse) for one_q, one_k, one_v in parts]
     out = torch.cat([out[0] for out, _ in results]) if results else torch.empty_like(q)
     if not return_lse:
         return out, None
@@ -138,7 +125,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tu
     return out, torch.cat([none, *(lse[0] for _, lse in results if lse is not None)], dim=-1)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the output, and the log-sum-exp where it is asked for, as flash_attention gives them."""
     causal, scale, window, softcap = call.causal, call.scale, call.window, call.softcap
     queries, keys = q.shape[1], k.shape[1]
     # SDPA gives NaN for a row without keys, and knows neither softcap nor log-sum-exp.
@@ -175,12 +163,12 @@ def decode_torch(
         call = call._replace(causal=False, window=None)
     if block_table is None and shortest == longest:
         seen = _seen(longest, queries, window)
-        return _dense(q, k_cache[:, seen], v_cache[:, seen], call, return_lse=False)[0]
+        return dense_torch(q, k_cache[:, seen], v_cache[:, seen], call, return_lse=False)[0]
     out = torch.empty_like(q)
     for row, length in enumerate(lengths):
         seen = _seen(length, queries, window)
         k, v = (_of_sequence(cache, row, seen, block_table) for cache in (k_cache, v_cache))
-        out[row : row + 1] = _dense(q[row : row + 1], k[None], v[None], call, return_lse=False)[0]
+        out[row : row + 1] = dense_torch(q[row : row + 1], k[None], v[None], call, return_lse=False)[0]
     return out
 
 

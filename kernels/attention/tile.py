@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
 from kernels.attention.reference import Call
 from kernels.jit import jit
+from kernels.tiles import Tile
 
 
 @jit
@@ -29,11 +29,9 @@ def program(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 def sequence(
     cu_seqlens_ptr,  # int32 [sequences + 1], or any pointer where PACKED is false
     index,  # number of the sequence in the batch
-    length,  # tokens of every sequence of a dense batch
-    stride_batch,  # of a dense batch
-    stride_token,
-    PACKED: tl.constexpr,
-):
+    length, stride_batch,  # of a dense batch
+    stride_token, PACKED: tl.constexpr,
+):  # fmt: skip
     """Return where sequence `index` begins, in elements, and its number of tokens.
 
     The offset is int64: a tensor may have more than 2^31 elements.
@@ -205,26 +203,19 @@ def softmax_step(b_s, b_max, b_sum, unit, MASKED: tl.constexpr):
     return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
 
 
-def constants(call: Call, head_dim: int, tile: tiles.Tile, loaded: tuple[Tensor, ...]) -> dict[str, int | bool]:
+def constants(call: Call, head_dim: int, size: Tile, loaded: tuple[Tensor, ...]) -> dict[str, int | bool]:
     """Return the constants of a kernel that walks over the tensors `loaded`."""
-    descriptors = tile.descriptors and all(map(_suits_the_copy_engine, loaded))
+    descriptors = size.descriptors and all(map(_suits_the_copy_engine, loaded))
     if descriptors:
         # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's own,
         # and autograd has threads of its own: set it at every launch.
         triton.set_allocator(lambda bytes, _alignment, _stream: torch.empty(bytes, dtype=torch.int8, device="cuda"))
     return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_T": tile.queries,
-        "BLOCK_S": tile.keys,
-        "CAUSAL": call.causal,
-        "WINDOW": call.window is not None,
-        "SOFTCAP": call.softcap is not None,
-        "PACKED": call.cu_seqlens_q is not None,
-        "DESCRIPTOR": descriptors,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_T": size.queries, "BLOCK_S": size.keys, "num_warps": size.warps, "num_stages": size.stages,
+        "CAUSAL": call.causal, "WINDOW": call.window is not None, "SOFTCAP": call.softcap is not None,
+        "PACKED": call.cu_seqlens_q is not None, "DESCRIPTOR": descriptors,
+    }  # fmt: skip
 
 
 def _suits_the_copy_engine(tensor: Tensor) -> bool:
