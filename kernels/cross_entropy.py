@@ -1,10 +1,9 @@
 """A linear layer and cross-entropy in one, without ever holding the [tokens, vocab] logits.
 
 linear_cross_entropy and linear_log_probs check their arguments and call operators, which torch.compile and autograd
-know. These walk over the rows: logits, in fp32, are made a block at a time, turned into what is wanted, and
-overwritten. Loss and gradients are taken while a block is at hand (the idea of Cut Cross-Entropy, arXiv:2411.09009, and
-of Liger Kernel, arXiv:2410.10989). The products are the library's; cross_entropy_torch or cross_entropy_triton does
-what lies between.
+know. These walk over the rows: logits, in fp32, are made a block at a time, turned into what is wanted, and overwritten
+by the next block (the idea of Cut Cross-Entropy, arXiv:2411.09009, and of Liger Kernel, arXiv:2410.10989). PyTorch
+makes the products; what lies between them is a step of cross_entropy_torch or cross_entropy_triton.
 """
 
 from typing import Any
@@ -28,15 +27,9 @@ GPU_BLOCK_BYTES = (32 * 2**20, 768 * 2**20)
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Return the cross-entropy of softmax(hidden @ weight.T) against targets, in nats.
 
     hidden [..., C]; weight [V, C], kept in any dtype, multiplied in that of hidden; targets [...], int64,
@@ -154,8 +147,7 @@ def row_gradients(
         None if d_entropy is None else torch.where(counts, d_entropy, zero),
     )
     rows, sums = Rows(None, lse, entropy), GradientSums(hidden, weight)
-    options = Options(ignore_index, softcap, temperature)
-    _walk(hidden, sums.weight, targets, rows, upstream, options, None, sums)
+    _walk(hidden, sums.weight, targets, rows, upstream, Options(ignore_index, softcap, temperature), None, sums)
     return sums.result()
 
 

@@ -32,8 +32,7 @@ class Rows(NamedTuple):
 class LogitsGradient(NamedTuple):
     """The gradient by a block of logits, [R, V]: factor * matrix + one_hot * [is target], in the dtype of hidden.
 
-    What is the same all along a row can so be multiplied onto the narrow side of a product. Where it is None, the
-    matrix has it.
+    So what is the same all along a row is multiplied onto the narrow side of a product. None: the matrix has it.
     """
 
     matrix: Tensor

@@ -17,10 +17,9 @@ from kernels.jit import jit, kernel, tanh
 
 @jit
 def _logits(
-    row_ptr,  # of the products, any floating dtype
-    o_v, vocab, stride, softcap, inverse_temperature, SOFTCAP: tl.constexpr,
+    row_ptr, o_v, vocab, stride, softcap, inverse_temperature, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Return logits that are capped and divided by the temperature, fp32 [BLOCK_V]."""
+    """Return products of a row, of any floating dtype, as logits: capped, over the temperature, fp32 [BLOCK_V]."""
     b_z = tl.load(row_ptr + o_v, mask=o_v < stride, other=0.0).to(tl.float32)
     if SOFTCAP:
         b_z = softcap * tanh(b_z / softcap)

@@ -20,8 +20,7 @@ def layer_norm(
     dtype of x), x + residual, rounded to that dtype, is what is normalised, and it is returned as well:
     (normalised, x + residual).
 
-    The results have the dtype of x; sums are taken in fp32 at least. Raises ValueError naming the argument that does
-    not fit.
+    Results have the dtype of x; sums are fp32 at least. Raises ValueError naming the argument that does not fit.
     """
     _check(x, weight, bias, residual, eps)
     if backend(x.device) == "torch" or x.dtype == torch.float64:

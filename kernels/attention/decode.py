@@ -65,13 +65,11 @@ def decode_kernel(
     stride_k_batch, stride_k_token, stride_k_head,  # with PAGE, a batch is a block
     stride_v_batch, stride_v_token, stride_v_head,
     stride_table_batch,
-    queries,
-    keys,  # that the cache has room for, per sequence
+    queries, keys,  # keys that the cache has room for, per sequence
     key_heads, group, splits,
     scale, softcap_log2, window,  # as in the forward kernel
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # rows
-    BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PAGE: tl.constexpr,  # keys per block of a paged cache, 0 where it is not paged
     SPLIT: tl.constexpr,  # splits > 1
 ):  # fmt: skip

@@ -17,20 +17,11 @@ DENSE, PACKED = "[batch, length, heads, head_dim]", "[tokens, heads, head_dim] w
 
 
 def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Return exact attention, softmax(scale * q k^T + mask) v (FlashAttention, arXiv:2205.14135, 2307.08691).
 
     Dense: q [B, T, H, D], k and v [B, S, Hkv, D]. Packed: q [tokens, H, D], k and v [tokens_k, Hkv, D] with
@@ -62,16 +53,9 @@ def flash_attention(
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    *,
-    block_table: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, block_table: Tensor | None = None,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Return the causal attention of the T newest tokens of each sequence (Flash-Decoding; PagedAttention, 2309.06180).
 
     q [B, T, H, D]: T is meant to be 1 to 16, and may be any. k_cache, v_cache [B, S, Hkv, D], with a dense last
@@ -175,8 +159,7 @@ def _longest_sequences(
 ) -> tuple[int, int]:
     """Return the lengths of the longest sequences of packed queries and keys, or what is said to bound them."""
     found = []
-    names = ("cu_seqlens_q", "cu_seqlens_k")
-    for name, tensor, boundaries, most in zip(names, (q, k), bounds, longest, strict=True):
+    for name, tensor, boundaries, most in zip(("cu_seqlens_q", "cu_seqlens_k"), (q, k), bounds, longest, strict=True):
         if boundaries is None:
             raise ValueError(f"{name} is missing; packed attention needs cu_seqlens_q and cu_seqlens_k")
         if boundaries.ndim != 1 or len(boundaries) == 0 or boundaries.dtype not in (torch.int32, torch.int64):

@@ -141,10 +141,10 @@ def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, square: bool, scale: float) -> Tensor:
     q_BHTD, k_BHSD, v_BHSD = (each.transpose(1, 2) for each in (q, k, v))
-    gqa = q.shape[2] != k.shape[2]
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa
-    ).transpose(1, 2)
+    out_BHTD = F.scaled_dot_product_attention(
+        q_BHTD, k_BHSD, v_BHSD, mask, is_causal=square, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+    )
+    return out_BHTD.transpose(1, 2)
 
 
 def decode_torch(
@@ -157,7 +157,12 @@ def decode_torch(
         # All sequences at once, which is twice as fast for small ones as one by one. A single query, the last, sees all
         # of the keys that it is given.
         seen = slice(_seen(shortest, queries, window).start, longest)
-        mask = None if shortest == longest else _visible(cache_lengths, queries, seen, window)[:, None]
+        mask = None
+        if shortest != longest:
+            position_BT = cache_lengths[:, None] + torch.arange(-queries, 0, device=q.device)
+            distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=q.device)
+            visible_BTS = distance_BTS >= 0 if window is None else (distance_BTS >= 0) & (distance_BTS < window)
+            mask = visible_BTS[:, None]
         return _sdpa(q, k_cache[:, seen], v_cache[:, seen], mask, False, call.scale)
     if queries == 1:
         call = call._replace(causal=False, window=None)
@@ -170,13 +175,6 @@ def decode_torch(
         k, v = (_of_sequence(cache, row, seen, block_table) for cache in (k_cache, v_cache))
         out[row : row + 1] = dense_torch(q[row : row + 1], k[None], v[None], call, return_lse=False)[0]
     return out
-
-
-def _visible(cache_lengths: Tensor, queries: int, seen: slice, window: int | None) -> Tensor:
-    position_BT = cache_lengths[:, None] + torch.arange(-queries, 0, device=cache_lengths.device)
-    distance_BTS = position_BT[:, :, None] - torch.arange(seen.start, seen.stop, device=cache_lengths.device)
-    visible_BTS = distance_BTS >= 0
-    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
 
 
 def _seen(length: int, queries: int, window: int | None) -> slice:

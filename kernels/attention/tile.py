@@ -51,9 +51,8 @@ def matrix(
     """Return what load reads a [rows, HEAD_DIM] matrix through: its pointer, or a descriptor.
 
     A descriptor tells the copy engine (TMA) the shape of the matrix once, and a tile is then fetched by its corner.
-    With a pointer, every thread computes the addresses of its elements and a mask for the edges, and both take
-    registers. The copy engine finds them by itself; it exists since sm_90, and wants rows that begin at multiples of 16
-    bytes.
+    With a pointer, every thread computes the addresses of its elements and a mask for the edges, which take registers.
+    The copy engine finds both by itself. It exists since sm_90, and wants rows that begin at multiples of 16 bytes.
     """
     if DESCRIPTOR:
         return tl.make_tensor_descriptor(base_ptr, [rows, HEAD_DIM], [stride_row, 1], [BLOCK, BLOCK_D])
@@ -63,8 +62,7 @@ def matrix(
 
 @jit
 def load(
-    source,  # from `matrix`
-    row, rows, stride_row,
+    source, row, rows, stride_row,  # source is what `matrix` gave
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, DESCRIPTOR: tl.constexpr,
     EDGE: tl.constexpr = True,  # false only where all rows of the tile exist
 ):  # fmt: skip
@@ -138,10 +136,8 @@ def keys_seen(
     """
     first = row + keys - queries
     last = tl.minimum(row + BLOCK_T, queries) - 1 + keys - queries
-    begin = 0
-    full_begin = 0
-    end = keys
-    full_end = keys // BLOCK_S * BLOCK_S
+    begin, full_begin = 0, 0
+    end, full_end = keys, keys // BLOCK_S * BLOCK_S
     if CAUSAL:
         end = tl.minimum(keys, last + 1)
         full_end = tl.minimum(full_end, tl.maximum(first + 1, 0) // BLOCK_S * BLOCK_S)
@@ -167,10 +163,8 @@ def queries_seeing(
     but the last two are multiples of BLOCK_T.
     """
     shift = keys - queries
-    begin = 0
-    full_begin = 0
-    end = queries
-    full_end = queries
+    begin, full_begin = 0, 0
+    end, full_end = queries, queries
     if CAUSAL:
         begin = tl.maximum(key - shift, 0) // BLOCK_T * BLOCK_T
         full_begin = tl.cdiv(tl.maximum(key + BLOCK_S - 1 - shift, 0), BLOCK_T) * BLOCK_T
