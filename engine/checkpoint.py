@@ -214,10 +214,9 @@ def latest(folder: Path, notice: Callable[[str], None] = lambda message: None) -
     for checkpoint in reversed(checkpoints(folder)):
         try:
             checkpoint.verify()
+            return checkpoint
         except DamagedCheckpointError as damage:
             notice(f"{damage}; using the checkpoint before it")
-            continue
-        return checkpoint
     return None
 
 

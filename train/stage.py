@@ -1,4 +1,7 @@
-"""From a recipe to a finished run: what all stages of training share, in the order in which it happens."""
+"""From a recipe to a finished run: what all stages of training share, in the order in which it happens.
+
+A stage is what `Stage` holds. It is defined beside the loop, which uses all of it, and imported from here.
+"""
 
 import dataclasses
 import math
