@@ -11,7 +11,7 @@ All of them begin as a finetuned model, the reference, and are measured beside i
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,17 +25,15 @@ from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
 from rlhf.dpo import DPO
 from rlhf.grpo import GRPO
-from rlhf.policy_metrics import PolicyMonitor, measure_policy
+from rlhf.policy_metrics import PolicyMonitor
 from rlhf.ppo import PPO, begin_critic
 from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
-from rlhf.reward_model import Reward, feedback_recipe, load_reference, open_reward, open_rewards, weights_of
-from rlhf.rollout import roll_out
+from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open_rewards, weights_of
 from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
 from train.data.conversations import StoryRequests, open_conversations
 from train.finetune import load_base
 from train.stage import Amounts, Console, Outcome, Stage, run_stage
-from train.tracking import measure_parts
 
 # Learning rates that worked on a nano model.
 RATES = {"ppo": 3e-5, "grpo": 5e-5, "dpo": 3e-5, "ipo": 3e-5}
@@ -118,7 +116,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
         method = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass)
     ends = answer_ends(tokenizer)
     rollouts = RolloutLoader(recipe, train, reference, rewards, method, ends, runtime.processes)
-    monitor = begin_monitor(recipe, reference, prompts, rewards, tokenizer, console)
+    monitor = PolicyMonitor(recipe, reference, prompts, rewards, tokenizer, console.say)
 
     def begin(config: ModelConfig) -> GPT:
         rollouts.policy = GPT(config)
@@ -134,7 +132,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
         recipe,
         rollouts,
         evaluate=evaluate,
-        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        sample=monitor.sample,
         amounts=Amounts(
             f"{len(train):,} prompts to train on, {len(held_out):,} prompts to validate",
             lambda steps, epochs: f"{steps / rollouts.steps_per_round:g} rounds of {config.answers} answers",
@@ -148,7 +146,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
         notes=(
             *train.describe_beside(held_out),
             f"rollouts   {config.answers} answers, each learnt {config.passes} times; reward: {config.reward}",
-            *describe_beginning(recipe, monitor),
+            *monitor.notes(),
         ),
     )
 
@@ -161,7 +159,7 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
     dpo = DPO(recipe.alignment, reference, tokenizer)
     prompts = prompts_to_measure(recipe, tokenizer, validation)
     rewards = open_rewards(None, prompts, tokenizer, runtime)
-    monitor = begin_monitor(recipe, reference, prompts, rewards, tokenizer, console)
+    monitor = PolicyMonitor(recipe, reference, prompts, rewards, tokenizer, console.say)
 
     def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
         return {**monitor(policy), **dpo.evaluate(validation, policy, tokens, tokens_per_batch)}
@@ -170,12 +168,12 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
         recipe,
         batches,
         evaluate=evaluate,
-        sample=partial(show_answers, tokenizer=tokenizer, prompts=prompts[: recipe.loop.samples]),
+        sample=monitor.sample,
         amounts=train.amounts(validation),
         base=base,
         loss=dpo.loss,
         metrics=dpo.metrics,
-        notes=(*train.describe_beside(validation), *describe_beginning(recipe, monitor)),
+        notes=(*train.describe_beside(validation), *monitor.notes()),
     )
 
 
@@ -189,44 +187,6 @@ def prompts_to_measure(recipe: Recipe, tokenizer: Tokenizer, held_out: Pairs) ->
     if isinstance(source, StoryRequests):
         return encode_prompts(source, "validation", tokenizer, recipe.model.context, HELD_OUT).first(HELD_OUT)
     return [Prompt(tuple(held_out.prompt(number))) for number in range(min(HELD_OUT, len(held_out)))]
-
-
-def begin_monitor(
-    recipe: Recipe,
-    reference: GPT,
-    prompts: Sequence[Prompt],
-    rewards: Mapping[str, Reward],
-    tokenizer: Tokenizer,
-    console: Console,
-) -> PolicyMonitor:
-    """Measure the reference, beside which the policy will be measured."""
-    measure = partial(
-        measure_policy,
-        reference=reference,
-        prompts=prompts,
-        rewards=rewards,
-        ends=answer_ends(tokenizer),
-        temperature=recipe.alignment.temperature,
-        max_tokens=recipe.alignment.max_tokens,
-        tokens_per_pass=recipe.tokens_per_pass,
-    )
-    return PolicyMonitor(measure, reference, console.say)
-
-
-def describe_beginning(recipe: Recipe, monitor: PolicyMonitor) -> tuple[str, str]:
-    return (
-        f"reference  {recipe.base}, step {recipe.base_step}",
-        f"begins at  {'  '.join(measure_parts(monitor.begin))}, on held-out prompts",
-    )
-
-
-def show_answers(model: GPT, *, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-    """Return prompts and the model's answers to them, as text."""
-    answers = roll_out(model, prompts, answer_ends(tokenizer)).answers
-    return [
-        f"> {tokenizer.decode(prompt.ids)}\n\n{tokenizer.decode(answer)}"
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
 
 
 def check_reward(recipe: Recipe) -> None:

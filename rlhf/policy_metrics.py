@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.chat_template import answer_ends
+from engine.config import Recipe
 from engine.model import GPT
+from engine.tokenizer import Tokenizer
 from rlhf.advantages import k1, k3
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
 from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
+from train.tracking import measure_parts
 
 # The names of the best answers by the reward and by the program: plot_reward_vs_kl draws these curves as lines.
 BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
@@ -83,15 +87,37 @@ def best_of_n_kl(n: int) -> float:
 
 
 class PolicyMonitor:
-    """It measures a policy beside its reference, and says once of each kind when the policy seems to game its reward.
+    """It asks a policy and its reference the same held-out prompts, and compares what they answer.
 
-    It stops no run.
+    It says once of each kind when the policy seems to game its reward. It stops no run.
     """
 
-    def __init__(self, measure: Callable[[GPT], dict[str, float]], reference: GPT, say: Callable[[str], None]) -> None:
-        self.measure, self.say = measure, say
-        self.begin = measure(reference)
+    def __init__(
+        self,
+        recipe: Recipe,
+        reference: GPT,
+        prompts: Sequence[Prompt],
+        rewards: Mapping[str, Reward],
+        tokenizer: Tokenizer,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.reference, self.prompts, self.rewards = recipe, reference, prompts, rewards
+        self.tokenizer, self.ends, self.say = tokenizer, answer_ends(tokenizer), say
         self.said: set[str] = set()
+        self.begin = self.measure(reference)
+
+    def measure(self, policy: GPT) -> dict[str, float]:
+        """Return the metrics of a policy, drawn from as it is in the training."""
+        return measure_policy(
+            policy,
+            self.reference,
+            self.prompts,
+            self.rewards,
+            self.ends,
+            temperature=self.recipe.alignment.temperature,
+            max_tokens=self.recipe.alignment.max_tokens,
+            tokens_per_pass=self.recipe.tokens_per_pass,
+        )
 
     def __call__(self, policy: GPT) -> dict[str, float]:
         """Return the metrics, and for each kind of suspicion 1 or 0."""
@@ -101,6 +127,20 @@ class PolicyMonitor:
             self.say(f"reward hacking? {signs[kind]}; a higher --beta, or an earlier checkpoint, stays closer")
         self.said |= signs.keys()
         return {**now, **{f"suspect_{kind}": float(kind in signs) for kind in SUSPICIONS}}
+
+    def sample(self, policy: GPT) -> list[str]:
+        """Return the first prompts and the policy's answers to them, as text."""
+        prompts = self.prompts[: self.recipe.loop.samples]
+        asked = [self.tokenizer.decode(prompt.ids) for prompt in prompts]
+        answers = map(self.tokenizer.decode, roll_out(policy, prompts, self.ends).answers)
+        return [f"> {prompt}\n\n{answer}" for prompt, answer in zip(asked, answers, strict=True)]
+
+    def notes(self) -> tuple[str, str]:
+        """Say before the training begins what the policy is measured beside, and where it begins."""
+        return (
+            f"reference  {self.recipe.base}, step {self.recipe.base_step}",
+            f"begins at  {'  '.join(measure_parts(self.begin))}, on held-out prompts",
+        )
 
 
 def suspicions(begin: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.chat_template import answer_ends
+from engine.config import preset
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
 from rlhf.policy_metrics import (
@@ -108,10 +109,15 @@ def test_without_a_reward_or_gold_the_rest_is_monitored() -> None:
     assert suspicions(few, {**few, "ended": 0.1}).keys() == {"ended"}
 
 
-def test_each_kind_is_said_once_and_kept_in_the_metrics(gpt: GPT) -> None:
+def test_each_kind_is_said_once_and_kept_in_the_metrics(gpt: GPT, tokenizer: Tokenizer) -> None:
     said: list[str] = []
     states = iter([BEGIN, {**BEGIN, "length": 10.0}, {**BEGIN, "length": 9.0, "ended": 0.0}, BEGIN])
-    monitor = PolicyMonitor(lambda policy: dict(next(states)), gpt, said.append)
+
+    class Told(PolicyMonitor):
+        def measure(self, policy: GPT) -> dict[str, float]:
+            return dict(next(states))
+
+    monitor = Told(preset("nano"), gpt, PROMPTS, {}, tokenizer, said.append)
     found = [monitor(gpt) for _ in range(3)]
     assert len(said) == 2 and "from 100 to 10 tokens" in said[0] and "ended answers fell" in said[1]
     assert [each["suspect_length"] for each in found] == [1, 1, 0] and found[1]["suspect_ended"] == 1
