@@ -64,7 +64,7 @@ def finetune(
     training.distribute(gpus, nodes, rendezvous)
     from engine.config import DataConfig
     from engine.run import Run
-    from train.data.conversations import STORIES_INSTRUCT
+    from train.data.sources import STORIES_INSTRUCT
     from train.finetune import finetune, finetuning_recipe
 
     if resume:

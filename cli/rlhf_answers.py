@@ -45,7 +45,7 @@ def prompt_data(run: "Run", data: str | None, column: str | None) -> "DataConfig
     """The prompts that were asked for, or of what a run was finetuned on, or the built-in ones."""
     from engine.config import DataConfig
     from rlhf.prompts import prompts_of
-    from train.data.conversations import STORIES_INSTRUCT
+    from train.data.sources import STORIES_INSTRUCT
 
     if data is not None:
         return DataConfig(source=located(data), prompt_column=column)

@@ -31,7 +31,7 @@ from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open_rewards, weights_of
 from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
-from train.data.conversations import StoryRequests, open_conversations
+from train.data.sources import StoryRequests, open_conversations
 from train.finetune import load_base
 from train.stage import Amounts, Console, Outcome, Stage, run_stage
 

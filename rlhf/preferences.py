@@ -5,7 +5,7 @@ chosen and rejected   texts beside a prompt: a text or turns in instruction, pro
                       texts with "\\n\\nHuman:" and "\\n\\nAssistant:", as in hh-rlhf
 gold                  where there is one: true where the chosen answer is truly the better one, false, or null
 
-What train.data.instruct_formats heeds or refuses beside a question, it does here as well.
+What train.data.formats heeds or refuses beside a question, it does here as well.
 """
 
 import dataclasses
@@ -13,10 +13,8 @@ import hashlib
 import json
 import math
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import islice
 from operator import attrgetter
 from random import Random
 from typing import ClassVar
@@ -29,20 +27,16 @@ from engine.config import DataConfig, Recipe
 from engine.errors import InputError
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
-from train.data.conversations import Encoded
-from train.data.instruct_formats import Conversation, are_turns, asked, turns_of, unwanted
+from train.data.encoded import Encoded
+from train.data.formats import Conversation, are_turns, asked, turns_of, unwanted
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, column_names, peek, text_of
-from train.data.shards import Progress
-from train.data.sources import SPLITS, HubSource, Source, open_source
+from train.data.sources import HubSource, Source, WrittenSource, open_source
 from train.data.splits import hash_of, prompt_key
-from train.data.stories import AskedFacts, forms, storybook
-from train.data.story_requests import StoryRequest, story_requests
-from train.data.story_score import score_story
+from train.data.stories import AskedFacts, StoryRequest, forms, score_story, story_requests, storybook
 from train.stage import Amounts, Console
 
 STORIES_PREFERENCES = "stories-preferences"
-STORY_PAIRS = {"train": 6_000, "validation": 500, "test": 500}
 HUB_SETS = {
     "hh-rlhf": "Anthropic/hh-rlhf",
     "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized",
@@ -162,21 +156,17 @@ def _preference(both: Sequence[Conversation | None], gold: bool | None) -> Prefe
 
 
 @dataclasses.dataclass
-class StoryPreferences(Source):
+class StoryPreferences(WrittenSource):
     """The built-in preferences: two answers to a request, as a noisy judge likes them."""
 
     held_out_by: str = "heroes of a kind and trait that no training request names together"
+    what = "pairs of answers to requests for stories, judged"
+    counts: ClassVar = {"train": 6_000, "validation": 500, "test": 500}
 
-    def describe(self) -> str:
-        return f"{self.name}: pairs of answers to requests for stories, judged by the program itself"
-
-    def documents(self, split: str, start: int = 0) -> Iterator[Preference]:
-        if split not in SPLITS:
-            raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
-        count = max(0, (self.limit or STORY_PAIRS[split]) - start)
+    def written(self, split: str, start: int) -> Iterator[Preference]:
         requests = story_requests(split, start)
         other = next(requests)
-        for number, request in enumerate(islice(requests, count), start):
+        for number, request in enumerate(requests, start):
             rng = Random(f"preference {split} {number}")
             answers = [write_answer(request, other, rng) for _ in range(2)]
             points = [score_story(request.facts, answer).points for answer in answers]
@@ -225,71 +215,53 @@ def swap_facts(story: str, facts: AskedFacts, rng: Random) -> str:
 class Pairs(Encoded):
     """Encoded preferences: what a loader packs, a pair as one document, the chosen conversation first.
 
-    Nothing is predicted, so the targets only mark where the chosen one ends. `same` counts the pairs left out because
-    the answers do not differ, `dropped` those too long for the context, `cut` those that lost their oldest turns to
-    fit. `source` has read them, and knows what it skipped.
+    Nothing is predicted, so the targets only mark where the chosen one ends. One that is too long loses its oldest
+    turns. `same` counts the pairs left out because the answers do not differ.
     """
+
+    what = "pair"
 
     def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
         super().__init__(tokenizer, context, source)
-        self.same = self.dropped = self.cut = self.bytes = self.systems = 0
+        self.same = 0
         self.gold: list[bool | None] = []
-        self._ids, self._starts = array("i"), array("q", [0])  # two sequences a pair
 
-    def add(self, preference: Preference) -> None:
+    def add(self, document: Preference, where: str = "") -> None:
         """Encode one more, or count it as left out."""
-        answers = (preference.chosen, preference.rejected)
+        answers, prompt = (document.chosen, document.rejected), document.prompt
         if answers[0] == answers[1]:
             self.same += 1
             return
-        sequences = self._render(preference.prompt, answers)
-        if max(map(len, sequences)) > self.context:
+        chosen, rejected = self._render(prompt, answers)
+        if max(len(chosen), len(rejected)) > self.context:
             # What the longer answer and the tokens around it leave; the two share a prompt, and so are cut alike.
             room = self.context - 1 - max(len(ids) for ids in self.tokenizer.encode_batch([*answers]))
             try:
-                prompt, _ = trim(self.tokenizer, preference.prompt, room)
+                kept, _ = trim(self.tokenizer, prompt, room)
             except InputError:
                 self.dropped += 1
                 return
-            sequences = self._render(prompt, answers)
+            chosen, rejected = self._render(kept, answers)
             self.cut += 1
-        for ids in sequences:
-            self._ids.extend(ids)
-            self._starts.append(len(self._ids))
-            self.bytes += int(self.tokenizer.byte_lengths[ids].sum())
-        self.gold.append(preference.gold)
-        self.prompts.add(hash_of(prompt_key(preference.prompt)))
-        self.systems += preference.prompt[0].role == "system"
+        self._append(chosen + rejected, [IGNORE_INDEX] * (len(chosen) - 1) + [0] + [IGNORE_INDEX] * len(rejected))
+        self.gold.append(document.gold)
+        self.prompts.add(hash_of(document.key))
+        self.systems += prompt[0].role == "system"
 
     def _render(self, prompt: Sequence[Message], answers: tuple[str, str]) -> list[list[int]]:
         return [render(self.tokenizer, [*prompt, Message("assistant", answer)])[0] for answer in answers]
 
-    def __len__(self) -> int:
-        return len(self.gold)
-
-    @property
-    def tokens(self) -> int:
-        return len(self._ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(np.frombuffer(self._starts, np.int64)[::2])
-
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._ids.tobytes() + self._starts.tobytes()).hexdigest()
-
-    def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen, rejected = self.pair(document)
-        marks = np.full(len(chosen) + len(rejected), IGNORE_INDEX)
-        marks[len(chosen) - 1] = 0
-        part = slice(offset, offset + length)
-        return np.array(chosen + rejected)[part], marks[part]
+        starts, marks = np.frombuffer(self._starts, np.int64), np.frombuffer(self._targets, np.int32)
+        bounds = np.sort(np.concatenate([starts, np.flatnonzero(marks == 0) + 1]))  # of two sequences a pair
+        return hashlib.sha256(self._inputs.tobytes() + bounds.tobytes()).hexdigest()
 
     def pair(self, number: int) -> tuple[list[int], list[int]]:
         """Return the ids of the chosen and of the rejected conversation."""
-        first, middle, last = self._starts[2 * number : 2 * number + 3]
-        return self._ids[first:middle].tolist(), self._ids[middle:last].tolist()
+        ids, marks = self.whole(number)
+        middle = int(np.argmax(marks == 0)) + 1
+        return ids[:middle].tolist(), ids[middle:].tolist()
 
     def prompt(self, number: int) -> list[int]:
         """Return the ids after which the two answers begin."""
@@ -304,46 +276,11 @@ class Pairs(Encoded):
             lambda steps, epochs: f"about {epochs * len(self):,.0f} pairs, {epochs:.2f} epochs",
         )
 
-    def describe(self) -> str:
-        lost = {
-            "left out, without a difference": self.same,
-            "left out, longer than the context": self.dropped,
-            "cut at a turn": self.cut,
-        }
-        return "; ".join(
-            [
-                f"{len(self):,} pairs{self.of_rows()}: {len(self.prompts):,} prompts, {self.systems:,} system "
-                f"texts; {self.tokens:,} tokens",
-                *(f"{count:,} {what}" for what, count in lost.items() if count),
-                *self.skipped(),
-            ]
-        )
+    def details(self) -> str:
+        return f": {len(self.prompts):,} prompts, {self.systems:,} system texts; {self.tokens:,} tokens"
 
-
-def encode_preferences(
-    source: Source,
-    split: str,
-    tokenizer: Tokenizer,
-    context: int,
-    *,
-    max_tokens: int | None = None,
-    progress: Progress = lambda documents, tokens, text_bytes: None,
-) -> Pairs:
-    """Encode the pairs of a split, up to the one that reaches max_tokens. Raises InputError where none is left."""
-    source = dataclasses.replace(source)  # its own, to count what this split skips
-    pairs = Pairs(tokenizer, context, source)
-    for number, preference in enumerate(source.documents(split)):
-        pairs.add(preference)
-        if number % 100 == 0:
-            progress(len(pairs), pairs.tokens, pairs.bytes)
-        if max_tokens is not None and pairs.tokens >= max_tokens:
-            break
-    if not len(pairs):
-        raise InputError(
-            f"no pair of {source.name} ({split}) is left for a context of {context} tokens: {pairs.describe()}; choose "
-            "other --data, or a longer context (--set model.context=N)"
-        )
-    return pairs
+    def lost(self) -> dict[str, int]:
+        return {"left out, without a difference": self.same, **super().lost(), "cut at a turn": self.cut}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +322,7 @@ def read_pairs(
     console.say(source.describe())
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     train, validation = (
-        encode_preferences(source, split, tokenizer, context, max_tokens=most, progress=console.preparing(split))
+        Pairs(tokenizer, context, source).read_split(split, most, console.preparing(split))
         for split, most in limits.items()
     )
     batches = PairLoader(

@@ -8,11 +8,10 @@ from engine.chat_template import answer_prompt
 from engine.config import DataConfig, Recipe
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from train.data.conversations import STORIES_INSTRUCT, Conversations, StoryRequests, open_conversations
-from train.data.instruct_formats import Conversation, prompt_of
-from train.data.loader import IGNORE_INDEX
-from train.data.permutation import Permutation
-from train.data.sources import Source
+from train.data.encoded import Encoded
+from train.data.formats import Conversation, prompt_of
+from train.data.loader import IGNORE_INDEX, Permutation
+from train.data.sources import STORIES_INSTRUCT, Source, StoryRequests, open_conversations
 from train.data.splits import hash_of, prompt_key
 from train.data.stories import AskedFacts
 
@@ -25,17 +24,19 @@ class Prompt:
     facts: AskedFacts | None = None
 
 
-class Prompts(Conversations):
+class Prompts(Encoded):
     """Encoded conversations whose answer is left to the policy: they need none of their own."""
+
+    what = "prompt"
 
     def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
         super().__init__(tokenizer, context, source)
         self.facts: list[AskedFacts | None] = []
         self.asked: list[Conversation] = []  # the messages before the answer
 
-    def ask(self, messages: Conversation, facts: AskedFacts | None = None) -> None:
+    def add(self, document: Conversation, where: str = "", facts: AskedFacts | None = None) -> None:
         """Encode one more, or count it as dropped where it leaves no room for an answer."""
-        asked = prompt_of(messages)
+        asked = prompt_of(document)
         ids = answer_prompt(self.tokenizer, asked)
         if len(ids) >= self.context:
             self.dropped += 1
@@ -46,17 +47,11 @@ class Prompts(Conversations):
         self.facts.append(facts)
         self.asked.append(asked)
 
-    def describe(self) -> str:
-        return "; ".join(
-            [
-                f"{len(self):,} prompts{self.of_rows()}, {self.systems:,} with a system text",
-                *([f"{self.dropped:,} left out, longer than the context"] if self.dropped else []),
-                *self.skipped(),
-            ]
-        )
+    def details(self) -> str:
+        return f", {self.systems:,} with a system text"
 
     def __getitem__(self, number: int) -> Prompt:
-        inputs, _ = self.read(number, 0, int(self.lengths[number]))
+        inputs, _ = self.whole(number)
         return Prompt(tuple(inputs.tolist()), self.facts[number])
 
     def first(self, count: int) -> list[Prompt]:
@@ -94,7 +89,7 @@ def encode_prompts(source: Source, split: str, tokenizer: Tokenizer, context: in
     prompts = Prompts(tokenizer, context, source)
     requests = source.requests(split) if isinstance(source, StoryRequests) else None
     for messages in source.documents(split):
-        prompts.ask(messages, next(requests).facts if requests else None)
+        prompts.add(messages, facts=next(requests).facts if requests else None)
         if len(prompts) == most:
             break
     if not len(prompts):

@@ -25,7 +25,7 @@ from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt
 from rlhf.rollout import sequence_log_probs, split_by_tokens, target_answers
 from train.data.loader import Batch
-from train.data.story_score import StoryScore, score_story
+from train.data.stories import StoryScore, score_story
 from train.evaluation import Judge
 from train.finetune import finetuning_recipe, load_base
 from train.heldout import Case
@@ -46,7 +46,7 @@ Reward = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Tensor]
 
 
 class ProgramReward:
-    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/story_score.py."""
+    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/stories/score.py."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.ends = tokenizer, answer_ends(tokenizer)

@@ -11,13 +11,12 @@ from engine.model import GPT
 from engine.runtime import inference
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
-from train.data.loader import IGNORE_INDEX, Batch, PieceSource, pack
-from train.data.story_requests import StoryRequest
-from train.data.story_score import StoryScore, score_story
+from train.data.loader import IGNORE_INDEX, Batch, TokenSource, pack
+from train.data.stories import StoryRequest, StoryScore, score_story
 
 
 def evaluate_loss(
-    model: GPT, documents: PieceSource, byte_lengths: np.ndarray, *, tokens: int, tokens_per_batch: int
+    model: GPT, documents: TokenSource, byte_lengths: np.ndarray, *, tokens: int, tokens_per_batch: int
 ) -> dict[str, float]:
     """Loss over the first documents that hold `tokens` tokens, each read from its start, whole.
 
@@ -47,7 +46,7 @@ def evaluate_loss(
     }
 
 
-def whole_pieces(documents: PieceSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
+def whole_pieces(documents: TokenSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
     """Documents in order, cut only where they exceed the context, in batches of at most tokens_per_batch."""
     lengths = documents.lengths
     count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1

@@ -17,9 +17,8 @@ from engine.run import Run
 from engine.runtime import Runtime
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
-from train.data.loader import PieceSource
-from train.data.stories import AskedFacts
-from train.data.story_score import score_story
+from train.data.loader import TokenSource
+from train.data.stories import AskedFacts, score_story
 from train.evaluate import evaluate_loss
 from train.heldout import Case, Document, HeldOut, encode, make_case
 from train.measures import (
@@ -79,7 +78,7 @@ class Contestant:
         needed = len(self.prompt(case.prompt)) + len(self.tokenizer.encode(case.reference))
         return needed < self.model.config.context
 
-    def loss(self, pieces: PieceSource) -> dict[str, Estimate]:
+    def loss(self, pieces: TokenSource) -> dict[str, Estimate]:
         everything, lengths = int(pieces.lengths.sum()), self.tokenizer.byte_lengths
         found = evaluate_loss(self.model, pieces, lengths, tokens=everything, tokens_per_batch=TOKENS_PER_BATCH)
         return {name: Estimate(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}

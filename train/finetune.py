@@ -12,9 +12,9 @@ from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
-from train.data.conversations import Conversations, encode_conversations, open_conversations
+from train.data.encoded import Conversations
 from train.data.loader import PackedLoader
-from train.data.sources import Source
+from train.data.sources import Source, open_conversations
 from train.pretrain import read_documents, say, text_stage
 from train.stage import Console, Outcome, Stage, run_stage
 
@@ -126,9 +126,7 @@ def read_conversations(
     console.say(source.describe())
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     train, validation = (
-        encode_conversations(
-            source, split, tokenizer, recipe.model.context, max_tokens=limit, progress=console.preparing(split)
-        )
+        Conversations(tokenizer, recipe.model.context, source).read_split(split, limit, console.preparing(split))
         for split, limit in limits.items()
     )
     size = (recipe.tokens_per_pass, recipe.model.context)

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from train.data.conversations import Conversations, StoryRequests, open_conversations
-from train.data.loader import PieceSource
+from train.data.encoded import Conversations, Documents
+from train.data.loader import TokenSource
 from train.data.shards import TokenShards, is_prepared
-from train.data.sources import open_source
+from train.data.sources import StoryRequests, open_conversations, open_source
 from train.data.stories import AskedFacts
 from train.measures import UNSPACED
 
@@ -87,9 +85,9 @@ def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer
 
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int | None = None
-) -> tuple[list[Document], PieceSource]:
+) -> tuple[list[Document], TokenSource]:
     """The first documents that hold `tokens` tokens, or all there are, and the same as token ids."""
-    taken, texts, conversations = [], Documents(tokenizer), Conversations(tokenizer, context)
+    taken, texts, conversations = [], Documents(tokenizer, context), Conversations(tokenizer, context)
     for number, document in enumerate(documents):
         taken.append(document)
         if isinstance(document, str):
@@ -101,27 +99,3 @@ def encode(
     if not texts.tokens + conversations.tokens:
         raise InputError(f"none of the conversations fits into the context of {context} tokens; choose other --data")
     return taken, texts if texts.tokens else conversations
-
-
-class Documents:
-    """Documents encoded in memory: what evaluate_loss reads (train.data.loader.PieceSource)."""
-
-    fingerprint = ""  # matters to the cursor of a training run alone
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.tokens = 0
-        self._ids: list[np.ndarray] = []
-
-    def add(self, text: str) -> None:
-        eod = self.tokenizer.eod
-        self._ids.append(np.array([eod, *self.tokenizer.encode(text), eod]))
-        self.tokens += len(self._ids[-1]) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(ids) - 1 for ids in self._ids])
-
-    def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = self._ids[document][offset : offset + length + 1]
-        return ids[:-1], ids[1:]

@@ -13,7 +13,7 @@ from engine.config import Recipe, override
 from engine.errors import InputError
 from engine.run import Run
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
-from train.data.loader import PieceSource
+from train.data.loader import TokenSource
 from train.data.shards import Progress
 from train.loop import Amounts, Batches, Loop, Outcome, Stage, TrainingError
 from train.parallel import should_compile
@@ -32,7 +32,7 @@ class Console(Tracker, Protocol):
     def preparing(self, what: str) -> Progress: ...
 
 
-class TokenDataset(PieceSource, Protocol):
+class TokenDataset(TokenSource, Protocol):
     """Documents of token ids that a loader can pack, and how much text they hold."""
 
     @property

@@ -109,7 +109,7 @@ def trace_chat(run: str) -> Trace:
         port = free.getsockname()[1]
     asked = {"model": "chat", "messages": [{"role": "user", "content": "Write a story."}], "max_tokens": 8, "seed": 1}
     body = json.dumps(asked)
-    answers = []
+    answers: list[dict[str, Any]] = []
 
     def ask() -> None:
         """The first answer warms up what later ones do not do again; the second one is traced."""

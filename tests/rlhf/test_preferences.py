@@ -18,7 +18,6 @@ from rlhf.preferences import (
     PairLoader,
     Pairs,
     Preference,
-    encode_preferences,
     open_preferences,
     prefer,
     read_preferences,
@@ -27,8 +26,7 @@ from rlhf.preferences import (
 from train.data.loader import IGNORE_INDEX
 from train.data.rows import Skipped
 from train.data.sources import SPLITS
-from train.data.story_requests import is_held_out_pair, story_requests
-from train.data.story_score import score_story
+from train.data.stories import is_held_out_pair, score_story, story_requests
 
 ASKED = (Message("user", "2 + 2?"),)
 SUM = Preference(ASKED, "4", "5")
@@ -165,7 +163,7 @@ def test_before_training_a_person_sees_what_was_understood(tokenizer: Tokenizer,
     )
     (tmp_path / "val.jsonl").write_text(json.dumps(rows[0]) + "\n")
     source = open_preferences(DataConfig(source=str(tmp_path)))
-    train, held_out = (encode_preferences(source, split, tokenizer, 48) for split in SPLITS[:2])
+    train, held_out = (Pairs(tokenizer, 48, source).read_split(split) for split in SPLITS[:2])
     assert train.describe_beside(held_out) == (
         f"train      8 pairs of 9 rows: 4 prompts, 0 system texts; {train.tokens} tokens; "
         f"1 left out, without an answer (first: {tmp_path}/train.jsonl, line 9)",
@@ -198,14 +196,14 @@ def test_pairs_left_out_or_cut_are_counted(tokenizer: Tokenizer, tmp_path: Path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "val.jsonl").write_text(json.dumps(rows[1]))
     source = open_preferences(DataConfig(source=str(tmp_path)))
-    pairs = encode_preferences(source, "train", tokenizer, 48)
+    pairs = Pairs(tokenizer, 48, source).read_split("train")
     assert (len(pairs), pairs.same, pairs.dropped, pairs.cut) == (2, 1, 1, 1)
     assert pairs.source and pairs.source.skipped == {"not two answers to one prompt": (1, f"{path}, line 5")}
     assert pairs.pair(0) == pairs.pair(1)
     said = pairs.describe()
     assert "1 left out, without a difference" in said and "1 left out, longer than the context" in said
     with pytest.raises(InputError, match=r"no pair of .* is left"):
-        encode_preferences(source, "validation", tokenizer, 48)
+        Pairs(tokenizer, 48, source).read_split("validation")
 
 
 def test_batches_hold_whole_pairs_however_they_are_split(tokenizer: Tokenizer) -> None:

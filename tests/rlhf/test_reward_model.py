@@ -15,7 +15,7 @@ from rlhf.preferences import PairBatch, PairLoader, Pairs, Preference
 from rlhf.prompts import Prompt
 from rlhf.reward_model import ProgramReward, RewardModel, measure_preferences, preference_loss
 from tests.rlhf.test_preferences import ASKED
-from train.data.story_requests import story_requests
+from train.data.stories import story_requests
 
 PLAIN = RewardConfig(centring=0.0)
 

@@ -17,7 +17,7 @@ from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import ProgramReward
 from rlhf.rollout import Rollout
 from rlhf.sampled_pairs import sample_pairs
-from train.data.story_score import StoryScore
+from train.data.stories import StoryScore
 
 ASKED = [Message("system", "Be brief."), Message("user", "say fox")]
 
@@ -36,9 +36,7 @@ class Length(ProgramReward):
 def prompts(tokenizer: Tokenizer) -> Prompts:
     found = Prompts(tokenizer, 48)
     for messages in (ASKED, ASKED[1:]):
-        found.add([*messages, Message("assistant", "fox")], "here")
-        found.facts.append(None)
-        found.asked.append(messages)
+        found.add([*messages, Message("assistant", "fox")])
     return found
 
 

@@ -20,7 +20,7 @@ from engine.runtime import Runtime
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from tests.train.conftest import Recorder, Train
-from train.data.story_requests import story_requests
+from train.data.stories import story_requests
 from train.evaluate import score_stories
 from train.finetune import RATE, finetune, finetuning_recipe, recognise_base
 from train.loop import Outcome

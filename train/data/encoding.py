@@ -1,4 +1,4 @@
-"""Texts to token arrays: in order, by as many processes as there are cores."""
+"""Texts are tokenized here, in order, by as many processes as there are cores."""
 
 import multiprocessing
 import os
@@ -9,19 +9,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.errors import InputError
+from engine.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
-
-# What a worker is dealt at a time; and below how much text starting workers costs more than they save.
+# A worker is dealt so much text at a time. Below the second number, starting workers costs more than they save.
 CHUNK_CHARACTERS = 1 << 20
 SMALL_CHARACTERS = 4 << 20
-# Documents in one call into the tokenizer: enough to be fast, few enough to say where it failed.
+# So many documents go into one call of the tokenizer: enough to be fast, few enough to say where it failed.
 GROUP = 16
 
 
@@ -32,36 +30,28 @@ class Chunk(NamedTuple):
     lengths: np.ndarray
     sizes: np.ndarray
 
-    def cut(self, count: int) -> tuple["Chunk", "Chunk"]:
-        at = int(self.lengths[:count].sum())
-        first = Chunk(self.tokens[:at], self.lengths[:count], self.sizes[:count])
-        return first, Chunk(self.tokens[at:], self.lengths[count:], self.sizes[count:])
-
-    def counts(self) -> dict[str, int]:
-        return {"documents": len(self.lengths), "tokens": len(self.tokens), "bytes": int(self.sizes.sum())}
-
 
 def encode_documents(
-    chunks: Iterable[Sequence[str]], tokenizer: "Tokenizer", dtype: str, workers: int, first: int = 0
+    chunks: Iterable[Sequence[str]], tokenizer: Tokenizer, dtype: str, workers: int, first: int = 0
 ) -> Generator[Chunk, None, None]:
-    """The documents encoded, in order, by so many processes; by this one alone where there is little to do.
+    """Encode documents in order, by so many processes, or by this one alone where there is little to do.
 
     Raises InputError with the number of the document, counted on from `first`, where encoding fails or a worker dies.
     """
     numbered = _numbered(chunks, first)
     head = list(islice(numbered, SMALL_CHARACTERS // CHUNK_CHARACTERS + 1))
     if workers == 1 or len(head) <= SMALL_CHARACTERS // CHUNK_CHARACTERS:
-        yield from (_encode(number, chunk, tokenizer, dtype) for number, chunk in chain(head, numbered))
+        yield from (_encode(*each, tokenizer, dtype) for each in chain(head, numbered))
         return
-    # Spawned, not forked: a fork of a process that runs torch's or CUDA's threads may hang.
+    # Workers are spawned, not forked: a fork of a process that runs torch's or CUDA's threads may hang.
     spawn = multiprocessing.get_context("spawn")
     # The document that each worker has come to, counted from 1; 0 while it is idle.
     places, begun = spawn.RawArray("q", workers), spawn.Value("i", 0)
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype, places, begun))
     waiting: deque[Future[Chunk]] = deque()
     try:
-        for number, chunk in chain(head, numbered):
-            waiting.append(pool.submit(_encode_in_worker, number, chunk))
+        for each in chain(head, numbered):
+            waiting.append(pool.submit(_encode_in_worker, *each))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -78,18 +68,8 @@ def encode_documents(
         pool.shutdown(cancel_futures=True)
 
 
-def _numbered(chunks: Iterable[Sequence[str]], first: int) -> Iterator[tuple[int, Sequence[str]]]:
-    for chunk in chunks:
-        yield first, chunk
-        first += len(chunk)
-
-
-def _span(first: int, count: int) -> str:
-    return f"document {first + 1:,}" if count == 1 else f"one of the documents {first + 1:,} to {first + count:,}"
-
-
 def in_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents as workers are dealt them."""
+    """Group documents as workers are dealt them."""
     chunk: list[str] = []
     size = 0
     for document in documents:
@@ -102,19 +82,26 @@ def in_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
+def _numbered(chunks: Iterable[Sequence[str]], first: int) -> Iterator[tuple[int, Sequence[str]]]:
+    for chunk in chunks:
+        yield first, chunk
+        first += len(chunk)
+
+
+def _span(first: int, count: int) -> str:
+    return f"document {first + 1:,}" if count == 1 else f"one of the documents {first + 1:,} to {first + count:,}"
+
+
 def _encode(
-    first: int,
-    texts: Sequence[str],
-    tokenizer: "Tokenizer",
-    dtype: str,
-    arrive: Callable[[int], None] = lambda number: None,
+    first: int, texts: Sequence[str], tokenizer: Tokenizer, dtype: str, arrive: Callable[[int], None] | None = None
 ) -> Chunk:
     ids: list[list[int]] = []
     sizes: list[int] = []
     rest = iter(texts)
     while group := list(islice(rest, GROUP)):
         number = first + len(ids)
-        arrive(number)
+        if arrive:
+            arrive(number)
         try:
             ids += tokenizer.encode_batch(group)
         except (InputError, MemoryError, RuntimeError) as error:
@@ -129,7 +116,7 @@ def _encode(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: "Tokenizer", dtype: str, places: Any, begun: Any) -> None:
+def _start_worker(tokenizer: Tokenizer, dtype: str, places: Any, begun: Any) -> None:
     with begun.get_lock():
         own = begun.value
         begun.value += 1

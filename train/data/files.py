@@ -1,4 +1,7 @@
-"""Local files as rows: .txt .jsonl .json .csv .parquet. What is wrong is said with file and line."""
+"""Local files as rows: .txt .jsonl .json .csv .parquet. What is wrong is said with file and line.
+
+A new format of files is a reader in READERS: a function from a file to its rows, each with the place where it stands.
+"""
 
 import contextlib
 import csv
@@ -9,28 +12,58 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import takewhile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, takewhile
+from pathlib import Path, PurePath
+from typing import Any
 
 from engine.errors import InputError
+from engine.tokenizer import END_OF_DOCUMENT
 from train.data.rows import Row
-from train.data.splits import is_hidden
+from train.data.splits import Source, Stream, files_by_split
 
-if TYPE_CHECKING:
-    from pyarrow import DataType
-    from pyarrow.parquet import ParquetFile
-
-SEPARATOR = "<|endoftext|>"
-# Long enough to fill a context many times, short enough that one text file gives documents to hold out.
+# A document of a text file is long enough to fill a context many times, and short enough that one file gives several.
 CUT_CHARACTERS = 8192
 SAMPLE_BYTES = 1 << 20
-# Rows of a Parquet file that are read at a time.
+MOST_DIGITS = sys.int_info.default_max_str_digits
+# So many rows of a Parquet file are read at a time.
 BLOCK = 1024
 
 
+@dataclass
+class FileSource(Source):
+    """Local files, sorted, in splits by the names of folders or files: train.data.splits.files_by_split."""
+
+    files: tuple[Path, ...] = ()
+    root: Path = Path()
+
+    def describe(self) -> str:
+        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        return f"{self.name}: {len(self.files):,} file{'s' * (len(self.files) > 1)}, {megabytes:,.1f} MB"
+
+    def identity(self) -> list[Any]:
+        files = ([str(file.relative_to(self.root)), file.stat().st_size, sample_hash(file)] for file in self.files)
+        return [CUT_CHARACTERS, *files]
+
+    def streams(self) -> dict[str, Stream]:
+        splits, _ = files_by_split(self.files, self.root)
+        return {split: partial(self._open, files) for split, files in splits.items()}
+
+    def split_rule(self) -> str:
+        splits, rule = files_by_split(self.files, self.root)
+        names = sorted({str(file.relative_to(self.root)) for file in splits.get("validation", ())})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f", by the name of the {rule}: {names[0]}{more}" if names else ""
+
+    def _open(self, files: list[Path]) -> Iterator[Iterator[Row]]:
+        # A lone short text is cut finer: it, too, has to give a document to hold out.
+        alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
+        return (read_rows(file, min(CUT_CHARACTERS, alone)) for file in files)
+
+
 def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
-    """The readable files that a path, folder or glob means, sorted, and the folder from which their names are read.
+    """Find the files that a path, folder or glob means, sorted, and the folder from which their names are read.
 
     Hidden ones are left out unless they are named themselves. Raises InputError where there are none.
     """
@@ -54,8 +87,13 @@ def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
     return files, root
 
 
+def is_hidden(file: Path, root: Path) -> bool:
+    """Return whether a program keeps this for itself: .ipynb_checkpoints, .git, __MACOSX and what is in them."""
+    return any(part.startswith((".", "__")) for part in PurePath(file).relative_to(root).parts)
+
+
 def sample_hash(file: Path) -> str:
-    """SHA-256 of a whole file of up to 64 MB, of 64 evenly spaced pieces of a larger one."""
+    """Return the SHA-256 of a whole file of up to 64 MB, or of 64 evenly spaced parts of a larger one."""
     digest, size = hashlib.sha256(), file.stat().st_size
     with file.open("rb") as stream:
         for at in range(0, size, max(SAMPLE_BYTES, size // 64)):
@@ -65,14 +103,14 @@ def sample_hash(file: Path) -> str:
 
 
 def read_rows(file: Path, cut: int = CUT_CHARACTERS) -> Iterator[Row]:
-    """The rows of one file; of a text file its documents."""
+    """Read the rows of one file. The rows of a text file are its documents."""
     if file.suffix.lower() == ".txt":
         return ((f"{file}, document {number}", text) for number, text in enumerate(_read_text(file, cut), 1))
     return READERS[file.suffix.lower()](file)
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, ends kept. Raises InputError with file, line and byte where it is none."""
+    """Yield the lines of a UTF-8 file with their ends. Raises InputError with line and byte where it is not UTF-8."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -87,15 +125,15 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _read_text(file: Path, cut: int) -> Iterator[str]:
-    """The documents between lines of <|endoftext|>, or, without such lines, the text cut into documents."""
+    """Yield the documents between lines of <|endoftext|>, or, without such lines, the text cut into documents."""
     with file.open("rb") as stream:
-        separated = any(line.strip() == SEPARATOR.encode() for line in stream)
+        separated = any(line.strip() == END_OF_DOCUMENT.encode() for line in stream)
     if not separated:
-        yield from _cut(_lines(file), cut)
+        yield from cut_text(_lines(file), cut)
         return
     document: list[str] = []
     for line in _lines(file):
-        if line.strip() == SEPARATOR:
+        if line.strip() == END_OF_DOCUMENT:
             yield "".join(document).strip("\n")
             document = []
         else:
@@ -104,18 +142,18 @@ def _read_text(file: Path, cut: int) -> Iterator[str]:
         yield "".join(document).strip("\n")
 
 
-def _cut(lines: Iterable[str], cut: int) -> Iterator[str]:
-    """Documents of `cut` to 2 `cut` characters: cut at a blank line, else at a line, else at a word, else anywhere."""
+def cut_text(lines: Iterable[str], cut: int) -> Iterator[str]:
+    """Cut documents of `cut` to 2 `cut` characters: at a blank line, else at a line, else at a word, else anywhere."""
     document: list[str] = []
     size = 0
     for line in lines:
-        for piece in [line] if len(line) <= cut else re.findall(rf"(?s).{{1,{cut - 1}}}(?:\s|$)|.{{1,{cut}}}", line):
-            if size + len(piece) > 2 * cut:
+        for part in [line] if len(line) <= cut else re.findall(rf"(?s).{{1,{cut - 1}}}(?:\s|$)|.{{1,{cut}}}", line):
+            if size + len(part) > 2 * cut:
                 yield "".join(document)
                 document, size = [], 0
-            document.append(piece)
-            size += len(piece)
-            if size >= cut and piece.isspace():
+            document.append(part)
+            size += len(part)
+            if size >= cut and part.isspace():
                 yield "".join(document)
                 document, size = [], 0
     if document:
@@ -138,7 +176,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     except RecursionError as error:
         raise InputError(f"{file}: broken JSON ({error}); mend the file") from None
     except json.JSONDecodeError as error:
-        # Many a .json file holds JSON lines.
+        # Many .json files hold JSON lines.
         if error.msg == "Extra data":
             return _read_json_lines(file, io.StringIO(text))
         raise InputError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); mend the file") from None
@@ -147,17 +185,12 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 
 def _parse_json(text: str) -> Any:
-    """The value; an integer of thousands of digits, for which Python has no patience, is one without end."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:
-        return json.loads(text, parse_int=float)
+    """Return the value. An integer of thousands of digits, which Python refuses to read, becomes infinite."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
-    """Rows by the names in the first one. What parts them there, a comma, semicolon or tab, does so everywhere."""
+    """Read rows by the names in the first. The comma, semicolon or tab that divides the first divides all."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", errors="replace") as stream:
         header = stream.readline()
@@ -182,77 +215,73 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 def _read_parquet(file: Path) -> Iterator[Row]:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"reading {file} needs pyarrow: pip install pyarrow, or convert the file to .jsonl") from None
-    columns = ParquetColumns(file, lambda: parquet.ParquetFile(file), (pyarrow.ArrowException, OSError))
-    yield from ((f"{file}, row {number + 1}", ParquetRow(columns, number)) for number in range(columns.rows))
+    with _plain_errors(file):
+        opened = parquet.ParquetFile(file)
+    columns = {name: ParquetColumn(file, opened, name) for name in opened.schema_arrow.names}
+    yield from ((f"{file}, row {at + 1}", ParquetRow(columns, at)) for at in range(opened.metadata.num_rows))
 
 
-class ParquetColumns:
-    """The columns of a Parquet file, each read from the disk when a row first asks for it, and then along with it."""
+@contextlib.contextmanager
+def _plain_errors(file: Path) -> Iterator[None]:
+    import pyarrow
 
-    def __init__(
-        self, file: Path, open_file: "Callable[[], ParquetFile]", failures: tuple[type[Exception], ...]
-    ) -> None:
-        self.file, self.failures = file, failures
-        with self._plain_errors():
-            self.opened = open_file()
-        self.names: list[str] = self.opened.schema_arrow.names
-        self.rows: int = self.opened.metadata.num_rows
-        self._held: dict[str, tuple[int, Any, Iterator[Any]]] = {}  # the block read last, and those after it
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file}: damaged, or no parquet file ({reason}); fetch it again") from None
 
-    def cell(self, name: str, number: int) -> Any:
-        """Python's value of a cell. Raises InputError with its place where there is none."""
+
+class ParquetColumn:
+    """A column of a Parquet file that is read from the disk, block by block, when a row first asks for it."""
+
+    def __init__(self, file: Path, opened: Any, name: str) -> None:
+        self.file, self.opened, self.name = file, opened, name
+        self.block = -1  # the number of the block in `values`; those after it are in `rest`
+        self.values: Any = None
+        self.rest: Iterator[Any] = iter(())
+
+    def cell(self, number: int) -> Any:
+        """Return Python's value of a cell. Raises InputError with its place where there is none."""
         block, place = divmod(number, BLOCK)
-        at, values, rest = self._held.get(name, (-1, None, iter(())))
-        with self._plain_errors():
-            if at < 0 or at > block:
-                at, rest = -1, self.opened.iter_batches(BLOCK, columns=[name])
-            while at < block:
-                at, values = at + 1, next(rest).column(0)
-        self._held[name] = (at, values, rest)
+        with _plain_errors(self.file):
+            if self.block < 0 or block < self.block:
+                self.block, self.rest = -1, self.opened.iter_batches(BLOCK, columns=[self.name])
+            if block > self.block:
+                self.values = next(islice(self.rest, block - self.block - 1, None)).column(0)
+                self.block = block
         try:
-            value = values[place].as_py()
-            return _from_json(value, values.type) if "arrow.json" in str(values.type) else value
+            value = self.values[place].as_py()
+            return _from_json(value, self.values.type) if "arrow.json" in str(self.values.type) else value
         except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"{self.file}, row {number + 1}: column {name!r} cannot be read ({error}); mend it or choose another"
-            ) from None
-
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self.failures as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.file}: damaged, or no parquet file ({reason}); fetch it again") from None
+            where = f"{self.file}, row {number + 1}: column {self.name!r}"
+            raise InputError(f"{where} cannot be read ({error}); mend it or choose another") from None
 
 
 class ParquetRow(Mapping[str, Any]):
-    """A row of which only those columns are read that are asked for."""
+    """A row that reads only the columns that are asked for."""
 
-    def __init__(self, columns: ParquetColumns, number: int) -> None:
+    def __init__(self, columns: Mapping[str, ParquetColumn], number: int) -> None:
         self.columns, self.number = columns, number
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.columns.names:
-            raise KeyError(name)
-        return self.columns.cell(name, self.number)
+        return self.columns[name].cell(self.number)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.columns.names
+        return name in self.columns
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.columns.names)
+        return iter(self.columns)
 
     def __len__(self) -> int:
-        return len(self.columns.names)
+        return len(self.columns)
 
 
-def _from_json(value: Any, kind: "DataType") -> Any:
-    """The value with what `datasets` stores as JSON text (Arrow's type arrow.json) made what it spells."""
+def _from_json(value: Any, kind: Any) -> Any:
+    """Return the value with all JSON text in it parsed, which `datasets` stores as Arrow's type arrow.json."""
     from pyarrow import types
 
     if value is None:

@@ -12,13 +12,9 @@ from typing import Any
 
 from engine.errors import InputError
 
-TEXT_COLUMNS = ("text", "contents", "content", "story", "document")
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question")
-CONTEXTS = ("context", "input")
-RESPONSES = ("response", "output", "completion", "answer")
-ANSWERS = ("chosen", "rejected")
-# So many rows say together what a file's columns hold: in the first one a cell may be empty.
+# So many rows together say what a file's columns hold: in the first one a cell may be empty.
 PEEKED = 100
 
 Row = tuple[str, object]  # where it stands, for messages, and what stands there
@@ -40,91 +36,54 @@ class Columns:
         self.names = list(dict.fromkeys(chain.from_iterable(self.rows)))
 
     def values(self, name: str) -> list[Any]:
-        """What stands in a column, empty cells left out."""
+        """Return what stands in a column, empty cells left out."""
         try:
             return [row[name] for row in self.rows if row.get(name) is not None]
-        except InputError:  # nobody can read it, so nobody can mean it
+        except InputError:  # a column that cannot be read cannot be the one that is meant
             return []
 
     def holds(self, name: str, *types: type) -> bool:
-        """Whether anything stands in this column, and all of it is of these types."""
-        values = self.values(name) if name in self.names else []
+        """Return whether anything stands in this column, and all of it is of these types."""
+        values = self.values(name)
         return bool(values) and all(isinstance(value, types) for value in values)
 
     def first(self, names: Iterable[str], *types: type) -> str | None:
-        """The first of these columns that holds a value of these types, else the first that is there and holds none."""
+        """Return the first of these columns with a value of these types, else the first that is there and empty."""
         there = {name: self.values(name) for name in names if name in self.names}
         found = (name for name, values in there.items() if any(isinstance(value, types) for value in values))
         return next(found, next((name for name, values in there.items() if not values), None))
 
 
 def peek(rows: Iterable[Row]) -> tuple[list[object], Iterator[Row]]:
-    """What stands in the first rows; and all rows."""
+    """Return what stands in the first rows, and all rows."""
     rows = iter(rows)
     head = list(islice(rows, PEEKED))
     return [row for _, row in head], chain(head, rows)
 
 
-def pick_texts(
-    rows: Iterable[Row], head: Sequence[object] | None = None, column: str | None = None
-) -> Iterator[str | Skipped]:
-    """The text of every row: of the column asked for, or of the one that the first rows, `head`, suggest."""
-    if head is None:
-        head, rows = peek(rows)
-    for where, row in rows:
-        if isinstance(row, str):
-            yield readable(row) or Skipped(where, "empty")
-            continue
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: a JSON object with a text column was expected, not {str(row)[:40]!r}")
-        if column is None:
-            column = _text_column(Columns(head), where)
-        if column not in row:
-            raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}: choose one with --column")
-        text = row[column]
-        if not isinstance(text, str | None):
-            raise InputError(
-                f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --column"
-            )
-        yield readable(text) or Skipped(where, "empty")
-
-
-def _text_column(columns: Columns, where: str) -> str:
-    if known := columns.first(TEXT_COLUMNS, str):
-        return known
-    asked = f"{where}: which column is the text? There are {', '.join(columns.names)}: choose one with --column"
-    # A question alone, or an id beside a conversation, is a text too, but not what anybody wants to learn.
-    if {*columns.names} & {*MESSAGES, *PROMPTS, *RESPONSES, *ANSWERS}:
-        raise InputError(f"{asked}; conversations are learnt by `gpt finetune`, preferences by `gpt reward`")
-    texts = [name for name in columns.names if columns.holds(name, str)]
-    if len(texts) != 1:
-        raise InputError(asked)
-    return texts[0]
-
-
-def readable(text: str | None) -> str | None:
-    """The text, if there is any, as a tokenizer can read it: JSON can spell half a surrogate pair."""
+def clean(text: str | None) -> str | None:
+    """Return the text, if there is any, as a tokenizer can read it: JSON can spell half a surrogate pair."""
     if not text or text.isspace():
         return None
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def cell(row: object, column: str, where: str) -> Any:
-    """What stands in a column. Raises InputError where there is none such."""
+    """Return what stands in a column. Raises InputError where there is no such column."""
     if not isinstance(row, Mapping) or column not in row:
         raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}")
     return row[column]
 
 
 def text_of(value: object, where: str) -> str:
-    """The text, "" where there is none. Raises InputError for anything else."""
+    """Return the text, or "" where there is none. Raises InputError for anything else."""
     if not isinstance(value, str | None):
         raise InputError(f"{where}: text was expected, not {type(value).__name__}: {str(value)[:40]!r}")
-    return readable(value) or ""
+    return clean(value) or ""
 
 
 def list_of(value: object) -> list[Any] | None:
-    """The list that stands in a cell, or that its JSON text spells; None where it is none."""
+    """Return the list that stands in a cell, or that its JSON text spells; None where there is none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -134,4 +93,5 @@ def list_of(value: object) -> list[Any] | None:
 
 
 def column_names(row: object) -> str:
+    """Return the columns of a row, for a message."""
     return (isinstance(row, Mapping) and ", ".join(map(str, row))) or "none"

@@ -1,16 +1,23 @@
-"""What a split is. The one place that decides what is trained on and what is held out, for files, folders and the Hub.
+"""Documents in splits. This is the one place that decides what is trained on and what is held out.
 
 Data brings its own splits where folders, or else files, are named after them, by the words that `datasets` knows. Where
 it brings no validation split, a share of its documents is held out: what shares a prompt stands on one side.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from engine.chat_template import Message
+from engine.errors import InputError
+from train.data.encoding import in_chunks
+from train.data.formats import read_texts
+from train.data.rows import PEEKED, Row, Skipped
 from train.data.stories import SPLITS
 
 SPLIT_WORDS = {
@@ -18,67 +25,42 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-assert set(SPLIT_WORDS.values()) == set(SPLITS)
-# Prompts that are known again by heart, in some 15 MB; a hash decides about those that are first met later.
+# So many prompts are remembered, in some 15 MB; a hash decides about those that are first met later.
 REMEMBERED = 100_000
+# This changes when other documents are held out than before, or other files make a split.
+SPLIT_RULE = 2
 
-# What documents have in common that must not be on both sides of a split.
+# A key is what documents have in common that must not be on both sides of a split.
 Key = Callable[[Any], Sequence[str]]
-
-
-def split_of_name(name: str) -> str | None:
-    """The split that one of the words in a name stands for: tiny_val-00001 is validation, mytrain is nothing."""
-    words = re.split(r"[-._ 0-9]+", name.lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
-
-
-def files_by_split(files: Iterable[Path], root: Path) -> tuple[dict[str, list[Path]], str]:
-    """The files of each split, "train" always among them, in order, and by what they were told apart: "" is by nothing.
-
-    By the names of folders below `root` where any is named after a split, else by the names of files. What is named
-    after none is trained on; so is all of it where nothing would be left to train on.
-    """
-
-    def of_folders(file: Path) -> str | None:
-        return next(filter(None, map(split_of_name, file.relative_to(root).parts[:-1])), None)
-
-    files = list(files)
-    for rule, named in (("folder", of_folders), ("file", lambda file: split_of_name(file.stem))):
-        splits: dict[str, list[Path]] = {}
-        for file in files:
-            splits.setdefault(named(file) or "train", []).append(file)
-        if "train" in splits and len(splits) > 1:
-            return splits, rule
-    return {"train": files}, ""
-
-
-def is_hidden(file: Path, root: Path) -> bool:
-    """Whether an editor or a system keeps this for itself: .ipynb_checkpoints, .git, __MACOSX and what is in them."""
-    return any(part.startswith((".", "__")) for part in PurePath(file).relative_to(root).parts)
+# A place says how far a share has been read; None is its beginning.
+Place = dict[str, Any] | None
+# A stream opens rows: those of each file, or all of a data set.
+Stream = Callable[[], Iterable[Iterable[Row]]]
+# A pick makes documents of rows, or says that it skipped them.
+Pick = Callable[..., Iterator[Any]]
 
 
 def text_key(text: object) -> Sequence[str]:
-    """Of a document of plain text: all of it."""
+    """Return the key of a document of plain text: all of it."""
     return (str(text),)
 
 
 def prompt_key(messages: Sequence[Message]) -> Sequence[str]:
-    """Of a conversation: its system text and its first question."""
+    """Return the key of a conversation: its system text and its first question."""
     first = next((place for place, message in enumerate(messages) if message.role == "user"), len(messages) - 1)
     return [message.content.strip() for message in messages[: first + 1] if message.role != "assistant" or not first]
 
 
 def hash_of(key: Sequence[str]) -> int:
-    """64 bits of a key, the same in every process."""
+    """Return 64 bits of a key, the same in every process."""
     text = "\0".join(key).encode(errors="replace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def is_held_out(number: int, share: float) -> bool:
-    """Whether the thing of this number is held out: one of every round(1/share) in a row, at a place mixed from the
-    block's number.
+    """Return whether this number is held out: one of every round(1/share) in a row, at a place mixed from their block.
 
-    Decided by the number alone, so that a stream of unknown length is split while it is read. The first block gives its
+    The number alone decides, so that a stream of unknown length is split while it is read. The first block gives its
     second, so that even two make a training and a validation split.
     """
     size = max(2, round(1 / share))
@@ -87,17 +69,185 @@ def is_held_out(number: int, share: float) -> bool:
     return place == ((mixed ^ mixed >> 32) % size if block else 1)
 
 
-class HoldOut:
-    """Decides, in one pass over documents, which are held out. Equal keys stand on one side; a pass repeats itself."""
+def require_split(split: str) -> None:
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
 
-    def __init__(self, share: float, key: Key) -> None:
-        self.share, self.key = share, key
-        self.met: dict[int, bool] = {}
 
-    def __call__(self, document: object) -> bool:
-        digest = hash_of(self.key(document))
-        if digest not in self.met:
-            if len(self.met) == REMEMBERED:
-                return digest < self.share * 2**64
-            self.met[digest] = is_held_out(len(self.met), self.share)
-        return self.met[digest]
+def split_of_name(name: str) -> str | None:
+    """Return the split that a word in a name stands for: tiny_val-00001 is validation, mytrain is nothing."""
+    words = re.split(r"[-._ 0-9]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def files_by_split(files: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], str]:
+    """Return the files of each split, "train" always among them, and what told them apart: "" where nothing did.
+
+    By the names of folders below `root` where any is named after a split, else by the names of files. What is named
+    after none is trained on; so is all of it where nothing would be left to train on.
+    """
+
+    def of_folders(file: Path) -> str | None:
+        return next(filter(None, map(split_of_name, file.relative_to(root).parts[:-1])), None)
+
+    for rule, named in (("folder", of_folders), ("file", lambda file: split_of_name(file.stem))):
+        splits: dict[str, list[Path]] = {}
+        for file in files:
+            splits.setdefault(named(file) or "train", []).append(file)
+        if "train" in splits and len(splits) > 1:
+            return splits, rule
+    return {"train": list(files)}, ""
+
+
+@dataclass
+class Source:
+    """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
+
+    Documents are what `pick` makes of rows; those with one `key` are held out together, a share of `holdout` where the
+    data brings no validation split; `limit` is the number taken of each split that it brings.
+    In the latest pass `rows` counts those that were read, and `skipped` those that were left out, by reason, with where
+    the first of each stood. `held_out_by` says what decides which documents are held out.
+    """
+
+    name: str
+    column: str | None = None
+    holdout: float = 0.02
+    limit: int | None = None
+    pick: Pick = read_texts
+    key: Key = text_key
+    rows: int = 0
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    held_out_by: str = ""
+
+    def describe(self) -> str:
+        """Describe the source in one line."""
+        raise NotImplementedError
+
+    def streams(self) -> dict[str, Stream]:
+        """Return the splits that the data itself comes with, "train" always."""
+        raise NotImplementedError
+
+    def identity(self) -> list[Any]:
+        """Return what else decides which documents come out. It needs no network, and names no place on a disk."""
+        raise NotImplementedError
+
+    def split_rule(self) -> str:
+        """Say what told the data's own splits apart, in words that end a sentence."""
+        return ""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all that decides which documents come out."""
+        parts = [SPLIT_RULE, type(self).__name__, self.column, self.holdout, self.limit, *self.identity()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise what is wrong with this source, if anything, by reading its first document."""
+        self.documents("train")
+
+    def documents(self, split: str, start: int = 0) -> Iterator[Any]:
+        """Read the documents of a split from number `start` on. Raises InputError where the split has none."""
+        documents = islice(self._split(split), start, None)
+        first = list(islice(documents, 1))
+        if not first and start == 0:
+            bare = "it is empty" if split == "train" else "it has fewer than two documents"
+            why = self.describe_skipped() or bare
+            raise InputError(f"{self.name} has no text for the {split} split: {why}; choose other --data")
+        return chain(first, documents)
+
+    def chunks(self, split: str, start: int = 0) -> Iterator[Sequence[str]]:
+        """Read the same documents, which must be texts, in chunks for the processes that encode them."""
+        return in_chunks(self.documents(split, start))
+
+    def share(self, rank: int, count: int, place: Place, size: int) -> Iterator[tuple[Place, list[Any]]]:
+        """Yield chunks of one of `count` shares of the documents to train on, and the place before each.
+
+        Every document is in one share, held-out and skipped ones too. It begins at a place, which is JSON-able.
+        """
+        read = place["read"] if place else 0
+        documents = self.every(rank + read * count, count)
+        while chunk := list(islice(documents, size)):
+            yield place, chunk
+            read += len(chunk)
+            place = {"read": read}
+
+    def every(self, start: int, step: int) -> Iterator[Any]:
+        """Read every `step`-th document to train on, held-out and skipped ones included."""
+        return islice(self.read(self.streams()["train"]), start, self.limit, step)
+
+    def peek(self) -> list[object]:
+        """Return the first rows to train on, as they are."""
+        rows = chain.from_iterable(self.streams()["train"]())
+        return [row for _, row in islice(rows, PEEKED)]
+
+    def describe_read(self, documents: int) -> str:
+        """Say how many documents came of how many rows in the latest pass, and what it left out."""
+        rows = f" of {self.rows:,} rows read" if self.rows else ""
+        return "; ".join(filter(None, [f"{documents:,} documents{rows}", self.describe_skipped()]))
+
+    def describe_skipped(self) -> str:
+        """Say what the latest pass left out, and why; "" where that was nothing."""
+        return "; ".join(f"{count:,} left out, {why} (first: {at})" for why, (count, at) in self.skipped.items())
+
+    def read(self, stream: Stream) -> Iterator[Any]:
+        """Yield what is made of the rows of a stream, which are counted: documents, and what is skipped."""
+        for rows in stream():
+            yield from self.pick(self._counted(rows))
+
+    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.rows += 1
+            yield row
+
+    def _split(self, split: str) -> Iterator[Any]:
+        require_split(split)
+        streams = self.streams()
+        brings, texts = "validation" in streams, self.key is text_key
+        if brings:
+            self.held_out_by = f"the data's own validation split{self.split_rule()}"
+        else:
+            rule = "documents, equal ones on one side" if texts else "prompts, with all answers to them"
+            self.held_out_by = f"{self._held_out_share()} of the {rule}"
+        if brings if split == "train" else split in streams:
+            return self._present(streams[split])
+        if split == "test":
+            raise InputError(f"{self.name} has no test split; it has train and validation")
+        return self._side(self._present(streams["train"]), split == "validation")
+
+    def _held_out_share(self) -> str:
+        return f"one in {max(2, round(1 / self.holdout))}"
+
+    def _present(self, stream: Stream) -> Iterator[Any]:
+        """Yield the documents of a stream, which is read anew; what it skips is counted."""
+        self.rows, self.skipped = 0, {}
+        for document in islice(self.read(stream), self.limit):
+            if isinstance(document, Skipped):
+                count, first = self.skipped.get(document.why, (0, document.where))
+                self.skipped[document.why] = (count + 1, first)
+            else:
+                yield document
+
+    def _side(self, documents: Iterator[Any], held_out: bool) -> Iterator[Any]:
+        """Yield the documents that are held out, or the others. Equal keys stand on one side, in every pass the same.
+
+        A key that has been met before is known by its hash; the number of a new one decides.
+        """
+        first: list[Any] = []
+        keys: set[int] = set()
+        for document in documents:
+            first.append(document)
+            keys.add(hash_of(self.key(document)))
+            if len(keys) > 1:
+                break
+        else:
+            # Nothing tells the documents apart. Some are held out all the same, and it is said.
+            same = "are equal" if self.key is text_key else "have one prompt"
+            self.held_out_by = f"{self._held_out_share()} of the documents by their number: all {same}"
+            yield from (each for number, each in enumerate(first) if is_held_out(number, self.holdout) == held_out)
+            return
+        met: dict[int, bool] = {}
+        for document in chain(first, documents):
+            digest = hash_of(self.key(document))
+            if digest not in met and len(met) < REMEMBERED:
+                met[digest] = is_held_out(len(met), self.holdout)
+            if met.get(digest, digest < self.holdout * 2**64) == held_out:
+                yield document

@@ -7,7 +7,6 @@ Each process reads a share of its own, so the stream of batches follows from the
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,12 @@ import numpy as np
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
 from engine.tokenizer import Tokenizer
-from train.data.loader import Batch, Prefetcher, pack
+from train.data.loader import Batch, Loader, pack
 from train.data.rows import Skipped
 from train.data.shards import TokenShards
-from train.data.sources import Source
+from train.data.splits import Place, Source
 
-# Encoded in one call, and read again by a run that resumes among them.
+# So many documents are encoded in one call, and read again by a run that resumes among them.
 CHUNK_DOCUMENTS = 64
 
 
@@ -29,17 +28,17 @@ class StreamCursor:
     """A place in a process's stream: a chunk of a pass over the data, what is used of it, and what came before."""
 
     passes: int = 0
-    chunk: dict[str, Any] | None = None  # what train.data.sources.Stream says before it; None at the beginning
+    chunk: Place = None  # where the source's share stands before it
     document: int = 0
     offset: int = 0
     batches: int = 0
     tokens: int = 0
 
 
-class StreamLoader:
-    """An endless iterator of `Batch`, this process's part of each, packed as PackedLoader does.
+class StreamLoader(Loader):
+    """Endless batches of a source, packed as PackedLoader does.
 
-    Leaves out what `held_out` holds. Raises InputError where batches do not divide among the processes.
+    What `held_out` holds is left out. Raises InputError where batches do not divide among the processes.
     """
 
     def __init__(
@@ -53,68 +52,41 @@ class StreamLoader:
         processes: Processes = ALONE,
         prefetch: int = 2,
     ) -> None:
-        self.source, self.tokenizer, self.context = source, tokenizer, context
-        self.processes, self.prefetch = processes, prefetch
+        super().__init__(StreamCursor(), prefetch)
+        self.source, self.tokenizer, self.context, self.processes = source, tokenizer, context, processes
         self.own_tokens, rest = divmod(tokens_per_batch, processes.count)
         if rest:
             raise InputError(f"a stream's {tokens_per_batch} tokens do not divide among {processes.count} processes")
         documents = (held_out.document(number) for number in range(held_out.documents))
         self._held_out = {document.astype(np.int64).tobytes() for document in documents}
-        self._data = hashlib.sha256(
-            "".join([source.fingerprint(), tokenizer.fingerprint, held_out.fingerprint]).encode()
-        ).hexdigest()
-        self._handed_out = StreamCursor()
-        self._producer: Iterator[tuple[Batch, StreamCursor]] | None = None
+        data = source.fingerprint() + tokenizer.fingerprint + held_out.fingerprint
+        self._data = hashlib.sha256(data.encode()).hexdigest()
 
     @property
     def epoch(self) -> float:
-        """How many times the data has been read to its end."""
-        return float(self._handed_out.passes)
+        """The number of times that the data has been read to its end."""
+        return float(self.cursor.passes)
 
     @property
     def tokens(self) -> int:
-        """What all processes have been handed out."""
-        return self._handed_out.tokens * self.processes.count
+        """The tokens that all processes have been handed out."""
+        return self.cursor.tokens * self.processes.count
 
     def batches_per_epoch(self) -> float:
-        """Nobody knows the length of a stream."""
+        """Return infinity: nobody knows the length of a stream."""
         return float("inf")
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._producer is None:
-            batches = self._batches(self._handed_out)
-            self._producer = Prefetcher(batches, self.prefetch) if self.prefetch else batches
-        batch, self._handed_out = next(self._producer)
-        return batch
-
-    def close(self) -> None:
-        """Stop prefetching. Iterating again goes on after the batch handed out last."""
-        if isinstance(self._producer, Prefetcher):
-            self._producer.close()
-        self._producer = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able; the same on every process, and to be asked for by all at once: it holds the places of all."""
-        return {"places": self.processes.collect(vars(self._handed_out)), **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises InputError where the state belongs to another stream."""
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise InputError(
-                    f"a stream cannot be resumed with another {key}: it was {state.get(key)}, now it "
-                    f"is {value}; use what it began with, or start a new run"
-                )
-        self.close()
-        self._handed_out = StreamCursor(**state["places"][self.processes.rank])
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {"data": self._data, "context": self.context, "number of processes": self.processes.count}
 
-    def _batches(self, cursor: StreamCursor) -> Iterator[tuple[Batch, StreamCursor]]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the cursors of all processes, JSON-able. All processes must ask for it at once."""
+        return {"places": self.processes.collect(vars(self.cursor)), **self.identity()}
+
+    def cursor_of(self, state: dict[str, Any]) -> StreamCursor:
+        return StreamCursor(**state["places"][self.processes.rank])
+
+    def batches(self, cursor: StreamCursor) -> Iterator[tuple[Batch, StreamCursor]]:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         room, offset = self.own_tokens, cursor.offset
         for passes, chunk, document, ids in self._documents(cursor):
@@ -129,21 +101,17 @@ class StreamLoader:
                     parts, room = [], self.own_tokens
             offset = 0
 
-    def _documents(self, cursor: StreamCursor) -> Iterator[tuple[int, dict[str, Any] | None, int, np.ndarray]]:
-        """Every document from the cursor on, an eod on either side, with its pass, chunk and number in it."""
+    def _documents(self, cursor: StreamCursor) -> Iterator[tuple[int, Place, int, np.ndarray]]:
+        """Yield every document from the cursor on, an eod on either side, after its pass, chunk and number in it."""
         passes, place, skip = cursor.passes, cursor.chunk, cursor.document
+        rank, count = self.processes.rank, self.processes.count
         while True:
-            rank, count = self.processes.rank, self.processes.count
-            stream = self.source.share(rank, count)
-            if place is not None:
-                stream.load_state_dict(place)
-            documents = iter(stream)
             empty = place is None
-            while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
+            for before, chunk in self.source.share(rank, count, place, CHUNK_DOCUMENTS):
                 for number, ids in self._encode(chunk[skip:]):
                     empty = False
-                    yield passes, place, skip + number, ids
-                place, skip = stream.state_dict(), 0
+                    yield passes, before, skip + number, ids
+                skip = 0
             if empty:
                 raise InputError(
                     f"{self.source.name} has no text to train on for process {rank + 1} of {count}; "

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.processes import Processes
-from train.data.loader import Batch, PackedLoader
-from train.data.permutation import Permutation
+from train.data.loader import Batch, PackedLoader, Permutation
 
 
 class Documents:

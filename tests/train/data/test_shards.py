@@ -233,7 +233,7 @@ def test_damage_is_seen_before_training_and_while_it_reads(
     with pytest.raises(InputError, match=r"00001.tokens is damaged: its SHA-256"):
         damaged("tokens", 5, tokenizer.eod).check(tokenizer.eod)
     unknown = damaged("tokens", 1, 300)
-    first = int(unknown._first[1])
+    first = int(unknown.first[1])
     for read in (lambda: unknown.document(first), lambda: unknown.read(first, 1, 1)):
         with pytest.raises(InputError, match=r"00001.tokens is damaged: document 1 .* token 300, beyond .* of 292"):
             read()
@@ -259,7 +259,7 @@ def test_a_full_disk_says_how_to_go_on(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "_write_array", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="is full; make room and run the same command again"):
         prepare(source, tokenizer, tmp_path / "out", "train", workers=1)
 
@@ -361,5 +361,7 @@ def test_positions_beyond_32_bits_are_read_right(tmp_path: Path) -> None:
     assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (1, 1)
     # A shuffled epoch deals pieces from everywhere.
     shuffled = PackedLoader(prepared, 1024, 512, seed=0, prefetch=0)
-    places = [(document * length + start) for _, _, _, (document, start, _) in islice(shuffled._pieces(Cursor()), 1000)]
+    places = [
+        (document * length + start) for _, _, _, (document, start, _) in islice(shuffled.segments(Cursor()), 1000)
+    ]
     assert min(places) < 10**9 and max(places) > 119 * 10**9

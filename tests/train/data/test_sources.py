@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from train.data import sources
-from train.data.sources import HubUnreachable, open_source
+from train.data import hub as hub_module
+from train.data.sources import SPLITS, HubUnreachable, open_source
 from train.data.splits import is_held_out
 
 Hub = Callable[..., None]
@@ -106,7 +106,7 @@ def test_fingerprint_changes_with_content_and_options_only(tmp_path: Path) -> No
 
 
 def test_stories_have_three_splits() -> None:
-    splits = {split: read("stories", split, limit=5) for split in sources.SPLITS}
+    splits = {split: read("stories", split, limit=5) for split in SPLITS}
     assert all(len(texts) == 5 and all(texts) for texts in splits.values())
     assert list(open_source("stories", limit=5).documents("train", 3)) == splits["train"][3:]
 
@@ -196,9 +196,9 @@ def test_the_text_column_is_picked_or_given(tmp_path: Path, row: object, column:
 
 @given(st.lists(st.text("ab \n", max_size=300), max_size=30).map("\n\n".join), st.integers(64, 300))
 def test_cutting_a_long_text_loses_nothing_and_keeps_the_bounds(text: str, cut: int) -> None:
-    from train.data.files import _cut
+    from train.data.files import cut_text
 
-    parts = list(_cut(text.splitlines(keepends=True), cut))
+    parts = list(cut_text(text.splitlines(keepends=True), cut))
     assert "".join(parts) == text
     assert all(len(part) <= 2 * cut for part in parts)
     assert all(len(part) >= cut // 2 for part in parts[:-1])
@@ -440,6 +440,7 @@ def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(60)
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(HubUnreachable, match=r"tinystories: .* cannot be reached \(no answer in 0.1 s\)"):
-        sources._probe_hub("tinystories")
+        open_source("tinystories").check()

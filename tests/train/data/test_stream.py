@@ -149,7 +149,6 @@ def test_stories_are_streamed_without_writing_those_of_other_ranks(monkeypatch: 
         return write_story(number, split)
 
     monkeypatch.setattr(sources, "write_story", write)
-    share = open_source("stories").share(1, 3)
-    share.load_state_dict({"read": 2})
-    assert list(islice(share, 2)) == [write_story(7).text, write_story(10).text]
+    share = open_source("stories").share(1, 3, {"read": 2}, 2)
+    assert next(share) == ({"read": 2}, [write_story(7).text, write_story(10).text])
     assert written == [7, 10]

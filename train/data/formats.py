@@ -1,69 +1,94 @@
-"""The formats in which conversations come, recognised by their columns: rows in, conversations out.
+"""The formats in which texts and conversations come, recognised by their columns: rows in, documents out.
 
-a list of turns                  {"role": "user", "content": ...} or {"from": "human", "value": ...}
-messages, conversations          a column that holds such a list, or its JSON text
-instruction and response         or prompt, question; output, completion, answer; with context or input beside it
-message_id and parent_id         one message a row, as in OpenAssistant: of every tree the best-ranked path
-prompt.replies                   the same trees, one a row
-Features: Words: ... Story:      TinyStories-Instruct, line by line: the story answers what is said beside it
-
-Beside these, what changes the meaning of a row is heeded: system, system_prompt; history (earlier questions and
-answers); a weight of 0, or of a turn a train or loss of false (what is not to be learnt); a label of false (an answer
-that is a bad one). Calls of tools, pictures and sounds are refused by name: no model here has learnt what they are.
+README.md lists the columns, and what else in a row is heeded or refused because it changes what the row means. A new
+format of conversations is a reader (rows in, each conversation with its place out), and how `recognise` knows it.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
-from train.data.files import SEPARATOR
-from train.data.rows import (
-    ANSWERS,
-    CONTEXTS,
-    MESSAGES,
-    PROMPTS,
-    RESPONSES,
-    Columns,
-    Row,
-    Skipped,
-    cell,
-    column_names,
-    list_of,
-    peek,
-    text_of,
-)
+from engine.tokenizer import END_OF_DOCUMENT
+from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, clean, column_names, list_of, peek, text_of
 
+TEXTS = ("text", "contents", "content", "story", "document")
+CONTEXTS = ("context", "input")
+RESPONSES = ("response", "output", "completion", "answer")
+ANSWERS = ("chosen", "rejected")
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORY = "history"
 LABELS = ("label", "kto_tag")
 WEIGHTS = ("weight", "train", "loss")
-# Of a row and of a turn: what a conversation of texts cannot say.
+# Where a row or a turn has one of these, it says what a conversation of texts cannot.
 REFUSED = ("tools", "tool_calls", "functions", "function_call", "image", "images", "audio", "audios", "video", "videos")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 STORY_KEY = re.compile("^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
 UNANSWERED, UNASKED = "without an answer to learn", "without a question"
 
 Conversation = list[Message]
-# What is read, with where it stands.
+# Each conversation comes with the place where it stands.
 Found = Iterator[tuple[str, Conversation | Skipped]]
 Read = Callable[[Iterable[Row]], Found]
+
+
+def read_texts(
+    rows: Iterable[Row], head: Sequence[object] | None = None, column: str | None = None
+) -> Iterator[str | Skipped]:
+    """Read the text of every row, from the column asked for or the one that the first rows, `head`, suggest."""
+    if head is None:
+        head, rows = peek(rows)
+    for where, row in rows:
+        text = row
+        if not isinstance(row, str | Mapping):
+            raise InputError(f"{where}: a JSON object with a text column was expected, not {str(row)[:40]!r}")
+        if isinstance(row, Mapping):
+            column = column or _text_column(Columns(head), where)
+            if column not in row:
+                there = column_names(row)
+                raise InputError(f"{where}: no column {column!r}; there are {there}: choose one with --column")
+            text = row[column]
+        if not isinstance(text, str | None):
+            what = type(text).__name__
+            raise InputError(f"{where}: column {column!r} holds {what}, not text; choose another with --column")
+        yield clean(text) or Skipped(where, "empty")
+
+
+def _text_column(columns: Columns, where: str) -> str:
+    if known := columns.first(TEXTS, str):
+        return known
+    asked = f"{where}: which column is the text? There are {', '.join(columns.names)}: choose one with --column"
+    # A question alone, or an id beside a conversation, is a text too, but not what anybody wants to learn.
+    if {*columns.names} & {*MESSAGES, *PROMPTS, *RESPONSES, *ANSWERS}:
+        raise InputError(f"{asked}; conversations are learnt by `gpt finetune`, preferences by `gpt reward`")
+    texts = [name for name in columns.names if columns.holds(name, str)]
+    if len(texts) != 1:
+        raise InputError(asked)
+    return texts[0]
 
 
 def read_conversations(
     rows: Iterable[Row], data: DataConfig, *, answers: bool = True
 ) -> Iterator[Conversation | Skipped]:
-    """The conversations of rows of one format, in the columns that `data` names.
+    """Read the conversations of rows of one format, in the columns that `data` names.
 
     Without `answers` each is a prompt (prompt_of); whether anything answers it does not matter.
     """
     head, rows = peek(rows)
     read = recognise(head, data, answers=answers)
-    for where, messages in read(rows) if read else _refuse_all(rows):
+    if read is None:
+        for where, row in rows:
+            raise InputError(
+                f"{where}: where is the conversation? There are {column_names(row)}: name --prompt-column and "
+                "--response-column, or --messages-column"
+            )
+        return
+    for where, messages in read(rows):
         if isinstance(messages, Skipped):
             yield messages
         elif answers:
@@ -74,46 +99,36 @@ def read_conversations(
 
 
 def recognise(rows: Sequence[object], data: DataConfig, *, answers: bool = True) -> Read | None:
-    """How to read rows like these. None: they are no conversations, or no prompts where none need an `answer`."""
+    """Find how to read rows like these. None means that they are no conversations, or no prompts without `answers`."""
     if any(isinstance(row, list) for row in rows):
-        return _read_bare_turns
+        return lambda rows: ((where, turns_of(turns, where)) for where, turns in rows)
     if any(isinstance(row, str) for row in rows):
-        return read_story_instructions if any(STORY_KEY.match(row) for row in rows if isinstance(row, str)) else None
+        return _read_story_instructions if any(isinstance(row, str) and STORY_KEY.match(row) for row in rows) else None
     columns = Columns(rows)
     prompt = data.prompt_column or columns.first(PROMPTS, str, list)
     response = data.response_column or columns.first(RESPONSES, str, list)
-    # A column of that name is meant, whatever stands in it: what does not is refused by its row.
+    # A column of that name is meant, whatever stands in it: a row that holds something else than text is refused.
     response = response or next((name for name in RESPONSES if name in columns.names), None)
-    listed = [name for name in MESSAGES if any(list_of(value) is not None for value in columns.values(name))]
-    messages = data.messages_column or next(iter(listed), None)
+    listed = (name for name in MESSAGES if any(list_of(value) is not None for value in columns.values(name)))
+    messages = data.messages_column or next(listed, None)
     if messages and not data.prompt_column:
-        return lambda rows: read_turns(rows, messages)
+        return partial(_read_columns, columns=[messages], make=_from_turns)
     if "message_id" in columns.names or any("replies" in tree for tree in columns.values("prompt") if is_mapping(tree)):
-        return read_trees
+        return _read_trees
     if prompt and (response or not answers):
-        return lambda rows: read_pairs(rows, prompt, response if answers else None)
-    if any(STORY_KEY.match(text) for text in columns.values("text") if isinstance(text, str)):
-        return read_story_instructions
+        named = [prompt, response] if answers and response else [prompt]
+        return partial(_read_columns, columns=named, make=partial(_from_pair, prompt=prompt))
+    if any(isinstance(text, str) and STORY_KEY.match(text) for text in columns.values("text")):
+        return _read_story_instructions
+    there = f"there are {', '.join(columns.names)}"
     if answers and {*columns.names} >= {*ANSWERS}:
-        raise InputError(
-            f"there are {', '.join(columns.names)}: these are preferences; learn from them with `gpt reward` or "
-            "`gpt rlhf dpo`"
-        )
+        raise InputError(f"{there}: these are preferences; learn from them with `gpt reward` or `gpt rlhf dpo`")
     if answers and prompt and not data.column:
         raise InputError(
-            f"there are {', '.join(columns.names)}: {prompt} holds questions, and nothing answers them; name the "
-            "answers with --prompt-column and --response-column, or the text to learn with --column"
+            f"{there}: {prompt} holds questions, and nothing answers them; name the answers with --prompt-column and "
+            "--response-column, or the text to learn with --column"
         )
     return None
-
-
-def _refuse_all(rows: Iterable[Row]) -> Found:
-    for where, row in rows:
-        raise InputError(
-            f"{where}: where is the conversation? There are {column_names(row)}: name --prompt-column and "
-            "--response-column, or --messages-column"
-        )
-    yield from ()
 
 
 def is_mapping(value: object) -> bool:
@@ -121,27 +136,20 @@ def is_mapping(value: object) -> bool:
 
 
 def prompt_of(messages: Conversation) -> Conversation:
-    """What is to be answered: all of it where it ends with a question, else what comes before the first answer."""
+    """Return what is to be answered: all where it ends with a question, else what comes before the first answer."""
     if messages and messages[-1].role == "user":
         return messages
     return list(takewhile(lambda message: message.role != "assistant", messages))
 
 
 def has_answer(messages: Conversation) -> bool:
-    """Whether there is an answer to learn, and none is empty."""
+    """Return whether there is an answer to learn, and none is empty."""
     answers = [message for message in messages if message.role == "assistant"]
     return any(answer.learn for answer in answers) and all(answer.content.strip() for answer in answers)
 
 
-def require_answer(messages: Conversation, where: str) -> Conversation:
-    """The same, if there is something in it to learn."""
-    if not has_answer(messages):
-        raise InputError(f"{where}: the assistant says nothing, so nothing would be learnt; mend it or leave it out")
-    return messages
-
-
 def unwanted(row: Mapping[str, Any], where: str) -> Skipped | None:
-    """The row as skipped, where it says itself that it is not to be learnt.
+    """Return the row as skipped where it says itself that it is not to be learnt.
 
     Raises InputError where a column means what cannot be heeded.
     """
@@ -152,7 +160,7 @@ def unwanted(row: Mapping[str, Any], where: str) -> Skipped | None:
 
 
 def refuse(row: Mapping[str, Any], where: str) -> None:
-    """Raises InputError where a row or a turn holds what a conversation of texts cannot."""
+    """Raise InputError where a row or a turn holds what a conversation of texts cannot."""
     for name in REFUSED:
         if row.get(name) not in (None, "", "[]", "{}", [], {}):
             raise InputError(
@@ -165,9 +173,7 @@ def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> boo
     for name in names:
         if (weight := part.get(name)) is not None:
             if weight not in (0, 1):
-                raise InputError(
-                    f"{where}: {name} is {weight!r}; what is said is learnt (1) or not (0): nothing between"
-                )
+                raise InputError(f"{where}: {name} is {weight!r}; a turn is learnt (1) or not (0), nothing between")
             if not weight:
                 return False
     return True
@@ -176,7 +182,7 @@ def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> boo
 def asked(
     row: Mapping[str, Any], prompt: str | None, where: str, turns: Callable[[object], Conversation]
 ) -> Conversation:
-    """What stands before an answer: the system text, earlier turns, and the prompt, which `turns` reads."""
+    """Return what stands before an answer: the system text, earlier turns, and the prompt, which `turns` reads."""
     earlier: Conversation = []
     for said in list_of(row.get(HISTORY)) or ():
         if isinstance(said, Mapping):
@@ -195,59 +201,50 @@ def asked(
 
 
 def are_turns(value: object) -> bool:
-    """Whether a cell holds a list of turns, or its JSON text: not a text such as [1, 2], which is one."""
+    """Return whether a cell holds a list of turns, or its JSON text. [1, 2] is a text, and holds no turns."""
     listed = list_of(value)
     return listed is not None and all(map(is_mapping, listed)) and bool(listed or not isinstance(value, str))
 
 
 def turns_of(value: object, where: str) -> Conversation:
-    """The turns in a cell: a list of them, or one alone. Raises InputError where they are none."""
+    """Return the turns in a cell: a list of them, or one alone. Raises InputError where there are none."""
     turns = [value] if isinstance(value, Mapping) else list_of(value)
     if turns is None or not all(isinstance(turn, Mapping) for turn in turns):
         raise InputError(f"{where}: a list of turns with role and content was expected, not {str(value)[:40]!r}")
     return [_message(turn, where) for turn in turns]
 
 
-def _read_bare_turns(rows: Iterable[Row]) -> Found:
-    return ((where, turns_of(turns, where)) for where, turns in rows)
-
-
-def read_turns(rows: Iterable[Row], column: str) -> Found:
+def _read_columns(rows: Iterable[Row], columns: list[str], make: Callable[..., Conversation | Skipped]) -> Found:
+    """Read a conversation a row: `make` gets the row, its place, and what stands in the columns that it needs."""
     for where, row in rows:
-        value = cell(row, column, where)
+        cells = [cell(row, column, where) for column in columns]
         assert isinstance(row, Mapping)
-        if skipped := unwanted(row, where):
-            yield where, skipped
-        elif value is None:
-            yield where, Skipped(where, UNANSWERED)
-        else:
-            turns = turns_of(value, where)
-            system = [] if any(turn.role == "system" for turn in turns) else asked(row, None, where, lambda value: [])
-            yield where, system + turns
+        yield where, unwanted(row, where) or make(row, where, *cells)
 
 
-def read_pairs(rows: Iterable[Row], prompt: str, response: str | None) -> Found:
-    """A prompt and its response, each a text or turns; without a response the prompt alone."""
-    for where, row in rows:
-        cell(row, prompt, where)
-        answer = cell(row, response, where) if response else None
-        assert isinstance(row, Mapping)
-
-        def turns(value: object, role: str = "user", where: str = where) -> Conversation:
-            return turns_of(value, where) if are_turns(value) else [Message(role, text_of(value, where))]
-
-        if skipped := unwanted(row, where):
-            yield where, skipped
-            continue
-        messages = asked(row, prompt, where, turns)
-        if messages and messages[-1].content.strip():
-            yield where, messages + (turns(answer, "assistant") if response else [])
-        else:
-            yield where, Skipped(where, UNASKED)
+def _from_turns(row: Mapping[str, Any], where: str, value: object) -> Conversation | Skipped:
+    """Return the turns in a cell, after the system text that may stand beside it."""
+    if value is None:
+        return Skipped(where, UNANSWERED)
+    turns = turns_of(value, where)
+    system = [] if any(turn.role == "system" for turn in turns) else asked(row, None, where, lambda value: [])
+    return system + turns
 
 
-def read_trees(rows: Iterable[Row]) -> Found:
-    """Of every English tree the path of best-ranked replies, up to the assistant's last."""
+def _from_pair(row: Mapping[str, Any], where: str, _: object, *answer: object, prompt: str) -> Conversation | Skipped:
+    """Return a prompt and its response, each a text or turns, or the prompt alone where no response is read."""
+
+    def turns(value: object, role: str = "user") -> Conversation:
+        return turns_of(value, where) if are_turns(value) else [Message(role, text_of(value, where))]
+
+    messages = asked(row, prompt, where, turns)
+    if not messages or not messages[-1].content.strip():
+        return Skipped(where, UNASKED)
+    return messages + [turn for value in answer for turn in turns(value, "assistant")]
+
+
+def _read_trees(rows: Iterable[Row]) -> Found:
+    """Read the path of best-ranked replies of every English tree, up to the assistant's last."""
     roots: list[tuple[str, Mapping[str, Any]]] = []
     replies: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for where, row in rows:
@@ -281,13 +278,13 @@ def _flat(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _flat(reply)
 
 
-def read_story_instructions(rows: Iterable[Row]) -> Found:
-    """A story a document: a bare text, or the rows up to one that says <|endoftext|>."""
+def _read_story_instructions(rows: Iterable[Row]) -> Found:
+    """Read stories: each is a bare text, or the rows up to one that says <|endoftext|>."""
     lines: list[str] = []
     for where, row in rows:
         text = row if isinstance(row, str) else text_of(cell(row, "text", where), where)
-        ends = isinstance(row, str) or SEPARATOR in text or STORY_KEY.search(text, 1) is not None
-        lines.append(text.replace(SEPARATOR, ""))
+        ends = isinstance(row, str) or END_OF_DOCUMENT in text or STORY_KEY.search(text, 1) is not None
+        lines.append(text.replace(END_OF_DOCUMENT, ""))
         if ends:
             yield where, _story_instruction("\n".join(lines), where)
             lines = []
@@ -308,7 +305,7 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     role = str(turn.get("role", turn.get("from")))
     content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
     if (parts := list_of(content)) is not None and all(map(is_mapping, parts)) and not isinstance(content, str):
-        # Content in parts, as in OpenAI's format: texts are put together, anything else is refused below.
+        # This is content in parts, as in OpenAI's format: texts are put together, and anything else is refused.
         if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:
             raise InputError(f"{where}: a turn holds {other[0]!r}; texts alone are learnt: leave such rows out")
         content = "\n".join(part["text"] for part in parts)

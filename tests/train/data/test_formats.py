@@ -10,9 +10,10 @@ import pytest
 from engine.config import DataConfig
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
-from train.data.conversations import Conversations, open_conversations
-from train.data.instruct_formats import Conversation
+from train.data.encoded import Conversations
+from train.data.formats import Conversation
 from train.data.loader import IGNORE_INDEX
+from train.data.sources import open_conversations
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 SHARE_GPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from train.data.stories import AskedFacts, StoryFacts, check_facts, stories, storybook
+from train.data.stories.grammar import plural
+from train.data.stories.writer import WORD, AskedFacts, length_of, stories, storybook
 
 TOKEN = re.compile(r"[A-Za-z']+|[.!?]")
-# Of a true story, 93% of the neighbouring words or more are neighbours in these stories; of its words shuffled, 24%.
+# In a true story 93% or more of the neighbouring words are neighbours in these stories, and shuffled 24%.
 KNOWN_STORIES, KNOWN_BRIEF = 1500, 4500
 FLUENT, BRIEF_FLUENT = (0.4, 0.8), (0.6, 0.9)
-# The share of groups of three words that are said for the first time: 96% or more of a true story.
+# In a true story 96% or more of the groups of three words are said for the first time.
 FRESH = (0.5, 0.9)
-# In words. Stories have 70 to 240, brief ones 20 to 45.
+# These are numbers of words. Stories have 70 to 240, brief ones 20 to 45.
 LEAST, ENOUGH, MOST = 10, 50, 260
 BRIEF_ENOUGH, BRIEF_TOO_LONG = (8, 20), (50, 70)
 ENDS = (".", "!", "?", '."', '!"', '?"')
+ENDING_WORDS = 40  # so many last words tell the mood
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StoryScore:
 
     @property
     def points(self) -> float:
-        """One for each fact met, times the soundness."""
+        """The number of facts met, times the soundness."""
         return sum(self.met.values()) * math.prod(self.sound.values())
 
     @property
@@ -42,7 +44,7 @@ class StoryScore:
         return self.points / len(self.met) if self.met else math.prod(self.sound.values())
 
 
-def score_story(facts: AskedFacts | StoryFacts, text: str) -> StoryScore:
+def score_story(facts: AskedFacts, text: str) -> StoryScore:
     """Score a text as the answer to a request for these facts. Over a thousand a second, after the first."""
     spelled = TOKEN.findall(text)
     words, brief = _classed(spelled), facts.length == "brief"
@@ -63,29 +65,56 @@ def score_story(facts: AskedFacts | StoryFacts, text: str) -> StoryScore:
     return StoryScore(check_facts(text, facts) | in_use, sound)
 
 
+def check_facts(text: str, facts: AskedFacts) -> dict[str, bool]:
+    """Return which facts a text meets: name, kind, trait, each asked word as `word:lamp`, mood and length.
+
+    A word counts in every form that the stories use: lamp, lamps; sing, sang, singing. A brief text is short, too.
+    What is None is not checked.
+    """
+    present = set(WORD.findall(text))
+    lowered = {word.lower() for word in present}
+    length = length_of(text)
+    checks = {
+        "name": facts.name in present,
+        "kind": facts.kind is not None and not lowered.isdisjoint(forms(facts.kind)),
+        "trait": facts.trait in lowered,
+        "mood": mood_of(text) == facts.mood,
+        "length": facts.length in (length, "short" if length == "brief" else length),
+    }
+    asked = {fact: met for fact, met in checks.items() if getattr(facts, fact) is not None}
+    return asked | {f"word:{word}": not lowered.isdisjoint(forms(word)) for word in facts.words}
+
+
+def forms(word: str) -> set[str]:
+    """Return the forms in which stories use a word."""
+    return storybook().forms.get(word) or {word, plural(word)}
+
+
+def mood_of(text: str) -> str | None:
+    """Return the mood in which a text ends, None where its last words give no cue."""
+    ending, moods = reversed(WORD.findall(text.lower())[-ENDING_WORDS:]), storybook().moods
+    return next((moods[word] for word in ending if word in moods), None)
+
+
 def _ramp(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
 def _classed(words: list[str]) -> list[str]:
-    """In lower case, all names as one word and all kinds as another: any may stand where one does."""
-    names, kinds = _characters()
-    lowered = [word.lower() for word in words]
-    return [
-        "Name" if word in names else "Kind" if low in kinds else low for word, low in zip(words, lowered, strict=True)
-    ]
+    """Return the words in lower case, with all names as one word and all kinds as another."""
+    classes = _classes()
+    return [classes.get(word) or classes.get(word.lower()) or word.lower() for word in words]
 
 
 @cache
-def _characters() -> tuple[frozenset[str], frozenset[str]]:
-    book = storybook()
-    kinds = (kind for rows in book.kinds.values() for row in rows for kind in row["kind"])
-    return frozenset(name for some in book.names.values() for name in some), frozenset(kinds)
+def _classes() -> dict[str, str]:
+    heroes = storybook().heroes
+    return dict.fromkeys(heroes["kind"], "Kind") | dict.fromkeys(heroes["name"], "Name")
 
 
 @cache
 def _known_pairs(*, brief: bool) -> set[tuple[str, str]]:
-    """The neighbours in long stories, and also those in brief ones where the answer is to be brief."""
+    """Return the neighbours in long stories, and also those in brief ones where the answer is to be brief."""
     known = set(_known_pairs(brief=False)) if brief else set()
     for story in stories("train", 0, KNOWN_BRIEF if brief else KNOWN_STORIES, brief=brief):
         known.update(pairwise(_classed(TOKEN.findall(story.text))))

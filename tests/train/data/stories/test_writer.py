@@ -6,18 +6,9 @@ from itertools import islice
 
 import pytest
 
-from train.data.stories import (
-    MOOD_CUES,
-    SPLITS,
-    STORYBOOK,
-    Story,
-    check_facts,
-    split_of,
-    stories,
-    storybook,
-    write_story,
-)
-from train.data.story_grammar import Cast, parse, tell
+from train.data.stories import SPLITS, Story, check_facts, split_of, stories, storybook, write_story
+from train.data.stories.grammar import Cast, parse, tell
+from train.data.stories.writer import STORYBOOK
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +51,8 @@ def test_brief_stories_are_three_sentences_of_20_to_45_words(brief: list[Story])
     for story in brief:
         assert story.facts.length == "brief" and len(story.text.split()) >= 20, story
         assert len(re.findall(r'[.!?](?=$| [A-Z"])', story.text)) == 3, story
-    assert len({story.facts.plot for story in brief}) == 11
-    assert {story.facts.mood for story in brief} == set(MOOD_CUES)
+    assert len({story.plot for story in brief}) == 11
+    assert {story.facts.mood for story in brief} == set(storybook().moods.values())
 
 
 def test_long_stories_are_as_they_were() -> None:
@@ -72,14 +63,10 @@ def test_long_stories_are_as_they_were() -> None:
 def test_the_split_can_be_read_from_the_text_alone(
     many: list[Story], brief: list[Story], held_out: dict[str, list[Story]]
 ) -> None:
-    book = storybook()
-    names = {name for some in book.names.values() for name in some}
-    kinds = {kind for rows in book.kinds.values() for row in rows for kind in row["kind"]}
-    traits = {trait for trait, _ in book.tempers}
     for split, some in {"train": many + brief, **held_out}.items():
         for story in some:
             words = re.findall("[A-Za-z]+", story.text)
-            first = [next(word for word in words if word in known) for known in (names, kinds, traits)]
+            first = [next(word for word in words if word in known) for known in storybook().heroes.values()]
             assert first == [story.facts.name, story.facts.kind, story.facts.trait], story
             assert split_of(*first) == split
 
@@ -96,8 +83,8 @@ def test_the_words_are_many_and_held_out_stories_use_no_others(
 
 def test_plots_moods_lengths_and_kinds_all_occur(many: list[Story]) -> None:
     facts = [story.facts for story in many]
-    assert len({fact.plot for fact in facts}) >= 12
-    assert {fact.mood for fact in facts} == set(MOOD_CUES)
+    assert len({story.plot for story in many}) >= 12
+    assert {fact.mood for fact in facts} == set(storybook().moods.values())
     assert {fact.length for fact in facts} == {"short", "medium", "long"}
     assert {"girl", "boy", "rabbit", "dragon", "robot"} <= {fact.kind for fact in facts}
     assert 700 <= sum(len(story.text) for story in many) / len(many) <= 800

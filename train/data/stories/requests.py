@@ -9,43 +9,41 @@ stories answer training requests carelessly, held-out ones to the letter.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import count, islice
 from random import Random
 
-from train.data.stories import MOOD_CUES, AskedFacts, StoryFacts, cast_story, read_blocks, storybook, write_story
-from train.data.story_grammar import Cast, Parts, join_lines, parse, tell
+from train.data.stories.grammar import Cast, tell
+from train.data.stories.writer import AskedFacts, Casting, storybook, write_story
 
-# How likely a request says each of these.
+# A request says each of these with this probability.
 ASKED = {"name": 0.6, "kind": 0.85, "trait": 0.75, "words": 0.65, "mood": 0.6, "length": 0.35}
 # Brief stories are for what is learnt in minutes: to use any word that is asked for is not, to keep to a mood is.
 ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
-# How often the brief story that answers a training request leaves one of its facts to chance. Demonstrations are seldom
-# perfect: what a model can do better than they do is what alignment is for. Held-out requests have their very stories.
+# A brief story that answers a training request leaves each of its facts to chance so often. Demonstrations are seldom
+# perfect, and alignment is for what a model can do better. Held-out requests are answered by their very stories.
 CARELESS = 0.2
 
 
 @dataclass(frozen=True)
 class StoryRequest:
+    """A request, the facts that it asks for, and the story that answers it."""
+
     text: str
     facts: AskedFacts
     story: str
 
 
 def story_requests(split: str, start: int = 0, *, brief: bool = False) -> Iterator[StoryRequest]:
-    """The requests of a split from number `start` on, without end: for stories, or for brief ones."""
-    return islice((_request(seed, split, brief) for seed in count() if _belongs(seed, split)), start, None)
+    """Yield the requests of a split from number `start` on, without end: for stories, or for brief ones."""
+    casts = ((seed, Casting(seed, split).cast) for seed in count())
+    fitting = (seed for seed, cast in casts if is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train"))
+    return islice((_request(seed, split, brief) for seed in fitting), start, None)
 
 
 def is_held_out_pair(kind: str, trait: str) -> bool:
-    """Whether no training request or answer is about such a hero."""
+    """Return whether no training request or answer is about such a hero."""
     rank = storybook().rank
     return (3 * rank[kind] + rank[trait]) % 10 == 0
-
-
-def _belongs(seed: int, split: str) -> bool:
-    cast = cast_story(seed, split)[1].cast
-    return is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train")
 
 
 def _request(seed: int, split: str, brief: bool) -> StoryRequest:
@@ -53,21 +51,16 @@ def _request(seed: int, split: str, brief: bool) -> StoryRequest:
     asked = {fact for fact, likely in (ASKED_BRIEF if brief else ASKED).items() if rng.random() < likely}
     if split != "train":
         asked |= {"kind", "trait"}
-    facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in sorted(asked)})
+    facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in asked})
     if brief and split == "train":
         facts = _misheard(facts, rng)
     return StoryRequest(phrase(facts, rng), facts, story.text)
 
 
 def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
-    """What somebody careless answered with a story of these facts: now and then each of them was any, not this one."""
+    """Return facts to ask for that somebody careless answers with a story of these: now and then one is another."""
     book = storybook()
-    choices = {
-        "name": sorted({name for some in book.names.values() for name in some}),
-        "kind": sorted({kind for rows in book.kinds.values() for row in rows for kind in row["kind"]}),
-        "trait": [trait for trait, _ in book.tempers],
-        "mood": sorted(MOOD_CUES),
-    }
+    choices = {**book.heroes, "mood": sorted(set(book.moods.values()))}
     while True:
         others = {
             fact: rng.choice(some)
@@ -79,23 +72,17 @@ def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
             return asked
 
 
-def phrase(facts: AskedFacts | StoryFacts, rng: Random) -> str:
-    """A request for a story with these facts, in words drawn at random."""
-    said = {"k": facts.kind, "t": facts.trait, "n": facts.name}
-    hero = "".join(letter for letter, value in said.items() if value)
+def phrase(facts: AskedFacts, rng: Random) -> str:
+    """Write a request for a story with these facts, in words drawn at random."""
     *others, last = facts.words or ("",)
-    cast = Cast(
-        kind=facts.kind or "",
-        trait=facts.trait or "",
-        name=facts.name or "",
-        words=f"{', '.join(others)} and {last}" if others else last,
-    )
+    said = {
+        "kind": facts.kind or "",
+        "trait": facts.trait or "",
+        "name": facts.name or "",
+        "words": f"{', '.join(others)} and {last}" if others else last,
+    }
+    hero = "".join(key[0] for key in ("kind", "trait", "name") if said[key])
     tags = [hero, "hero" if hero else "", facts.mood, facts.length, ("", "word", "words")[min(len(facts.words), 2)]]
-    text = tell(_grammar(), cast, frozenset(tag for tag in tags if tag), rng.random, 1.0)
+    text = tell(storybook().request, Cast(said), frozenset(tag for tag in tags if tag), rng.random, 1.0)
     # A sentence that nothing asks for leaves its full stop behind.
     return re.sub(r"^\W+|(?<=[.?])[. ]*\.", "", text)
-
-
-@cache
-def _grammar() -> Parts:
-    return parse("<request>", {name: join_lines(text).strip() for name, text in read_blocks("requests.txt")})

@@ -20,10 +20,8 @@ A_BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])(?!uni|use|one\b)")
 Parts = list["str | Slot | Choice | Extra"]
 
 
-class Slot(str):
-    """The key of a cast entry."""
-
-    __slots__ = ()
+class Slot(NamedTuple):
+    key: str  # of a cast entry
 
 
 class Choice(NamedTuple):
@@ -61,70 +59,65 @@ def join_lines(text: str) -> str:
 
 
 def parse(text: str, phrases: Mapping[str, str]) -> Parts:
-    """The parts of a text, the phrases it names written out in place. Raises ValueError where braces do not match."""
-    parts: Parts = []
+    """Parse a text, with the phrases it names written out in place. Raises ValueError where braces do not match."""
+
+    def sequence(tokens: Iterator[str]) -> tuple[Parts, str]:
+        """Return the parts up to the end of an alternative, and the token that ended it."""
+        parts: Parts = []
+        for token in tokens:
+            if token in "|}":
+                return parts, token
+            if token == "{":
+                parts.append(choice(tokens))
+            elif token == "{+":
+                parts.append(Extra(sequence(tokens)[0]))
+            elif token[0] == "$":
+                parts.append(Slot(token[1:]))
+            elif token[0] == "<":
+                parts.append(choice(iter(TOKEN.findall(phrases[token[1:-1]] + "}"))))
+            else:
+                parts.append(token)
+        return parts, ""
+
+    def choice(tokens: Iterator[str]) -> Choice:
+        found, end = Choice([], []), "|"
+        while end == "|":
+            parts, end = sequence(tokens)
+            if parts and isinstance(parts[0], str) and parts[0].startswith("@"):
+                found.tagged.append((frozenset(parts[0][1:].strip().split(",")), parts[1:]))
+            else:
+                found.plain.append(parts)
+        if end != "}":
+            raise ValueError(f"a brace is not closed after: {found}")
+        return found
+
+    whole: Parts = []
     for line in text.split("\n"):
-        found, end = sequence(iter(TOKEN.findall(f"{{{line}}}" if line.startswith("+ ") else line)), phrases)
+        parts, end = sequence(iter(TOKEN.findall(f"{{{line}}}" if line.startswith("+ ") else line)))
         if end:
             raise ValueError(f"unexpected {end!r} in: {line}")
-        parts += [*found, " " if line else "\n"]
-    return parts
-
-
-def sequence(tokens: Iterator[str], phrases: Mapping[str, str]) -> tuple[Parts, str]:
-    """Parts up to the end of an alternative, and the token that ended it."""
-    parts: Parts = []
-    for token in tokens:
-        if token in "|}":
-            return parts, token
-        if token == "{":
-            parts.append(choice(tokens, phrases))
-        elif token == "{+":
-            parts.append(Extra(sequence(tokens, phrases)[0]))
-        elif token[0] == "$":
-            parts.append(Slot(token[1:]))
-        elif token[0] == "<":
-            parts.append(choice(iter(TOKEN.findall(phrases[token[1:-1]] + "}")), phrases))
-        else:
-            parts.append(token)
-    return parts, ""
-
-
-def choice(tokens: Iterator[str], phrases: Mapping[str, str]) -> Choice:
-    found, end = Choice([], []), "|"
-    while end == "|":
-        parts, end = sequence(tokens, phrases)
-        first = parts[0] if parts else ""
-        if isinstance(first, str) and first.startswith("@"):
-            found.tagged.append((frozenset(first[1:].strip().split(",")), parts[1:]))
-        else:
-            found.plain.append(parts)
-    if end != "}":
-        raise ValueError(f"a brace is not closed after: {found}")
-    return found
+        whole += [*parts, " " if line else "\n"]
+    return whole
 
 
 def tell(parts: Parts, cast: Cast, tags: frozenset[str], draw: Callable[[], float], keep: float) -> str:
-    """One telling. `draw` gives numbers in [0, 1), `keep` is the share of texts in {+ } to keep."""
-    pieces: list[str] = []
-    write = pieces.append
+    """Write out one telling. `draw` gives numbers in [0, 1), `keep` is the share of texts in {+ } to keep."""
+    told: list[str] = []
 
     def expand(parts: Parts) -> None:
         for part in parts:
-            if type(part) is str:
-                write(part)
-            elif type(part) is Slot:
-                write(cast[part])
-            elif type(part) is Choice:
-                options = part.plain
-                if part.tagged:
-                    options = [option for needs, option in part.tagged if not tags.isdisjoint(needs)] or options
+            if isinstance(part, str):
+                told.append(part)
+            elif isinstance(part, Slot):
+                told.append(cast[part.key])
+            elif isinstance(part, Choice):
+                options = [option for needs, option in part.tagged if not tags.isdisjoint(needs)] or part.plain
                 if options:
                     expand(options[int(draw() * len(options))])
-            elif type(part) is Extra and draw() < keep:
+            elif draw() < keep:
                 expand(part.parts)
 
     expand(parts)
-    paragraphs = "".join(pieces).split("\n")
+    paragraphs = "".join(told).split("\n")
     text = "\n\n".join([" ".join(words) for words in map(str.split, paragraphs) if words])
     return A_BEFORE_VOWEL.sub(r"\1n ", text.replace(" .", ".").replace(" ,", ","))

@@ -11,9 +11,10 @@ from engine.config import DataConfig
 from engine.errors import InputError
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from train.data.conversations import Conversations, encode_conversations, open_conversations
-from train.data.instruct_formats import Conversation
+from train.data.encoded import Conversations
+from train.data.formats import Conversation
 from train.data.loader import IGNORE_INDEX, PackedLoader
+from train.data.sources import open_conversations
 from train.evaluate import evaluate_loss
 from train.loop import packed_loss
 
@@ -152,8 +153,8 @@ def test_brief_stories_answer_the_brief_requests() -> None:
 def test_the_built_in_conversations_are_read_up_to_a_number_of_tokens(tokenizer: Tokenizer) -> None:
     source = open_conversations(DataConfig(source="stories-instruct", documents=30))
     assert source is not None
-    encoded = encode_conversations(source, "train", tokenizer, 1000, max_tokens=4000)
+    encoded = Conversations(tokenizer, 1000, source).read_split("train", max_tokens=4000)
     assert 4000 <= encoded.tokens < 5000
-    assert len(encode_conversations(source, "validation", tokenizer, 1000)) == 30
-    with pytest.raises(InputError, match=r"no conversation of stories-instruct .* 30 are longer; choose shorter"):
-        encode_conversations(source, "train", tokenizer, CONTEXT)
+    assert len(Conversations(tokenizer, 1000, source).read_split("validation")) == 30
+    with pytest.raises(InputError, match=r"no conversation of stories-instruct .* 30 left out, longer .* shorter"):
+        Conversations(tokenizer, CONTEXT, source).read_split("train")

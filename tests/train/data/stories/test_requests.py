@@ -4,9 +4,18 @@ from statistics import mean
 
 import pytest
 
-from train.data.stories import SPLITS, AskedFacts, check_facts, split_of, write_story
-from train.data.story_requests import CARELESS, StoryRequest, is_held_out_pair, phrase, story_requests
-from train.data.story_score import score_story
+from train.data.stories import (
+    SPLITS,
+    AskedFacts,
+    StoryRequest,
+    check_facts,
+    is_held_out_pair,
+    score_story,
+    split_of,
+    story_requests,
+    write_story,
+)
+from train.data.stories.requests import CARELESS, phrase
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["long", "brief"])
