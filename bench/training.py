@@ -17,7 +17,7 @@ from engine.runtime import Runtime, cpu_multiplies_bf16, measured_peak, synchron
 from engine.tokenizer import Tokenizer
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import TokenShards
-from train.evaluate import evaluate_loss
+from train.evaluation import evaluate_loss
 from train.optimizer import Optimizer, muon_dtype, rate_factor
 
 # Documents of children's stories, in tokens: what the packed batches of the benchmark are made of.

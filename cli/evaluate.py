@@ -79,9 +79,7 @@ def evaluate(
     from engine.run import Run
     from engine.sampling import Sampling
     from rlhf.reward_model import judge_by
-    from train.evaluation import Contestant, write
-    from train.evaluation import evaluate as measure
-    from train.heldout import open_held_out
+    from train import evaluation
     from train.report import evaluation_notes, evaluation_table
     from train.tracking import Wandb, require_wandb
 
@@ -105,12 +103,12 @@ def evaluate(
         # Preferences are nothing to answer: what its base has learnt from is.
         source = Run(Path(str(recipe.base))).read_recipe().data
     machine = runtime.choose(device, precision)
-    contestants = [Contestant.load(run, machine, which, say)]
+    contestants = [evaluation.Contestant.load(run, machine, which, say)]
     if against is not None:
-        contestants.append(Contestant.load(Run(against), machine, "latest", say))
-    held_out = open_held_out(source, split, run.data if data is None else None)
-    judges = {} if reward is None else {"reward": judge_by(Run(reward), machine)}
-    result = measure(
+        contestants.append(evaluation.Contestant.load(Run(against), machine, "latest", say))
+    held_out = evaluation.open_held_out(source, split, run.data if data is None else None)
+    scorers = {} if reward is None else {"reward": judge_by(Run(reward), machine)}
+    result = evaluation.evaluate(
         contestants,
         held_out,
         tokens=tokens or recipe.data.final_evaluation_tokens,
@@ -119,10 +117,10 @@ def evaluate(
         max_tokens=max_tokens,
         bleu_tokenizer=bleu_tokenizer,
         rouge_tokenizer=rouge_tokenizer,
-        judges=judges,
+        scorers=scorers,
         say=say,
     )
-    written = write(run, result)
+    written = evaluation.write(run, result)
     heading, *rows = evaluation_table(result)
     table = Table(title=held_out.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in heading:

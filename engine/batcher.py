@@ -1,10 +1,12 @@
-"""Continuous batching: requests join and leave a running batch at any step, and none notices the others.
+"""Continuous batching: requests join and leave a running batch at any step, and none changes what another gets.
 
-A fixed number of slots of the KV cache. Those in use lie together at the front, first the sequences that produce
-tokens, then those whose prompts are still being read: a pass works on a slice. A step moves every producing sequence on
-by one token and reads one chunk of prompts, so that a long prompt stalls nobody for longer than its chunk.
+The KV cache has a fixed number of slots, one for each running request. Those in use lie together at the front, first
+the sequences that produce tokens, then those whose prompts are still being read: so a pass works on a slice of the
+cache, without a gap. When one ends, others are moved into its place.
 
-On a GPU the tokens stay there: the next step is under way before the host has read what the last one chose.
+A step moves every producing sequence on by one token and reads one chunk of prompts, so that a long prompt stalls
+nobody for longer than its chunk. On a GPU the tokens stay there: the next step is under way before the host has read
+what the last one chose.
 """
 
 import itertools
@@ -16,14 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cache import KVCache
-from engine.cpu_decode import CpuDecoder
+from engine.decoders import make_decoder
 from engine.errors import InputError
-from engine.graphs import DecodeGraphs
-from engine.model import GPT
+from engine.model import GPT, KVCache, swap_rows
 from engine.runtime import ToHost, inference
 from engine.sampling import Sampling, choose, make_generator
-from kernels.backend import backend
 
 
 class QueueFullError(Exception):
@@ -74,34 +73,36 @@ def read_prompt(model: GPT, prompt: Sequence[int], top_logprobs: int) -> list[St
 
 @dataclass(eq=False)
 class Running:
+    """A request, waiting or in a slot, and how far it has come."""
+
     number: int
     request: Request
-    most: int  # tokens to produce, of max_tokens as many as the context has room for
-    group: Sampling  # who has the same is sampled together
+    most: int  # tokens to produce: of max_tokens as many as the context has room for
+    group: Sampling  # the sampling without its seed: who has the same is sampled together
     generator: torch.Generator
     read: int = 0  # tokens of the prompt that are in the cache
     produced: int = 0
-    given: int = 0  # of those, how many the host has read
-    over: bool = False  # stopped or cancelled: what is still under way is for nobody
+    given: int = 0  # how many of the produced tokens the host has read
+    over: bool = False  # stopped or cancelled: tokens that are still under way are dropped
     seen: Tensor | None = None  # bool [V], for a repetition penalty
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Tokens in the cache. The newest one produced is not in it yet."""
         return self.read + max(self.produced - 1, 0)
 
 
 class Chosen(NamedTuple):
-    """The next token of each of these, on its way to the host."""
+    """The next tokens of some sequences, on their way to the host."""
 
     rows: list[Running]
     tokens: ToHost
-    logprobs: ToHost | None  # of those who ask: [rows, 1 + k], the token's own first
-    likeliest: ToHost | None  # [rows, k]
+    logprobs: ToHost | None = None  # [rows, 1 + k], the token's own first, then the k likeliest
+    likeliest: ToHost | None = None  # [rows, k]
 
 
 class Batcher:
-    """One thread calls it: a server hands requests over through a queue of its own."""
+    """Runs requests on a model. Only one thread may call it: a server has a queue of its own before it."""
 
     def __init__(
         self,
@@ -118,24 +119,17 @@ class Batcher:
         ahead: a step returns what the step before it chose, and the host works while the device does. graphs: a CUDA
         graph for each size of batch. Both are for a GPU, where they are the default.
         """
-        self.model, self.queue, self.chunk = model, queue, chunk
-        # How much of one prompt a step reads.
-        self.width = min(chunk, model.config.context)
+        self.model, self.slots, self.queue, self.chunk = model, slots, queue, chunk
         weight = model.embedding.weight
-        # A short prompt read beside a long one is padded to its width: room for what nobody will look at.
+        self.device, dtype = weight.device, model.compute_dtype or weight.dtype
+        # How much of one prompt a step reads at most.
+        self.width = min(chunk, model.config.context)
+        # A short prompt that is read beside a long one is padded to its width, and the padding is written as well.
         capacity = model.config.context + self.width
-        dtype = model.compute_dtype or weight.dtype
-        self.cache = KVCache(model.config, slots, capacity, device=weight.device, dtype=dtype)
-        self.slots, self.device = slots, weight.device
-        self.ahead = self.device.type == "cuda" if ahead is None else ahead
+        self.cache = KVCache(model.config, slots, capacity, device=self.device, dtype=dtype)
         self.last = torch.zeros(slots, dtype=torch.int64, device=self.device)  # each slot's newest token
-        self.decoder: DecodeGraphs | CpuDecoder | None = None
-        if self.device.type == "cuda" and backend(self.device) == "triton" if graphs is None else graphs:
-            self.decoder = DecodeGraphs(model, self.cache, self.last)
-        elif CpuDecoder.knows(model):
-            self.decoder = CpuDecoder(model, self.cache, self.last)
-        elif model.decode_int8:
-            raise InputError("int8 is not there for a model with biases, parallel residual or partial rotary positions")
+        self.decoder = make_decoder(model, self.cache, self.last, graphs=graphs)
+        self.ahead = self.device.type == "cuda" if ahead is None else ahead
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by slot
         self.producing = 0  # how many of them, from the front, have read their prompts
@@ -146,7 +140,7 @@ class Batcher:
         """The number that its steps carry. Raises InputError for a prompt that does not fit, QueueFullError."""
         context = self.model.config.context
         if not request.prompt:
-            raise InputError("the prompt is empty; begin it with the end-of-document piece")
+            raise InputError("the prompt is empty; begin it with the end-of-document token")
         if len(request.prompt) >= context:
             raise InputError(
                 f"the prompt has {len(request.prompt)} tokens; this model's context holds {context}, answer included"
@@ -156,8 +150,7 @@ class Batcher:
         if len(self.waiting) >= self.queue:
             raise QueueFullError(f"{self.queue} requests are waiting already")
         most = min(request.max_tokens, context - len(request.prompt))
-        sampling = request.sampling
-        group, generator = replace(sampling, seed=None), make_generator(sampling.seed)
+        group, generator = replace(request.sampling, seed=None), make_generator(request.sampling.seed)
         entry = Running(next(self.numbers), request, most, group, generator)
         self.waiting.append(entry)
         return entry.number
@@ -174,7 +167,7 @@ class Batcher:
         return not (self.waiting or self.running or self.under_way)
 
     def step(self) -> list[Step]:
-        """One token for every producing sequence, one chunk of prompts: what came of it, in the order of the slots."""
+        """Produce one token for every producing sequence and read one chunk of prompts. The new tokens, by slot."""
         while self.waiting and len(self.running) < self.slots:
             self.cache.lengths[len(self.running)] = 0
             self.running.append(self.waiting.popleft())
@@ -190,48 +183,42 @@ class Batcher:
         return steps
 
     def _produce(self) -> Chosen:
-        rows = self.producing
-        if self.decoder:
-            logits = self.decoder.logits(rows)
-            self.cache.lengths[:rows] += 1
-        else:
-            logits = self.model.logits(self._pass(self.last[:rows, None], 0, 1)[:, -1])
-        return self._choose(logits, 0, self.running[:rows])
+        chosen = self.running[: self.producing]
+        logits = self.decoder.logits(len(chosen), max(each.length for each in chosen) + 1)
+        self.cache.lengths[: len(chosen)] += 1
+        return self._choose(logits, 0, chosen)
 
     def _read(self) -> list[Chosen]:
+        """Read a chunk of prompts: of one long prompt a part, of several short ones as many as fit side by side.
+
+        They are padded at their ends to one width, and the padding counts. It does no harm: a sequence's length covers
+        only its own tokens, and the next ones are written over the padding. Prompts that are now read to their ends get
+        their first token, and stand from then on behind the sequences that produce.
+        """
         first, rows, width = self.producing, 0, 0
-        # Side by side, as many as fit: what is padded to the width of the longest counts too.
         for each in self.running[first:]:
             wider = max(width, min(len(each.request.prompt) - each.read, self.width))
             if rows and (rows + 1) * wider > self.chunk:
                 break
             rows, width = rows + 1, wider
         chosen = self.running[first : first + rows]
-        pieces = [torch.tensor(each.request.prompt[each.read : each.read + width]) for each in chosen]
-        new = torch.tensor([len(piece) for piece in pieces])
-        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        hidden = self._pass(tokens.to(self.device), first, new.to(self.device))
+        parts = [torch.tensor(each.request.prompt[each.read : each.read + width]) for each in chosen]
+        new = torch.tensor([len(part) for part in parts])
+        tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        view = self.cache.view(first, rows, max(each.read for each in chosen) + width)
+        hidden = self.model(tokens.to(self.device), cache=view)
+        view.lengths += new.to(self.device)
         done = []
-        for row, (each, piece) in enumerate(zip(chosen, pieces, strict=True)):
-            each.read += len(piece)
+        for row, (each, part) in enumerate(zip(chosen, parts, strict=True)):
+            each.read += len(part)
             if each.read == len(each.request.prompt):
                 done.append(row)
-                # They now stand behind the others that produce.
                 self._swap(first + row, self.producing)
                 self.producing += 1
         if not done:
             return []
         logits = self.model.logits(hidden[done, new[done] - 1])
         return [self._choose(logits, first, [chosen[row] for row in done])]
-
-    def _pass(self, tokens: Tensor, first: int, new: Tensor | int) -> Tensor:
-        """Hidden states of `tokens`, of which `new` of each row are real, in the slots from `first` on."""
-        rows, width = tokens.shape
-        longest = max(each.length for each in self.running[first : first + rows])
-        view = self.cache.view(first, rows, longest + width)
-        hidden = self.model(tokens, cache=view)
-        view.lengths += new
-        return hidden
 
     def _choose(self, logits: Tensor, first: int, chosen: list[Running]) -> Chosen:
         """Choose a token for each of these, which stand in the slots from `first` on."""
@@ -240,27 +227,25 @@ class Batcher:
         for row, each in enumerate(chosen):
             groups.setdefault(each.group, []).append(row)
         for sampling, rows in groups.items():
-            everyone = len(rows) == len(chosen)
-            generators = [chosen[row].generator for row in rows]
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = torch.stack([self._seen(chosen[row], first + row) for row in rows])
+            everyone = len(rows) == len(chosen)
+            generators = [chosen[row].generator for row in rows]
             picked = choose(logits if everyone else logits[rows], sampling, generators, seen)
-            if everyone:
-                tokens.copy_(picked)
-            else:
-                tokens[rows] = picked
+            tokens[slice(None) if everyone else rows] = picked
         for each in chosen:
             each.produced += 1
-        asking = [row for row, each in enumerate(chosen) if each.request.top_logprobs is not None]
+        asking = [each.request.top_logprobs for each in chosen if each.request.top_logprobs is not None]
         if not asking:
-            return Chosen(chosen, ToHost(tokens), None, None)
+            return Chosen(chosen, ToHost(tokens))
         logprobs = logits.log_softmax(-1)
-        values, likeliest = logprobs.topk(max(chosen[row].request.top_logprobs or 0 for row in asking))
+        values, likeliest = logprobs.topk(max(asking))
         own = logprobs.gather(-1, tokens[:, None])
         return Chosen(chosen, ToHost(tokens), ToHost(torch.cat((own, values), dim=-1)), ToHost(likeliest))
 
     def _seen(self, each: Running, slot: int) -> Tensor:
+        """The tokens of its text so far, bool [V]: those of the prompt, and every new one."""
         if each.seen is None:
             each.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
             each.seen[torch.tensor(each.request.prompt, device=self.device)] = True
@@ -270,9 +255,7 @@ class Batcher:
 
     def _arrived(self, chosen: Chosen) -> list[Step]:
         steps = []
-        tokens = chosen.tokens.read().tolist()
-        logprobs = chosen.logprobs.read().tolist() if chosen.logprobs else []
-        likeliest = chosen.likeliest.read().tolist() if chosen.likeliest else []
+        tokens, logprobs, likeliest = (each.read().tolist() if each else [] for each in chosen[1:])
         for row, (each, token) in enumerate(zip(chosen.rows, tokens, strict=True)):
             if each.over:
                 continue
@@ -288,27 +271,20 @@ class Batcher:
         return steps
 
     def _free(self) -> None:
-        """Give back the slots of those that are over, or have no more to produce."""
+        """Give back the slots of those that are over, or have no more to produce: the last ones take their places."""
         for slot in reversed(range(len(self.running))):
             each = self.running[slot]
             if not each.over and each.produced < each.most:
                 continue
             if slot < self.producing:
                 self.producing -= 1
-                self._move(self.producing, slot)
+                self._swap(slot, self.producing)
                 slot = self.producing
-            self._move(len(self.running) - 1, slot)
+            self._swap(slot, len(self.running) - 1)
             self.running.pop()
-
-    def _move(self, source: int, target: int) -> None:
-        """Into a slot that nobody wants any more."""
-        if source != target:
-            self.cache.copy(source, target, self.running[source].length)
-            self.last[target] = self.last[source]
-            self.running[target] = self.running[source]
 
     def _swap(self, one: int, other: int) -> None:
         if one != other:
             self.cache.swap(one, other, max(self.running[one].length, self.running[other].length))
-            self.last[[one, other]] = self.last[[other, one]]
+            swap_rows(self.last, one, other)
             self.running[one], self.running[other] = self.running[other], self.running[one]

@@ -2,20 +2,21 @@
 
     <|endoftext|><|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|><|user|>...
 
-A message is encoded as text between pieces that text cannot spell: nothing in it can end a turn or begin another.
+A message is encoded as text between special tokens, which text cannot spell: nothing in it can end a turn or begin
+another.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import InputError
-from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT, Tokenizer
+from engine.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
-assert (*(f"<|{role}|>" for role in ROLES), END) == CHAT_PIECES
+assert (*(f"<|{role}|>" for role in ROLES), END) == CHAT_TOKENS
 
-# The same for transformers, which an exported model carries along.
+# The same template for transformers: an exported model carries it along.
 JINJA = (
     "{{ '" + END_OF_DOCUMENT + "' }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
@@ -27,7 +28,7 @@ JINJA = (
 class Message:
     role: str
     content: str
-    # Of what the assistant says: is it to be learnt, or only to be gone on from?
+    # Is what the assistant says here to be learnt, or only to be gone on from?
     learn: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:

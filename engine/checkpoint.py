@@ -91,7 +91,8 @@ class Checkpoint:
 
     def values(self, name: str) -> dict[str, Any]:
         """Return the contents of `name`.json."""
-        return json.loads((self.path / f"{name}.json").read_text())
+        found: dict[str, Any] = json.loads((self.path / f"{name}.json").read_text())
+        return found
 
     def evaluation(self) -> dict[str, Any] | None:
         """Return what was measured on this checkpoint, if anything was."""

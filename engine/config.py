@@ -429,7 +429,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote. Raises InputError where a value is missing, unknown or of another type."""
-    return _build(Recipe, values, "recipe")
+    recipe: Recipe = _build(Recipe, values, "recipe")
+    return recipe
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

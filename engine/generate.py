@@ -1,4 +1,4 @@
-"""Text from a model: prefill, KV cache, sampling, and a stream that never emits half a character."""
+"""Text from a model: prompts in, streams of text out that never hold half a character."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from engine.model import GPT
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 
-# Of a batch of prompts, at once; the others wait.
+# How many prompts of a batch are continued at once; the others wait.
 SLOTS = 64
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """What one step adds to one sequence. `finish` is None while it goes on, then "stop" or "length"."""
 
     index: int
@@ -51,15 +51,11 @@ class TextStream:
             self.stopped = True
             ready, self.held = self.held[: min(found)], ""
             return ready
-        keep = 0 if last else max((_overlap(self.held, each) for each in self.stop), default=0)
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        # The longest end of the text that may be the beginning of a stop string waits.
+        begun = (size for each in self.stop for size in range(1, len(each)) if self.held.endswith(each[:size]))
+        certain = len(self.held) - (0 if last else max(begun, default=0))
+        ready, self.held = self.held[:certain], self.held[certain:]
         return ready
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def stream(
@@ -71,35 +67,31 @@ def stream(
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     stop_ids: frozenset[int] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[Chunk]:
     """Continue a batch of prompts (token ids, lengths may differ), yielding each sequence's new text step by step.
 
-    A sequence ends at one of stop_ids (unless given, the end-of-document piece) or a stop string ("stop"), or after
+    A sequence ends at one of stop_ids (unless given, the end-of-document token) or a stop string ("stop"), or after
     max_tokens or at the model's context ("length"). Raises InputError for a prompt that is empty or leaves no room in
     the context.
     """
     if not prompts:
         return
-    if stop_ids is None:
-        stop_ids = frozenset([tokenizer.eod])
-    context = model.config.context
+    ends = frozenset([tokenizer.eod]) if stop_ids is None else stop_ids
+    most = model.config.context if max_tokens is None else max_tokens
     batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
     texts = [TextStream(tokenizer, stop) for _ in prompts]
-    numbers = {}
     for index, prompt in enumerate(prompts):
-        request = Request(prompt, sampling.of_row(index), context if max_tokens is None else max_tokens, stop_ids)
         try:
-            numbers[batcher.submit(request)] = index
+            batcher.submit(Request(prompt, sampling.of_row(index), most, ends))  # its number is the prompt's
         except InputError as error:
             raise InputError(f"prompt {index}: {error}") from None
     while not batcher.idle:
-        for step in batcher.step():
-            index, ended = numbers[step.request], step.token in stop_ids
-            text = texts[index].push(step.token, last=step.finish is not None)
-            finish = "stop" if texts[index].stopped else step.finish
-            if finish and not step.finish:
-                batcher.cancel(step.request)
-            yield Piece(index, text, () if ended else (step.token,), finish)
+        for index, token, finish, *_ in batcher.step():
+            text = texts[index].push(token, last=finish is not None)
+            if texts[index].stopped:
+                batcher.cancel(index)
+                finish = "stop"
+            yield Chunk(index, text, () if token in ends else (token,), finish)
 
 
 def generate(
@@ -113,16 +105,16 @@ def generate(
     stop_ids: frozenset[int] | None = None,
 ) -> list[Completion]:
     """`stream`, gathered: one completion per prompt."""
-    pieces: list[list[Piece]] = [[] for _ in prompts]
-    for piece in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids):
-        pieces[piece.index].append(piece)
+    chunks: list[list[Chunk]] = [[] for _ in prompts]
+    for chunk in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids):
+        chunks[chunk.index].append(chunk)
     return [
         Completion(
-            text="".join(piece.text for piece in own),
-            ids=tuple(token for piece in own for token in piece.ids),
+            text="".join(chunk.text for chunk in own),
+            ids=tuple(token for chunk in own for token in chunk.ids),
             finish=own[-1].finish or "length",
         )
-        for own in pieces
+        for own in chunks
     ]
 
 

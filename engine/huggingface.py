@@ -1,7 +1,7 @@
-"""Out to Hugging Face and in from there, as GPTNeoXForCausalLM with a tokenizer.json. Needs no transformers.
+"""Export to Hugging Face's format and import from it: GPTNeoXForCausalLM with a tokenizer.json, without transformers.
 
-Theirs and ours compute the same in the same order; only names differ, and how query, key and value are stacked: we keep
-all query heads together, then all keys, then all values; GPT-NeoX keeps the three of one head together.
+Their model and ours compute the same in the same order. Only names differ, and how query, key and value are stacked: we
+keep all query heads together, then all keys, then all values; GPT-NeoX keeps the three of one head together.
 """
 
 import json
@@ -20,8 +20,19 @@ from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
-from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT
-from engine.tokenizer_json import to_json, with_special_pieces
+from engine.tokenizer import (
+    CHAT_TOKENS,
+    END_OF_DOCUMENT,
+    SPACE_MARK,
+    SPECIAL_TOKENS,
+    JsonTokenizer,
+    Tokenizer,
+    json_speller,
+    open_json,
+)
+
+# An imported tokenizer must give this text back. (One that normalises changes text that is not in Unicode's form NFC.)
+PROBE = " Two  spaces,\n\ttabs; 1234, na\u00efve \u4e2d\u6587 \U0001f642 <|user|> <|endoftext|>"
 
 NAMES = {
     "embedding": "gpt_neox.embed_in",
@@ -47,24 +58,23 @@ def export(
     chat = run.read_recipe().chat
     ends = sorted(text_ends(tokenizer, chat=chat))
     ids = {"bos_token_id": tokenizer.eod, "eos_token_id": ends if chat else tokenizer.eod}
-    pieces = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT, "pad_token": END_OF_DOCUMENT}
     contents: dict[str, dict[str, Any]] = {
         "config.json": their_config(model.config) | ids,
         "generation_config.json": ids,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **pieces,
-            "additional_special_tokens": list(CHAT_PIECES),
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_DOCUMENT),
+            "additional_special_tokens": list(CHAT_TOKENS),
             "model_max_length": model.config.context,
             "clean_up_tokenization_spaces": False,
         }
         | ({"chat_template": JINJA} if chat else {}),
     }
-    tokenizer_json = to_json(tokenizer)
+    tokenizer_content = tokenizer_json(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    (out / "tokenizer.json").write_bytes(tokenizer_json)
+    (out / "tokenizer.json").write_bytes(tokenizer_content)
     save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     return sorted(out.iterdir())
 
@@ -72,8 +82,8 @@ def export(
 def import_(folder: Path, out: Path) -> Recipe:
     """Make a run, with one checkpoint of step 0, of a GPT-NeoX or Pythia folder: config, safetensors, tokenizer.
 
-    A piece of ours that the tokenizer lacks takes a spare row of the embedding, or else a new one. Raises InputError
-    for what the model cannot be, or the folder lacks.
+    A special token of ours that the tokenizer lacks takes a spare row of the embedding, or else a new one. Raises
+    InputError for what the model cannot be, or the folder lacks.
     """
     values = _read_json(folder / "config.json")
     # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
@@ -93,7 +103,7 @@ def import_(folder: Path, out: Path) -> Recipe:
         recipe = override(recipe, "model.biases", False)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     try:
-        tokenizer = with_special_pieces((folder / "tokenizer.json").read_bytes(), recipe.model.vocab_size)
+        tokenizer = with_special_tokens((folder / "tokenizer.json").read_bytes(), recipe.model.vocab_size)
     except OSError as error:
         raise InputError(f"cannot read the tokenizer {folder / 'tokenizer.json'}: {error.strerror}") from None
     except InputError as error:
@@ -109,6 +119,7 @@ def import_(folder: Path, out: Path) -> Recipe:
 
 
 def their_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a GPT-NeoX model of this shape."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -164,6 +175,7 @@ def _their_name(name: str) -> str:
 
 
 def their_tensors(model: GPT) -> dict[str, Tensor]:
+    """The model's weights under GPT-NeoX's names, and zeros for the biases that it cannot do without."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if "qkv" in name:
@@ -198,10 +210,91 @@ def _restack(tensor: Tensor, outer: int, inner: int) -> Tensor:
 
 
 def _grow(tensor: Tensor, rows: int) -> Tensor:
-    """Rows for new pieces: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
+    """Rows for new tokens: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
     embeddings for pretrained language models").
     """
     return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - len(tensor), -1)])
+
+
+def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:
+    """A tokenizer.json's tokenizer with our special tokens, for a model whose embedding has `rows` rows.
+
+    Those that it lacks come after its own, and names without a meaning fill the rows up; it may end up with more than
+    `rows` tokens. Raises InputError where it is of no known family, or does not give text back.
+    """
+    backend = open_json(model)
+    # Written anew: what old versions of `tokenizers` left out is there then.
+    json_speller(json.loads(backend.to_str()))
+    ids = backend.get_vocab().values()
+    if backend.token_to_id(END_OF_DOCUMENT) is None or max(ids) >= min(rows, len(ids)):
+        raise InputError(
+            f"it has {len(ids)} tokens with ids up to {max(ids)}, for a model of {rows}; expected ids without gaps, "
+            f"and {END_OF_DOCUMENT} among the tokens"
+        )
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.add_special_tokens([f"<|reserved-{index}|>" for index in range(backend.get_vocab_size(), rows)])
+    tokenizer = JsonTokenizer(backend.to_str().encode())
+    if (back := tokenizer.decode(tokenizer.encode(PROBE))) != PROBE:
+        raise InputError(f"it does not give text back as it was: {PROBE!r} became {back!r}")
+    return tokenizer
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer as a tokenizer.json that cuts every text into the same ids.
+
+    Text that spells a special token is the exception: there it becomes that token, unless whoever reads the file
+    forbids it (`split_special_tokens=True` in transformers).
+
+    SentencePiece merges the two neighbours whose union is the best token, whichever the two are; `tokenizers` merges
+    the best pair on a list. So every way to cut a token in two is on the list, the ways of one token side by side.
+    Spaces are spelled as spaces, without SentencePiece's mark: then the mark in a text needs no special care.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.model
+    processor = tokenizer.processor
+    names: list[str] = []
+    merging: list[str] = []
+    for index in range(tokenizer.vocab_size):
+        name = tokenizer.name(index)
+        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index)):
+            name = name.replace(SPACE_MARK, " ")
+            # A byte-pair model scores its tokens 0, -1, -2 and so on; the other kind of SentencePiece does not merge.
+            if processor.get_score(index) != -len(merging):
+                raise InputError("only a byte-pair tokenizer can be exported; this SentencePiece model is another kind")
+            merging.append(name)
+        names.append(name)
+    known = set(merging)
+    cuts = ((name[:cut], name[cut:]) for name in merging for cut in range(1, len(name)))
+    begin = {"id": END_OF_DOCUMENT, "ids": [tokenizer.eod], "tokens": [END_OF_DOCUMENT]}
+    document = [{"SpecialToken": {"id": END_OF_DOCUMENT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": name, "special": True, **plain}
+            for name, index in sorted(tokenizer.special.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        # A document begins as our models have learnt that it does.
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": document,
+            "pair": [*document, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {END_OF_DOCUMENT: begin},
+        },
+        "decoder": {"type": "ByteFallback"},
+        "model": {
+            "type": "BPE",
+            "unk_token": tokenizer.name(processor.unk_id()),
+            "byte_fallback": True,
+            "vocab": {name: index for index, name in enumerate(names)},
+            "merges": [cut for cut in cuts if known.issuperset(cut)],
+        },
+    }
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:

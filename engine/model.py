@@ -5,6 +5,7 @@ cu_seqlens. Everything but attention works on the last dimension and does not ca
 they are stored in (fp32 while training); `compute_dtype` is what they are multiplied in.
 """
 
+import copy
 import math
 
 import torch
@@ -12,93 +13,90 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.cache import KVCache
 from engine.config import ModelConfig
-from engine.rotary import rotary_angles, rotate
 from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, linear_scores
 
 
-class Linear(nn.Linear):
-    """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in."""
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.weight.dtype == input.dtype:
-            return F.linear(input, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
-
-
-class LayerNorm(nn.Module):
-    """The fused kernel with its parameters: normalises x, or x + residual (then returns the sum as well)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.width))
-        self.bias = nn.Parameter(torch.zeros(config.width)) if config.biases else None
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, eps=self.eps)  # type: ignore[return-value]
-
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(normalised, x + residual); without a residual, (normalised, x)."""
-        if residual is None:
-            return self(x), x
-        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)  # type: ignore[return-value]
+    Rotary position embedding: Su et al., arXiv:2104.09864. The sign of the first half is that of a rotation's matrix,
+    so that `rotate` is x * cos + swapped x * sin.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None, None].float() * base**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads, self.rotary_dim = config.heads, config.rotary_dim
-        # Query, key and value in one product. The optimizer still treats them as three maps (see train/optimizer.py).
-        self.qkv = Linear(config.width, 3 * config.width, bias=config.biases)
-        self.output = Linear(config.width, config.width, bias=config.biases)
-
-    def forward(self, x: Tensor, places: "Places", layer: int) -> Tensor:
-        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=-2)
-        if self.rotary_dim == qk.shape[-1]:
-            qk = rotate(qk, places.cos, places.sin)
-        else:
-            turning, still = qk.tensor_split([self.rotary_dim], dim=-1)
-            qk = torch.cat((rotate(turning, places.cos, places.sin), still), dim=-1)
-        q, k = qk.chunk(2, dim=-2)
-        return self.output(places.attend(layer, q, k, v).flatten(-2))
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [..., H, D] by the angles of its positions. Halves are paired, as in GPT-NeoX."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    # The angles stay in fp32: rounded to bf16, a rotation would no longer keep lengths.
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.expand = Linear(config.width, 4 * config.width, bias=config.biases)
-        self.contract = Linear(4 * config.width, config.width, bias=config.biases)
+class KVCache:
+    """Keys and values of the tokens read so far, so that a new token costs one step and not a whole pass.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it.
-
-    With a parallel residual, x + attention(norm(x)) + mlp(other norm(x)) in one go.
+    It has `batch` slots of `capacity` tokens, allocated once: it never grows, and a pass reads a `view` of it. A
+    sequence begins at position 0 of its slot, and its length (int64 `lengths` [B]) says how much of the slot is valid:
+    what lies behind is never read, so nothing is ever cleared.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.parallel = config.parallel_residual
-        self.attention_norm = LayerNorm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = LayerNorm(config)
-        self.mlp = MLP(config)
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        # A head's keys lie together: attention reads them four times as fast as with the heads of a token together.
+        # The keys of all heads come first, then the values.
+        shape = (config.blocks, batch, 2 * config.heads, capacity, config.head_dim)
+        self.memory = torch.zeros(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Each layer's memory as rows of one head's numbers for one token, and the row where each slot's heads begin.
+        self.rows = list(self.memory.flatten(1, 3))
+        self.starts = torch.arange(batch * 2 * config.heads, device=device).view(batch, 1, -1) * capacity
+        # All angles are computed once: for a small model that takes as long as a whole step of decoding.
+        positions = torch.arange(capacity, device=device)
+        self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
+        self.seen = self.memory
 
-    def forward(self, branch: Tensor, residual: Tensor | None, places: "Places", layer: int) -> tuple[Tensor, Tensor]:
-        x, residual = self.attention_norm.add(branch, residual)
-        if self.parallel:
-            return self.attention(x, places, layer) + self.mlp(self.mlp_norm(residual)), residual
-        x, residual = self.mlp_norm.add(self.attention(x, places, layer), residual)
-        return self.mlp(x), residual
+    def view(self, first: int, slots: int, reach: int) -> "KVCache":
+        """The slots [first, first + slots) and their first `reach` tokens: the same memory, and the same lengths."""
+        part, chosen = copy.copy(self), slice(first, first + slots)
+        part.lengths, part.starts = self.lengths[chosen], self.starts[chosen]
+        part.seen = self.memory[:, chosen, :, :reach]
+        return part
+
+    def rows_of(self, positions_BT: Tensor) -> Tensor:
+        """The rows that hold keys and values of these positions, of every head. The same for all layers."""
+        return (self.starts + positions_BT[:, :, None]).flatten()
+
+    def write(self, layer: int, rows: Tensor, keys_values: Tensor) -> None:
+        """Put new keys and values [..., 2 H, D] of a layer into `rows`.
+
+        Lengths do not move: every layer writes into the same rows, and the caller advances them after the pass.
+        """
+        self.rows[layer].index_copy_(0, rows, keys_values.reshape(-1, keys_values.shape[-1]))
+
+    def read(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and its values, [B, H, reach, D] each."""
+        return self.seen[layer].chunk(2, dim=1)
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two slots, of which the longer holds `length` tokens."""
+        swap_rows(self.memory.transpose(0, 1)[..., :length, :], one, other)
+        swap_rows(self.lengths, one, other)
 
 
-class Places:
+def swap_rows(tensor: Tensor, one: int, other: int) -> None:
+    """Exchange two rows in place. A list of indices would make the host wait for a GPU; two numbers do not."""
+    kept = tensor[one].clone()
+    tensor[one] = tensor[other]
+    tensor[other] = kept
+
+
+class Positions:
     """Where the tokens of a batch stand, and so what each attends to: computed once, used by every block."""
 
     def __init__(
@@ -116,27 +114,103 @@ class Places:
             positions = positions - torch.repeat_interleave(starts, cu_seqlens.diff(), output_size=tokens.shape[-1])
         elif cache is not None:
             positions = cache.lengths[:, None] + positions
-            self.cache_places, self.lengths = cache.places(positions), cache.lengths + tokens.shape[-1]
+            self.cache_rows, self.lengths = cache.rows_of(positions), cache.lengths + tokens.shape[-1]
             self.cos, self.sin = cache.cos[positions], cache.sin[positions]
             return
         self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.cache is not None:
-            self.cache.write(layer, self.cache_places, torch.cat((k, v), dim=-2))
+            self.cache.write(layer, self.cache_rows, torch.cat((k, v), dim=-2))
             keys, values = self.cache.read(layer)
             return decode_attention(q, keys.transpose(1, 2), values.transpose(1, 2), self.lengths)
         if self.cu_seqlens is None:
             return flash_attention(q, k, v)  # type: ignore[return-value]
+        bounds, longest = self.cu_seqlens, self.max_seqlen
         return flash_attention(  # type: ignore[return-value]
-            q,
-            k,
-            v,
-            cu_seqlens_q=self.cu_seqlens,
-            cu_seqlens_k=self.cu_seqlens,
-            max_seqlen_q=self.max_seqlen,
-            max_seqlen_k=self.max_seqlen,
+            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest
         )
+
+
+class Linear(nn.Linear):
+    """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dtype == input.dtype:
+            return F.linear(input, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class LayerNorm(nn.Module):
+    """The fused kernel with its parameters: normalises x, or x + residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.bias = nn.Parameter(torch.zeros(config.width)) if config.biases else None
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normalised, x + residual); without a residual, (normalised, x)."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, eps=self.eps), x  # type: ignore[return-value]
+        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)  # type: ignore[return-value]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.rotary_dim = config.heads, config.rotary_dim
+        # Query, key and value in one product. The optimizer still treats them as three maps (see train/optimizer.py).
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.biases)
+        self.output = Linear(config.width, config.width, bias=config.biases)
+
+    def forward(self, x: Tensor, positions: Positions, layer: int) -> Tensor:
+        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=-2)
+        if self.rotary_dim == qk.shape[-1]:
+            qk = rotate(qk, positions.cos, positions.sin)
+        else:
+            turning, still = qk.tensor_split([self.rotary_dim], dim=-1)
+            qk = torch.cat((rotate(turning, positions.cos, positions.sin), still), dim=-1)
+        q, k = qk.chunk(2, dim=-2)
+        output: Tensor = self.output(positions.attend(layer, q, k, v).flatten(-2))
+        return output
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.expand = Linear(config.width, 4 * config.width, bias=config.biases)
+        self.contract = Linear(4 * config.width, config.width, bias=config.biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.contract(F.gelu(self.expand(x)))
+        return output
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it.
+
+    With a parallel residual, x + attention(norm(x)) + mlp(other norm(x)) in one go.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.attention_norm = LayerNorm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, branch: Tensor, residual: Tensor | None, positions: Positions, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.attention_norm(branch, residual)
+        if self.parallel:
+            return self.attention(x, positions, layer) + self.mlp(self.mlp_norm(residual)[0]), residual
+        x, residual = self.mlp_norm(self.attention(x, positions, layer), residual)
+        return self.mlp(x), residual
 
 
 class GPT(nn.Module):
@@ -144,7 +218,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.decode_int8 = False  # see engine/cpu_decode.py
+        self.decode_int8 = False  # see engine/decoders.py
         self.checkpoint_activations = False  # see LoopConfig
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
@@ -178,19 +252,20 @@ class GPT(nn.Module):
         default the context). With a cache, [B, T] continues what the cache holds; the caller advances the cache
         afterwards.
         """
-        places = Places(tokens, self.config, cu_seqlens, max_seqlen, cache)
+        positions = Positions(tokens, self.config, cu_seqlens, max_seqlen, cache)
         branch = self.embedding(tokens)
         branch = branch.to(self.compute_dtype or branch.dtype)
         residual = None
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                branch, residual = checkpoint(block, branch, residual, places, layer, use_reentrant=False)
+                branch, residual = checkpoint(block, branch, residual, positions, layer, use_reentrant=False)
             else:
-                branch, residual = block(branch, residual, places, layer)
-        return self.final_norm.add(branch, residual)[0]
+                branch, residual = block(branch, residual, positions, layer)
+        hidden: Tensor = self.final_norm(branch, residual)[0]
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every piece as the next token: [..., V], fp32."""
+        """Scores of every token as the next one: [..., V], fp32."""
         return linear_scores(hidden, self.head.weight)
 
     def loss(

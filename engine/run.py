@@ -68,7 +68,8 @@ class Run:
 
     def read_config(self) -> dict[str, Any]:
         try:
-            return json.loads(self.config.read_text())
+            found: dict[str, Any] = json.loads(self.config.read_text())
+            return found
         except FileNotFoundError:
             raise InputError(
                 f"{self.path} is not a run: it has no config.json; train one with `gpt train nano`"

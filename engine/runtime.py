@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
 
-# int8 is fp32, except for the weights of decoding steps on a CPU.
+# int8 is fp32, except for the weights of decoding steps on a CPU (engine/decoders.py).
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
@@ -150,7 +150,7 @@ class ToHost:
         if tensor.device.type == "cuda":
             self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.tensor.copy_(tensor, non_blocking=True)
-            self.arrived = torch.cuda.Event()
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.arrived.record()
         else:
             self.tensor = tensor.clone()

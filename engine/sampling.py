@@ -36,26 +36,25 @@ class Sampling:
         return replace(self, seed=(self.seed + index * 0x9E3779B97F4A7C15) % 2**62)
 
     def __post_init__(self) -> None:
-        bounds = (
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                0 < self.repetition_penalty <= 100,
-                "above 0 and at most 100",
-            ),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "at least 0 and below 2**62"),
-        )
-        for name, value, good, expected in bounds:
-            if not good:
-                raise InputError(f"{name} is {value}; it must be {expected}")
+        good = {
+            "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**62, "at least 0 and below 2**62"),
+        }
+        for name, (holds, expected) in good.items():
+            if not holds:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}")
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """Probabilities of the next token, fp32 [B, V], temperature above 0. seen_BV: bool, tokens in the text so far."""
+    """Probabilities of the next token, fp32 [B, V], temperature above 0. seen_BV: bool, tokens in the text so far.
+
+    The order matters: the penalty changes logits, temperature divides them, top_k cuts them; min_p and then top_p cut
+    the probabilities that come of it, and what is left is made to sum to 1.
+    """
     logits_BV = penalise(logits_BV.float(), sampling, seen_BV)
     # The likeliest at 0, and a temperature that fp32 can divide by: nearly cold must not overflow into NaN.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-10)
@@ -86,13 +85,12 @@ def _likeliest_first(probabilities_BV: Tensor, enough_B1: Tensor) -> tuple[Tenso
 
 
 def penalise(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> Tensor:
-    if sampling.repetition_penalty == 1 or seen_BV is None:
+    """The logits after the repetition penalty on the tokens that the text holds already."""
+    penalty = sampling.repetition_penalty
+    if penalty == 1 or seen_BV is None:
         return logits_BV
     # Dividing a negative logit would make it likelier.
-    penalised = torch.where(
-        logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty
-    )
-    return torch.where(seen_BV, penalised, logits_BV)
+    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def choose(
@@ -111,7 +109,7 @@ def choose(
 
 
 def make_generator(seed: int | None) -> torch.Generator:
-    """On the CPU, so that a seed means the same on every device."""
+    """A generator on the CPU, so that a seed means the same on every device."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()

@@ -1,39 +1,40 @@
 """Text to token ids and back, without losing a byte.
 
-A SentencePiece model, set up so that any UTF-8 text comes back exactly as it went in: no normalisation, no added
-space, no merged spaces, and byte pieces for whatever the vocabulary does not hold (Kudo & Richardson 2018,
-arXiv:1808.06226). Special pieces are control symbols: text that merely spells one stays text.
+All other code knows only `Tokenizer`. There are two kinds of it: SentencePieceTokenizer, which we train, and
+JsonTokenizer, which an imported model brings along. In both, special tokens stand apart from text: text that merely
+spells one stays text.
 """
 
 import hashlib
 import io
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from engine.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-CHAT_PIECES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-SPECIAL_PIECES = (END_OF_DOCUMENT, *CHAT_PIECES)
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIAL_TOKENS = (END_OF_DOCUMENT, *CHAT_TOKENS)
 
 # SentencePiece writes a space as this character. Text that really holds the character would come back as a space, so
-# `encode` spells it in byte pieces instead.
+# `encode` spells it in byte tokens instead; and so it does NUL, which SentencePiece drops.
 SPACE_MARK = "\u2581"
-# SentencePiece drops or rewrites these in its own way; spelled in bytes they survive.
-UNSAFE = re.compile(f"[{SPACE_MARK}\0]")
+UNSAFE = re.compile(f"([{SPACE_MARK}\0])")
 
 # The trainer leaves out every line that holds U+2585, which is its mark for unknown characters, and takes SPACE_MARK
-# for a space. NUL, which it never makes a piece of, stands for both: the words on either side are learnt.
+# for a space. NUL, which it never makes a token of, stands for both: the words on either side are learnt.
 RESERVED = re.compile(f"[{SPACE_MARK}\u2585]")
 BOUNDARY = "\0"
-# It blots out what spells a piece of its own, such as <unk> in WikiText. Cut in two, the spelling is learnt as text.
-SPELLED = re.compile("(<unk|<0x[0-9A-F]{2}|" + "|".join(re.escape(piece[:-1]) for piece in SPECIAL_PIECES) + ")(?=>)")
+# It removes text that spells a token of its own, such as <unk> in WikiText. Cut in two, the spelling is learnt as text.
+SPELLED = re.compile("(<unk|<0x[0-9A-F]{2}|" + "|".join(re.escape(token[:-1]) for token in SPECIAL_TOKENS) + ")(?=>)")
 
 SAMPLE_BYTES = 24_000_000
 SENTENCE_BYTES = 4192
@@ -41,52 +42,29 @@ SENTENCE_BYTES = 4192
 
 def tokenizer_file(folder: str | os.PathLike[str]) -> Path:
     """Where a run, or prepared data, keeps its tokenizer: tokenizer.json if it is an imported one, tokenizer.model."""
-    imported = Path(folder) / "tokenizer.json"
-    return imported if imported.exists() else Path(folder) / "tokenizer.model"
+    imported = Path(folder) / JsonTokenizer.file_name
+    return imported if imported.exists() else Path(folder) / SentencePieceTokenizer.file_name
 
 
-class Tokenizer:
-    """A trained SentencePiece model. Build one with `load` or `train_tokenizer`.
+class Tokenizer(ABC):
+    """A vocabulary and the way to cut text into it. Get one with `Tokenizer.load` or `train_tokenizer`."""
 
-    engine/tokenizer_json.py has the other kind, which an imported model brings along.
-    """
+    file_name: ClassVar[str]
+    model: bytes  # what the file holds
+    processor: Any  # the library's own tokenizer
+    vocab_size: int
+    special: dict[str, int]  # the ids of SPECIAL_TOKENS
 
-    file_name = "tokenizer.model"
-
-    def __init__(self, model: bytes) -> None:
-        import sentencepiece
-
-        self.model = model
-        self.processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self.processor.vocab_size()
-        self.special: dict[str, int] = {piece: self.processor.piece_to_id(piece) for piece in SPECIAL_PIECES}
-        self.eod = self.special[END_OF_DOCUMENT]
-        self._byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        unknown = self.processor.unk_id()
-        if unknown in self.special.values() or unknown in self._byte_ids:
-            raise InputError(
-                "this SentencePiece model lacks byte pieces or our special pieces; train one with `gpt tokenizer train`"
-            )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Tokenizer":
         """Read a tokenizer file of either kind, or the one in a folder. Raises InputError where it is not one."""
-        path = tokenizer_file(path) if Path(path).is_dir() else path
+        path = tokenizer_file(path) if Path(path).is_dir() else Path(path)
         try:
-            model = Path(path).read_bytes()
+            model = path.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
-        if not model:
-            # SentencePiece takes no bytes for no model yet, and fails later.
-            raise InputError(f"{path} is empty; expected a SentencePiece model")
         try:
-            if model.startswith(b"{"):
-                from engine.tokenizer_json import JsonTokenizer
-
-                return JsonTokenizer(model)
-            return cls(model)
-        except RuntimeError:
-            raise InputError(f"{path} is not a SentencePiece model") from None
+            return JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -101,58 +79,178 @@ class Tokenizer:
         """SHA-256 of the model file: what shards and checkpoints remember it by."""
         return hashlib.sha256(self.model).hexdigest()
 
+    @property
+    def eod(self) -> int:
+        """The token that begins and ends a document."""
+        return self.special[END_OF_DOCUMENT]
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Never a special piece, whatever the text spells."""
+        """Token ids of a text. Never a special token, whatever the text spells."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, in one call into SentencePiece. Raises InputError for what UTF-8 cannot spell."""
-        try:
-            return self._encode_batch(texts)
-        except (RuntimeError, TypeError, UnicodeError):
-            for text in texts:
-                _check_unicode(text)
-            raise
+        """Token ids of many texts, in one call into the library. Raises InputError for what UTF-8 cannot spell."""
+        for text in texts:
+            _check_unicode(text)
+        return self._encode(list(texts))
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(UNSAFE.search(text) for text in texts):
-            return [self._encode_unsafe(text) for text in texts]
-        encoded: list[list[int]] = self.processor.encode(list(texts), num_threads=1)
-        return encoded
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]: ...
 
-    def _encode_unsafe(self, text: str) -> list[int]:
-        ids: list[int] = []
-        last = 0
-        for match in UNSAFE.finditer(text):
-            ids += self.processor.encode(text[last : match.start()])
-            ids += [self._byte_ids[byte] for byte in match.group().encode()]
-            last = match.end()
-        return ids + list(self.processor.encode(text[last:]))
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the vocabulary calls a token, such as <|user|>."""
 
-    @cached_property
-    def piece_bytes(self) -> list[bytes]:
-        """The UTF-8 bytes that each id stands for; none for special pieces."""
-        pieces = [b""] * self.vocab_size
-        for index in range(self.vocab_size):
-            if not (self.processor.is_control(index) or self.processor.is_unknown(index)):
-                pieces[index] = self.processor.id_to_piece(index).replace(SPACE_MARK, " ").encode()
-        for byte, index in enumerate(self._byte_ids):
-            pieces[index] = bytes([byte])
-        return pieces
+    @property
+    @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that each id stands for; none for special tokens."""
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """How many UTF-8 bytes each id stands for. [vocab], int64. What bits per byte are counted with."""
-        return np.array([len(piece) for piece in self.piece_bytes], dtype=np.int64)
+        return np.array([len(spelled) for spelled in self.token_bytes], dtype=np.int64)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids spell. Special pieces spell nothing."""
-        pieces = self.piece_bytes
-        return b"".join(pieces[index] for index in ids)
+        """The bytes that the ids spell. Special tokens spell nothing."""
+        spelled = self.token_bytes
+        return b"".join(spelled[index] for index in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226) that changes nothing in a text.
+
+    There is no normalisation, no added and no merged space, and byte tokens for whatever the vocabulary does not hold.
+    """
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        if not model:
+            # SentencePiece takes no bytes for no model yet, and fails later.
+            raise InputError("it is empty; expected a SentencePiece model")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise InputError("it is not a SentencePiece model") from None
+        self.model, self.vocab_size = model, self.processor.vocab_size()
+        self.special = {token: self.processor.piece_to_id(token) for token in SPECIAL_TOKENS}
+        self.byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if self.processor.unk_id() in (*self.special.values(), *self.byte_ids):
+            raise InputError(
+                "this SentencePiece model lacks byte tokens or our special tokens; train one with `gpt tokenizer train`"
+            )
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if any(UNSAFE.search(text) for text in texts):
+            return [self._encode_unsafe(text) for text in texts]
+        encoded: list[list[int]] = self.processor.encode(texts, num_threads=1)
+        return encoded
+
+    def _encode_unsafe(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(UNSAFE.split(text)):
+            # Every other part is an unsafe character.
+            ids += [self.byte_ids[byte] for byte in part.encode()] if number % 2 else self.processor.encode(part)
+        return ids
+
+    def name(self, index: int) -> str:
+        return str(self.processor.id_to_piece(index))
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        spelled = [b""] * self.vocab_size
+        for index in range(self.vocab_size):
+            if not (self.processor.is_control(index) or self.processor.is_unknown(index)):
+                spelled[index] = self.name(index).replace(SPACE_MARK, " ").encode()
+        for byte, index in enumerate(self.byte_ids):
+            spelled[index] = bytes([byte])
+        return spelled
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, Hugging Face's kind of file, with our special tokens in it. Needs the `tokenizers` package.
+
+    Two families are known: byte-level BPE, which GPT-2, GPT-NeoX and Pythia have, and BPE over characters with byte
+    tokens for all others, which is ours. What a normaliser changes in a text stays changed.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes) -> None:
+        self.model, self.processor = model, open_json(model)
+        # Text that spells a special token is encoded as text.
+        self.processor.encode_special_tokens = True
+        self.vocab_size = self.processor.get_vocab_size()
+        self.special = {token: self.processor.token_to_id(token) for token in SPECIAL_TOKENS}
+        if None in self.special.values():
+            raise InputError("this tokenizer.json lacks our special tokens, which `gpt import` adds")
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def name(self, index: int) -> str:
+        return str(self.processor.id_to_token(index))
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        content = json.loads(self.model)
+        spell = json_speller(content)
+        spelled = [b""] * self.vocab_size
+        for name, index in content["model"]["vocab"].items():
+            if name != content["model"].get("unk_token"):
+                spelled[index] = spell(name)
+        # Some of these stand for text: those of GPT-NeoX for runs of spaces.
+        for added in content["added_tokens"]:
+            spelled[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return spelled
+
+
+def open_json(model: bytes) -> Any:
+    """The tokenizer of a tokenizer.json, as the `tokenizers` package has it. Raises InputError where it is not one."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError("a tokenizer.json needs the tokenizers package: pip install 'tokenizers>=0.21'") from None
+    try:
+        backend = tokenizers.Tokenizer.from_str(model.decode())
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise InputError(f"it is not a tokenizer.json: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def json_speller(content: dict[str, Any]) -> Callable[[str], bytes]:
+    """What turns a token's name in this tokenizer.json into its bytes. Raises InputError for an unknown family."""
+    model, decoder = content["model"], content["decoder"]
+    kinds = [each["type"] for each in (decoder or {}).get("decoders", [decoder]) if each]
+    if model["type"] == "BPE" and "ByteLevel" in kinds:
+        # A character stands for each byte (bytes_to_unicode in GPT-2's encoder.py): printable bytes for themselves,
+        # the others counted from U+0100 on.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        byte_of = {chr(byte): bytes([byte]) for byte in printable}
+        byte_of |= {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(others)}
+        return lambda name: b"".join(byte_of.get(character) or character.encode() for character in name)
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        space = SPACE_MARK if SPACE_MARK in str(decoder) else " "
+
+        def spell(name: str) -> bytes:
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+            return bytes.fromhex(byte[1]) if byte else name.replace(space, " ").encode()
+
+        return spell
+    raise InputError(
+        f"its model is {model['type']}, decoded by {', '.join(kinds) or 'nothing'}; expected BPE, either byte-level or "
+        "with byte fallback"
+    )
 
 
 def train_tokenizer(
@@ -161,16 +259,16 @@ def train_tokenizer(
     *,
     sample_bytes: int = SAMPLE_BYTES,
     notice: Callable[[str], None] = lambda message: None,
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Train a byte-pair tokenizer on the first `sample_bytes` of the documents.
 
-    A corpus too small for `vocab_size` pieces gets the largest vocabulary that it supports, and `notice` is told.
-    Raises InputError where there is no text, or where vocab_size leaves no room for bytes and special pieces.
+    A corpus too small for `vocab_size` tokens gets the largest vocabulary that it supports, and `notice` is told.
+    Raises InputError where there is no text, or where vocab_size leaves no room for bytes and special tokens.
     """
-    fixed = 256 + len(SPECIAL_PIECES) + 1
+    fixed = 256 + len(SPECIAL_TOKENS) + 1
     if vocab_size <= fixed:
         raise InputError(
-            f"a vocabulary of {vocab_size} pieces is too small: bytes and special pieces alone take {fixed}"
+            f"a vocabulary of {vocab_size} tokens is too small: bytes and special tokens alone take {fixed}"
         )
     sample = list(_sample(documents, sample_bytes))
     if not sample:
@@ -180,18 +278,18 @@ def train_tokenizer(
     try:
         return _train(sample, vocab_size)
     except RuntimeError as error:
-        # The trainer says how many pieces the corpus supports, or needs at least, and only in words.
+        # The trainer says how many tokens the corpus supports, or needs at least, and only in words.
         supported = re.search(r"value <= (\d+)", str(error))
         needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
         if needed is not None:
             raise InputError(
-                f"a vocabulary of {vocab_size:,} pieces is too small: bytes, special pieces and the characters of "
-                f"this text take {int(needed.group(1)):,}"
+                f"a vocabulary of {vocab_size:,} tokens is too small: bytes, special tokens and the characters of "
+                f"this text take {int(needed[1]):,}"
             ) from None
         if supported is None:
             raise
-    size = int(supported.group(1))
-    notice(f"the text supports {size:,} pieces, not {vocab_size:,}: the vocabulary is {size:,}")
+    size = int(supported[1])
+    notice(f"the text supports {size:,} tokens, not {vocab_size:,}: the vocabulary is {size:,}")
     return _train(sample, size)
 
 
@@ -205,7 +303,7 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _sample(documents: Iterable[str], sample_bytes: int) -> Iterable[str]:
+def _sample(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
     """Stretches of text that the trainer accepts: not too long, and with nothing in them that it reserves."""
     taken = 0
     for document in documents:
@@ -220,7 +318,7 @@ def _sample(documents: Iterable[str], sample_bytes: int) -> Iterable[str]:
             return
 
 
-def _train(sample: list[str], vocab_size: int) -> Tokenizer:
+def _train(sample: list[str], vocab_size: int) -> SentencePieceTokenizer:
     import sentencepiece
 
     model = io.BytesIO()
@@ -240,8 +338,8 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
         allow_whitespace_only_pieces=True,
         split_digits=True,
         max_sentence_length=SENTENCE_BYTES * 2,
-        control_symbols=list(SPECIAL_PIECES),
-        # The ids of the trainer's own three are fixed; only "unknown" stays, and byte pieces make it unreachable.
+        control_symbols=list(SPECIAL_TOKENS),
+        # The ids of the trainer's own three are fixed; only "unknown" stays, and byte tokens make it unreachable.
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
@@ -249,4 +347,4 @@ def _train(sample: list[str], vocab_size: int) -> Tokenizer:
         num_threads=1,
         minloglevel=2,
     )
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())

@@ -10,7 +10,7 @@ from engine.tokenizer import Tokenizer
 from rlhf.losses import dpo_loss, ipo_loss, preference_margin
 from rlhf.preferences import PairBatch, Pairs
 from rlhf.rollout import sequence_log_probs, target_answers
-from train.evaluate import whole_pieces
+from train.evaluation import batches_in_order
 from train.tracking import RunningMetrics
 
 
@@ -30,7 +30,7 @@ class DPO:
         """Measure the loss, and what goes with it, on the first pairs that hold so many tokens."""
         metrics, read = RunningMetrics(), 0
         with inference(policy):
-            for packed in whole_pieces(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
+            for packed in batches_in_order(held_out, 2 * policy.config.context, tokens, tokens_per_batch):
                 batch = PairBatch.of(packed).to(policy.embedding.weight.device)
                 metrics.add({"loss": self._loss(policy, batch, metrics)}, batch.pairs)
                 read += len(batch.tokens)

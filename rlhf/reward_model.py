@@ -26,9 +26,8 @@ from rlhf.prompts import Prompt
 from rlhf.rollout import sequence_log_probs, split_by_tokens, target_answers
 from train.data.loader import Batch
 from train.data.stories import StoryScore, score_story
-from train.evaluation import Judge
+from train.evaluation import Case, Scorer
 from train.finetune import finetuning_recipe, load_base
-from train.heldout import Case
 from train.stage import Console, Outcome, Stage, run_stage
 
 PROGRAM = "program"
@@ -221,7 +220,7 @@ def weights_of(reward: str) -> str | None:
     return None if reward == PROGRAM else Run(Path(reward)).find_checkpoint().checksum("model")
 
 
-def judge_by(run: Run, runtime: Runtime) -> Judge:
+def judge_by(run: Run, runtime: Runtime) -> Scorer:
     """Make the reward model of a run score texts for train.evaluation. What is too long for it loses its end."""
     model, tokenizer = RewardModel.load(run, runtime), Tokenizer.load(run.tokenizer)
     context = model.config.context

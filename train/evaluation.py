@@ -1,50 +1,178 @@
-"""Measuring runs on held-out text: their loss, and what they write beside what came next. Alone, or one against one."""
+"""How good a model is on text that it has not seen: its loss, and what it writes beside what came next there.
+
+First comes the loss, which training measures as well; then held-out documents, and what there is to complete in them;
+then the whole of `gpt evaluate`, of one run alone or of two against each other.
+"""
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
-from engine.chat_template import answer_prompt, text_ends
+import numpy as np
+
+from engine.chat_template import Message, answer_prompt, text_ends
 from engine.checkpoint import write_atomically
+from engine.config import DataConfig
 from engine.errors import InputError
 from engine.generate import Completion, document_prompt, generate
 from engine.model import GPT
 from engine.run import Run
-from engine.runtime import Runtime
+from engine.runtime import Runtime, inference
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
-from train.data.loader import TokenSource
+from train import text_metrics
+from train.data.encoded import Conversations, Documents, Encoded
+from train.data.loader import IGNORE_INDEX, Batch, TokenSource, pack
+from train.data.shards import TokenShards, is_prepared
+from train.data.sources import StoryRequests, open_conversations, open_source
 from train.data.stories import AskedFacts, score_story
-from train.evaluate import evaluate_loss
-from train.heldout import Case, Document, HeldOut, encode, make_case
-from train.measures import (
-    RESAMPLES,
-    ROUGE_TOKENIZERS,
-    Estimate,
-    bleu,
-    bleu_metric,
-    distinct,
-    mean,
-    overlooked,
-    repetition,
-    rouge,
-    sign_test,
-    words,
-)
 from train.report import write_evaluations
+from train.text_metrics import Estimate, mean
 
 TOKENS_PER_BATCH = 8192
+# Where the second half of a text may begin: at the white space before a word, or inside a script that has none.
+WORD_BEGINS = re.compile(rf"(?<=\S)\s+(?=\S)|(?<=[{text_metrics.UNSPACED}])(?=[{text_metrics.UNSPACED}])")
 
-# What texts are worth as completions of their cases, to a program or to a reward model. Higher is better.
-Judge = Callable[[Sequence[Case], Sequence[str]], list[float]]
+
+def evaluate_loss(
+    model: GPT, documents: TokenSource, byte_lengths: np.ndarray, *, tokens: int, tokens_per_batch: int
+) -> dict[str, float]:
+    """Loss over the first documents that hold `tokens` tokens, each read from its start, whole.
+
+    A document longer than the context is read in segments that do not see one another. Bits per byte count the UTF-8
+    bytes that the targets spell (byte_lengths [vocab]); unlike the loss, they compare across tokenizers. The result
+    does not depend on tokens_per_batch, which bounds what is read at a time (a segment at least).
+    """
+    device = model.embedding.weight.device
+    nats = 0.0
+    targets = text_bytes = 0
+    with inference(model):
+        for batch in batches_in_order(documents, model.config.context, tokens, tokens_per_batch):
+            learnt = batch.targets[batch.targets != IGNORE_INDEX].numpy()
+            text_bytes += int(byte_lengths[learnt].sum())
+            targets += len(learnt)
+            batch = batch.to(device)
+            nats += float(
+                model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+            )
+    loss_per_token = nats / targets
+    return {
+        "loss": loss_per_token,
+        "perplexity": math.exp(min(loss_per_token, 100.0)),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+        "tokens": targets,
+        "bytes": text_bytes,
+    }
+
+
+def batches_in_order(documents: TokenSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
+    """The first documents that hold `tokens` tokens, cut only where they exceed the context, in their order."""
+    lengths = documents.lengths
+    count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    size = 0
+    for document, length in enumerate(lengths[:count].tolist()):
+        for start in range(0, length, context):
+            segment = documents.read(document, start, min(context, length - start))
+            if held and size + len(segment[0]) > tokens_per_batch:
+                yield pack(held, context)
+                held, size = [], 0
+            held.append(segment)
+            size += len(segment[0])
+    yield pack(held, context)
+
+
+Document = str | list[Message]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents of one kind, and beside them the facts asked of each: None where they are not the program's stories."""
+
+    name: str
+    documents: Iterator[Document]
+    facts: Iterator[AskedFacts | None]
+
+
+def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOut:
+    """The documents of a split, as text: of prepared data (the source, or else in `prepared`), or of the source.
+
+    Raises InputError where `data` names nothing or has no such split.
+    """
+    documents: Iterator[Document]
+    facts: Iterator[AskedFacts | None] = repeat(None)
+    folders = (folder for folder in (Path(data.source), prepared) if folder and is_prepared(folder, split))
+    if folder := next(folders, None):
+        tokenizer = Tokenizer.load(folder)
+        shards = TokenShards.open(folder, split, tokenizer.fingerprint)
+        documents = (tokenizer.decode(shards.document(number).tolist()) for number in range(shards.documents))
+        name = shards.index["source"]
+    else:
+        source = open_conversations(data) or open_source(
+            data.source, column=data.column, holdout=data.holdout, limit=data.documents
+        )
+        documents, name = source.documents(split), source.name
+        if isinstance(source, StoryRequests):
+            facts = (request.facts for request in source.requests(split))
+    if name == "stories":
+        # Nobody asked for anything but that it be a story.
+        facts = repeat(AskedFacts())
+    return HeldOut(f"{Path(name).name}, {split}", documents, facts)
+
+
+def encode(
+    documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int | None = None
+) -> tuple[list[Document], Encoded]:
+    """The first documents that hold `tokens` tokens, or all there are, and the same as token ids."""
+    taken, texts, conversations = [], Documents(tokenizer, context), Conversations(tokenizer, context)
+    for number, document in enumerate(documents):
+        taken.append(document)
+        encoded: Encoded = texts if isinstance(document, str) else conversations
+        encoded.add(document, f"conversation {number}")
+        if tokens is not None and texts.tokens + conversations.tokens >= tokens:
+            break
+    if not texts.tokens + conversations.tokens:
+        raise InputError(f"none of the conversations fits into the context of {context} tokens; choose other --data")
+    return taken, texts if texts.tokens else conversations
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to go on from, a text or a conversation, and what came next.
+
+    `facts` are what the whole, a story, has to meet; None where it need not be a story.
+    """
+
+    prompt: Document
+    reference: str
+    facts: AskedFacts | None = None
+
+
+def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer, context: int) -> Case | None:
+    """The second half of a text after its first, or the first answer of a conversation; None where there is neither.
+
+    A text is cut to the context, and halved before the first word that begins past its middle.
+    """
+    if not isinstance(document, str):
+        first = next((n for n, message in enumerate(document) if message.role == "assistant" and message.learn), 0)
+        return Case(document[:first], document[first].content, facts) if first else None
+    # Room for the end, and for halves that take a token more than the whole. Of a character cut in two nothing is left.
+    text = tokenizer.bytes_of(tokenizer.encode(document)[: context - 4]).decode(errors="ignore")
+    cut = WORD_BEGINS.search(text, len(text) // 2)
+    return Case(text[: cut.start()], text[cut.start() :], facts) if cut else None
+
+
+# Scores texts as completions of their cases: a program, or a reward model. Higher is better.
+Scorer = Callable[[Sequence[Case], Sequence[str]], list[float]]
 
 
 def story_score(cases: Sequence[Case], texts: Sequence[str]) -> list[float]:
-    """How good a story each makes, the facts it was asked for included: the program's own judgement."""
+    """How good a story each makes, the facts it was asked for included: the program's own score."""
     return [
         score_story(case.facts or AskedFacts(), case.prompt + text if isinstance(case.prompt, str) else text).total
         for case, text in zip(cases, texts, strict=True)
@@ -78,14 +206,28 @@ class Contestant:
         needed = len(self.prompt(case.prompt)) + len(self.tokenizer.encode(case.reference))
         return needed < self.model.config.context
 
-    def loss(self, pieces: TokenSource) -> dict[str, Estimate]:
-        everything, lengths = int(pieces.lengths.sum()), self.tokenizer.byte_lengths
-        found = evaluate_loss(self.model, pieces, lengths, tokens=everything, tokens_per_batch=TOKENS_PER_BATCH)
-        return {name: Estimate(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
-
     def complete(self, cases: Sequence[Case], sampling: Sampling, max_tokens: int | None) -> list[Completion]:
         prompts, ends = [self.prompt(case.prompt) for case in cases], text_ends(self.tokenizer, chat=self.chat)
         return generate(self.model, self.tokenizer, prompts, sampling, max_tokens=max_tokens, stop_ids=ends)
+
+
+def choose_cases(
+    contestants: Sequence[Contestant], documents: Sequence[Document], held_out: HeldOut, count: int
+) -> list[Case]:
+    """The first `count` cases in these documents that fit into the context of every contestant.
+
+    Raises InputError where there is none, although some were asked for.
+    """
+    context = min(each.model.config.context for each in contestants)
+    asked = zip(documents, held_out.facts, strict=False)
+    made = (make_case(document, facts, contestants[0].tokenizer, context) for document, facts in asked)
+    fitting = (case for case in made if case and all(each.has_room(case) for each in contestants))
+    cases = list(islice(fitting, count))
+    if count and not cases:
+        raise InputError(
+            f"no document of {held_out.name} can be completed within {context} tokens; --count 0 does without"
+        )
+    return cases
 
 
 def evaluate(
@@ -98,85 +240,66 @@ def evaluate(
     max_tokens: int | None = None,
     bleu_tokenizer: str = "13a",
     rouge_tokenizer: str = "default",
-    judges: Mapping[str, Judge] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Measure a run, or two against each other: what `write` writes as JSON and train.report shows.
+    """Evaluate a run, or two against each other: what `write` writes as JSON and train.report shows.
 
     The loss over the first documents that hold `tokens` tokens of the first run; texts for the first `count` of them
-    that fit into every context, measured by BLEU, ROUGE and the judges, of whom the program itself judges its stories.
+    that fit into every context, by BLEU, ROUGE and the scorers, to which the program's own is added for its stories.
     The same seed gives the same result. Raises InputError where nothing fits, or there is no such tokenizer.
     """
-    first, context = contestants[0], min(each.model.config.context for each in contestants)
-    documents, pieces = encode(held_out.documents, first.tokenizer, first.model.config.context, tokens)
-    asked = zip(documents, held_out.facts, strict=False)
-    made = (make_case(document, facts, first.tokenizer, context) for document, facts in asked)
-    cases = list(islice((case for case in made if case and all(each.has_room(case) for each in contestants)), count))
-    if count and not cases:
-        raise InputError(
-            f"no document of {held_out.name} can be completed within {context} tokens; --count 0 does without"
-        )
-    judges = {**({"story_score": story_score} if cases and cases[0].facts else {}), **(judges or {})}
+    first = contestants[0]
+    documents, encoded = encode(held_out.documents, first.tokenizer, first.model.config.context, tokens)
+    cases = choose_cases(contestants, documents, held_out, count)
     references = [case.reference for case in cases]
-    # Before the texts are written, which takes long: a tokenizer may be missing, a judge refuse what it is asked about.
+    scorers = {**({"story_score": story_score} if cases and cases[0].facts else {}), **(scorers or {})}
+    # Before the texts are written, which takes long: a tokenizer may be missing, a scorer may refuse the cases.
     if cases:
-        bleu_metric(bleu_tokenizer)
-    if rouge_tokenizer not in ROUGE_TOKENIZERS:
-        raise InputError(f"ROUGE has no tokenizer {rouge_tokenizer!r}, only {' and '.join(ROUGE_TOKENIZERS)}")
-    judged = {name: judge(cases, references) for name, judge in judges.items()} if cases else {}
-    chats, signature = isinstance(documents[0], list), ""
-    runs, texts, scores = [], [], []
+        text_metrics.bleu_metric(bleu_tokenizer)
+        text_metrics.rouge_scorer(rouge_tokenizer)
+    reference_scores = {name: scorer(cases, references) for name, scorer in scorers.items() if cases}
+    runs, texts, scores, signature = [], [], [], ""
     for each in contestants:
         say(f"{each.name}, step {each.step:,}: {len(documents):,} documents to read, {len(cases):,} to complete")
-        own = pieces if each is first else encode(documents, each.tokenizer, each.model.config.context)[1]
-        measures = each.loss(own)
+        own = encoded if each is first else encode(documents, each.tokenizer, each.model.config.context)[1]
+        found = evaluate_loss(
+            each.model, own, each.tokenizer.byte_lengths, tokens=own.tokens, tokens_per_batch=TOKENS_PER_BATCH
+        )
+        metrics = {name: Estimate(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
         if cases:
             completions = each.complete(cases, sampling, max_tokens)
             written = [completion.text for completion in completions]
-            by_judges = {name: judge(cases, written) for name, judge in judges.items()}
-            scores.append(rouge(written, references, tokenizer=rouge_tokenizer) | by_judges)
-            measures["bleu"], signature = bleu(written, references, tokenizer=bleu_tokenizer)
-            measures |= summary(written, scores[-1])
-            measures["ended"] = mean([completion.finish == "stop" for completion in completions])
+            scores.append(text_metrics.rouge(written, references, tokenizer=rouge_tokenizer))
+            scores[-1] |= {name: scorer(cases, written) for name, scorer in scorers.items()}
+            metrics["bleu"], signature = text_metrics.bleu(written, references, tokenizer=bleu_tokenizer)
+            metrics |= text_metrics.summary(written, scores[-1])
+            metrics["ended"] = mean([completion.finish == "stop" for completion in completions])
             texts.append(written)
-        runs.append({"run": each.name, "step": each.step, "measures": measures})
-    result: dict[str, Any] = {"data": held_out.name, "notes": [], "runs": runs}
+        runs.append({"run": each.name, "step": each.step, "measures": metrics})
+    chats = isinstance(documents[0], list)
+    notes: list[str] = []
+    result: dict[str, Any] = {"data": held_out.name, "notes": notes, "runs": runs}
     if cases:
         what = "the first answer of each conversation" if chats else "the second half of each document"
-        result["notes"] += [
+        stemmed = "stemmed words" if rouge_tokenizer == "default" else "words of any script, not stemmed"
+        notes += [
             f"{len(cases):,} completions, {what}; temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, "
             f"seed {sampling.seed}.",
-            f"BLEU is sacrebleu's {signature}; ROUGE is F1 of "
-            f"{'stemmed words' if rouge_tokenizer == 'default' else 'words of any script, not stemmed'}, by "
-            f"rouge-score. In brackets: 95% of {RESAMPLES:,} bootstrap resamples of the documents.",
-            *overlooked(references, bleu_tokenizer, rouge_tokenizer),
+            f"BLEU is sacrebleu's {signature}; ROUGE is F1 of {stemmed}, by rouge-score. In brackets: 95% of "
+            f"{text_metrics.RESAMPLES:,} bootstrap resamples of the documents.",
+            *text_metrics.overlooked(references, bleu_tokenizer, rouge_tokenizer),
         ]
         result["tokenizers"] = {"bleu": bleu_tokenizer, "rouge": rouge_tokenizer}
-        result["reference"] = summary(references, judged)
+        result["reference"] = text_metrics.summary(references, reference_scores)
         result["cases"] = [{**vars(case), "texts": own} for case, *own in zip(cases, *texts, strict=True)]
     if cases and len(contestants) == 2:
-        result["comparison"] = {name: compare(scores[0][name], scores[1][name]) for name in ("rougeL", *judges)}
+        result["comparison"] = {
+            name: text_metrics.compare(scores[0][name], scores[1][name]) for name in ("rougeL", *scorers)
+        }
     untaught = [each.name for each in contestants if chats and not each.chat]
-    result["notes"] += [f"{name} has learnt no conversations: it goes on as from any text." for name in untaught]
+    notes += [f"{name} has learnt no conversations: it goes on as from any text." for name in untaught]
     return result
-
-
-def summary(texts: Sequence[str], scores: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
-    """The mean scores, and how varied and how long the texts are."""
-    return {
-        **{name: mean(values) for name, values in scores.items()},
-        **{f"distinct{n}": Estimate(distinct(texts, n)) for n in (1, 2, 3)},
-        "repeated_4grams": mean([repetition(text) for text in texts]),
-        "words": mean([len(words(text)) for text in texts]),
-    }
-
-
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """How often we are better, a tie counting half, and how likely chance alone would be as uneven."""
-    signs = [(a > b) - (a < b) for a, b in zip(ours, theirs, strict=True)]
-    wins, losses = signs.count(1), signs.count(-1)
-    rate = mean([(sign + 1) / 2 for sign in signs])
-    return {"wins": wins, "ties": signs.count(0), "losses": losses, "win_rate": rate, "p": sign_test(wins, losses)}
 
 
 def write(run: Run, result: Mapping[str, Any]) -> Path:

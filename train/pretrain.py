@@ -20,7 +20,7 @@ from train.data.loader import PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
 from train.data.sources import HubUnreachable, Source, open_source
 from train.data.stream import StreamLoader
-from train.evaluate import evaluate_loss
+from train.evaluation import evaluate_loss
 from train.stage import Amounts, Batches, Console, Outcome, Stage, TokenDataset, run_stage
 
 # From more text than this per token of its vocabulary, a tokenizer learns little.

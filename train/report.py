@@ -1,13 +1,13 @@
 """What remains of a run for a person to look at: loss.png and report.md."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config import Recipe, to_dict
 from engine.run import Run, versions
-from train.measures import Estimate
+from train.text_metrics import Estimate
 from train.tracking import evaluation_parts, read_metrics
 
 EVALUATIONS = "\n## Evaluation\n\n"
@@ -16,17 +16,12 @@ EVALUATIONS = "\n## Evaluation\n\n"
 def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> None:
     """Write report.md and, where matplotlib is installed, loss.png, from the run's metrics."""
     metrics = read_metrics(run.metrics)
-    trained = [line for line in metrics if "loss" in line]
-    evaluated = [line for line in metrics if "validation_loss" in line]
-    last: dict[str, Any] = trained[-1] if trained else {}
+    last: dict[str, Any] = next((line for line in reversed(metrics) if "loss" in line), {})
     lines = [f"# {recipe.name}: {run.path.name}", ""]
-    if evaluated:
-        final = evaluated[-1]
-        lines += [
-            f"Validation {', '.join(f'**{part}**' for part in evaluation_parts(final, 'validation_'))} "
-            f"(over {final['validation_tokens']:,} held-out tokens, after step {final['step']:,}).",
-            "",
-        ]
+    if final := next((line for line in reversed(metrics) if "validation_loss" in line), None):
+        parts = ", ".join(f"**{part}**" for part in evaluation_parts(final, "validation_"))
+        tokens, step = final["validation_tokens"], final["step"]
+        lines += [f"Validation {parts} (over {tokens:,} held-out tokens, after step {step:,}).", ""]
     lines += [
         f"{last.get('step', 0):,} steps, {last.get('tokens', 0):,} tokens, {last.get('epoch', 0):.2f} epochs, "
         f"{last.get('seconds', 0) / 60:.1f} minutes, {last.get('tokens_per_second', 0):,.0f} tokens/s, "
@@ -61,7 +56,7 @@ def write_evaluations(run: Run) -> None:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row per measure, a column per run, and one for the references where there were any."""
+    """A heading and a row per metric, a column per run, and one for the references where there were any."""
     columns = {f"{Path(each['run']).name}, step {each['step']:,}": each["measures"] for each in result["runs"]}
     columns |= {"reference": result["reference"]} if "reference" in result else {}
     names = result["runs"][0]["measures"]
@@ -71,7 +66,7 @@ def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
 
 def evaluation_notes(result: Mapping[str, Any]) -> list[str]:
     """How it was measured, and who wins."""
-    return result["notes"] + [
+    return [*result["notes"]] + [
         f"By {name.replace('_', ' ')} {result['runs'][0]['run']} wins {own['wins']:,}, ties {own['ties']:,} and loses "
         f"{own['losses']:,}: win rate {own['win_rate']}, p = {own['p']:.2g} by a two-sided sign test."
         for name, own in result.get("comparison", {}).items()
@@ -88,40 +83,23 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib import pyplot
 
     # A loss that was not finite is null.
-    trained = [line for line in metrics if line.get("loss") is not None]
-    validated = [line for line in metrics if line.get("validation_loss") is not None]
+    names = ("loss", "validation_loss")
+    trained, validated = ([line for line in metrics if line.get(name) is not None] for name in names)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(
-        [line["tokens"] for line in trained],
-        [line["loss"] for line in trained],
-        color="#9db4d0",
-        lw=0.8,
-        label="training",
-    )
-    axes.plot(
-        [line["tokens"] for line in validated],
-        [line["validation_loss"] for line in validated],
-        color="#c2410c",
-        marker="o",
-        ms=4,
-        label="validation",
-    )
+    curve, dots = {"color": "#9db4d0", "lw": 0.8}, {"color": "#c2410c", "marker": "o", "ms": 4}
+    styles: list[dict[str, Any]] = [{"label": "training", **curve}, {"label": "validation", **dots}]
+    for name, lines, style in zip(names, (trained, validated), styles, strict=True):
+        axes.plot([line["tokens"] for line in lines], [line[name] for line in lines], **style)
     if validated:
-        final = validated[-1]
-        axes.set_title(
-            "validation " + ", ".join(evaluation_parts(final, "validation_")[:2]),
-            fontsize=11,
-        )
-    if trained:
+        axes.set_title("validation " + ", ".join(evaluation_parts(validated[-1], "validation_")[:2]), fontsize=11)
+    if losses := sorted(line["loss"] for line in trained):
         # The first steps fall from ln(vocabulary): shown whole, they would flatten everything that follows.
-        low = min(line["loss"] for line in trained)
-        high = sorted(line["loss"] for line in trained)[int(0.97 * (len(trained) - 1))]
+        low, high = losses[0], losses[int(0.97 * (len(losses) - 1))]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
-    axes.set_xlabel("tokens")
     first = trained[0] if trained else {}
     # What a policy minimises has no unit: it is nats and rewards together.
     unit = "" if "round" in first else f" (nats per {'token' if 'bits_per_byte' in first else 'pair'})"
-    axes.set_ylabel(f"loss{unit}")
+    axes.set(xlabel="tokens", ylabel=f"loss{unit}")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -130,9 +108,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    return [
-        pair
-        for name, value in values.items()
-        for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)])
-    ]
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

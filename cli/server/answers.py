@@ -172,7 +172,7 @@ class Answer:
         """A token for a person, and its bytes: half a character is spelled in escapes, a special piece by its name."""
         spelled = self.tokenizer.bytes_of([token])
         if not spelled:
-            return self.tokenizer.processor.id_to_piece(token), None
+            return self.tokenizer.name(token), None
         try:
             return spelled.decode(), list(spelled)
         except UnicodeDecodeError:

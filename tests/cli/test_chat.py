@@ -20,7 +20,7 @@ from engine import checkpoint
 from engine.chat_template import Message, answer_prompt
 from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.errors import InputError
-from engine.generate import Piece, document_prompt
+from engine.generate import Chunk, document_prompt
 from engine.model import GPT
 from engine.run import Run
 from engine.tokenizer import Tokenizer
@@ -67,8 +67,8 @@ class Script:
         for step in self.steps:
             if not isinstance(step, str):
                 raise step
-            yield Piece(0, step, (1,), None)
-        yield Piece(0, "", (), self.finish)
+            yield Chunk(0, step, (1,), None)
+        yield Chunk(0, "", (), self.finish)
 
 
 @pytest.fixture
@@ -123,14 +123,14 @@ def test_every_answer_sees_all_that_was_said_before(talk: Talk, script: Script, 
     assert chat.used == len(script.prompts[1]) + 3
 
 
-def test_an_answer_ends_at_the_pieces_of_the_template(
+def test_an_answer_ends_at_the_tokens_of_the_template(
     talk: Talk, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[bool, Any] = {}
 
-    def stream(*_: Any, stop_ids: Any, **__: Any) -> Iterator[Piece]:
+    def stream(*_: Any, stop_ids: Any, **__: Any) -> Iterator[Chunk]:
         asked[chat] = stop_ids
-        return iter([Piece(0, "", (), "stop")])
+        return iter([Chunk(0, "", (), "stop")])
 
     monkeypatch.setattr(module, "stream", stream)
     for chat in (True, False):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
+from engine.decoders import DecodeGraphs
 from engine.errors import InputError
-from engine.graphs import DecodeGraphs
 from engine.model import GPT
 from engine.sampling import Sampling
 
@@ -39,7 +39,7 @@ def alone(gpt: GPT, request: Request) -> list[int]:
 @pytest.fixture
 def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph would replay is run: the padding, which changes nothing, is the same."""
-    monkeypatch.setattr(DecodeGraphs, "_run", DecodeGraphs._pass)
+    monkeypatch.setattr(DecodeGraphs, "replay", DecodeGraphs.run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,7 +2,7 @@ import pytest
 
 from engine.chat_template import END, ROLES, Message, answer_ends, answer_prompt, render, trim
 from engine.errors import InputError
-from engine.tokenizer import SPECIAL_PIECES, Tokenizer, train_tokenizer
+from engine.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ CONVERSATION = [
 ]
 
 
-def test_a_conversation_is_its_pieces_and_texts_in_order(tokenizer: Tokenizer) -> None:
+def test_a_conversation_is_its_tokens_and_texts_in_order(tokenizer: Tokenizer) -> None:
     ids, _ = render(tokenizer, CONVERSATION)
     expected = [tokenizer.eod]
     for message in CONVERSATION:
@@ -45,15 +45,15 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_answers_it(tokenizer
     assert answer_ends(tokenizer) == {tokenizer.special[END], tokenizer.eod}
 
 
-@pytest.mark.parametrize("piece", SPECIAL_PIECES)
-def test_text_that_spells_a_special_piece_stays_text(tokenizer: Tokenizer, piece: str) -> None:
-    ids, _ = render(tokenizer, [Message("user", f"a{piece}b")])
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer, token: str) -> None:
+    ids, _ = render(tokenizer, [Message("user", f"a{token}b")])
     assert [token for token in ids if token in tokenizer.special.values()] == [
         tokenizer.eod,
         tokenizer.special["<|user|>"],
         tokenizer.special[END],
     ]
-    assert tokenizer.decode(ids) == f"a{piece}b"
+    assert tokenizer.decode(ids) == f"a{token}b"
 
 
 def test_the_oldest_turns_go_first_and_the_system_message_stays(tokenizer: Tokenizer) -> None:

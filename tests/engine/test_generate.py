@@ -111,7 +111,7 @@ class Script:
         self.gpt, self.tokenizer, self.monkeypatch = gpt, tokenizer, monkeypatch
 
     def play(self, *sequences: Sequence[int], **options: Any) -> tuple[list[Completion], list[list[str]]]:
-        """The completions, and the text of each piece that was streamed."""
+        """The completions, and the text of each chunk that was streamed."""
 
         def choose(batcher: Batcher, logits: Tensor, first: int, running: list[Running]) -> Chosen:
             # What a sequence would write after its end must not be heard of.
@@ -125,10 +125,10 @@ class Script:
 
         self.monkeypatch.setattr(Batcher, "_choose", choose)
         arguments = (self.gpt, self.tokenizer, [[self.tokenizer.eod]] * len(sequences), GREEDY)
-        pieces: list[list[str]] = [[] for _ in sequences]
-        for piece in stream(*arguments, **options):
-            pieces[piece.index].append(piece.text)
-        return generate(*arguments, **options), pieces
+        chunks: list[list[str]] = [[] for _ in sequences]
+        for chunk in stream(*arguments, **options):
+            chunks[chunk.index].append(chunk.text)
+        return generate(*arguments, **options), chunks
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_text_ends_before_a_stop_string_wherever_its_tokens_end(
 ) -> None:
     ids = script.tokenizer.encode(text)
     for options in ({}, {"max_tokens": len(ids)}):
-        completions, pieces = script.play([*ids, script.tokenizer.eod], stop=stop, **options)
+        completions, chunks = script.play([*ids, script.tokenizer.eod], stop=stop, **options)
         assert (completions[0].text, completions[0].finish) == (expected, "stop")
-        assert "".join(pieces[0]) == expected
+        assert "".join(chunks[0]) == expected
 
 
 @pytest.mark.parametrize(("text", "stop"), [("one two thr", ["three"]), ("one", ["one more"]), ("one", ["", "two"])])
@@ -186,9 +186,9 @@ def test_what_might_have_become_a_stop_string_is_not_lost_at_the_end(
         ([*ids, script.tokenizer.eod], {}, "stop"),
         (ids, {"max_tokens": len(ids)}, "length"),
     ):
-        completions, pieces = script.play(sequence, stop=stop, **options)
+        completions, chunks = script.play(sequence, stop=stop, **options)
         assert (completions[0].text, completions[0].finish) == (text, finish)
-        assert "".join(pieces[0]) == text
+        assert "".join(chunks[0]) == text
 
 
 def test_a_stop_string_stops_its_own_sequence_alone(script: Script) -> None:
@@ -199,26 +199,26 @@ def test_a_stop_string_stops_its_own_sequence_alone(script: Script) -> None:
 
 
 @given(text=st.text(min_size=1, max_size=20), stop=st.lists(st.text(max_size=3), max_size=2))
-def test_streamed_pieces_are_whole_characters_and_join_to_the_text(
+def test_streamed_chunks_are_whole_characters_and_join_to_the_text(
     tokenizer: Tokenizer, text: str, stop: list[str]
 ) -> None:
     ids = tokenizer.encode(text)
     streamer = TextStream(tokenizer, stop)
-    pieces = [streamer.push(token, last=place == len(ids) - 1) for place, token in enumerate(ids)]
+    chunks = [streamer.push(token, last=place == len(ids) - 1) for place, token in enumerate(ids)]
     found = [place for each in stop if each and (place := text.find(each)) >= 0]
-    assert "".join(pieces) == text[: min(found, default=len(text))]
+    assert "".join(chunks) == text[: min(found, default=len(text))]
     assert streamer.stopped == bool(found)
-    for piece in pieces:
-        piece.encode()
+    for chunk in chunks:
+        chunk.encode()
 
 
 @pytest.mark.parametrize("character", [SMILE, "\u4e16", "\u00df", "\U0001f468\u200d\U0001f469"])
-def test_a_character_split_over_tokens_comes_in_one_piece(script: Script, character: str) -> None:
+def test_a_character_split_over_tokens_comes_in_one_chunk(script: Script, character: str) -> None:
     ids = script.tokenizer.encode(f"a {character}{character}")
     assert len(ids) > 4
-    completions, pieces = script.play([*ids, script.tokenizer.eod])
-    assert completions[0].text == "".join(pieces[0]) == f"a {character}{character}"
-    assert not any("\ufffd" in piece for piece in pieces[0])
+    completions, chunks = script.play([*ids, script.tokenizer.eod])
+    assert completions[0].text == "".join(chunks[0]) == f"a {character}{character}"
+    assert not any("\ufffd" in chunk for chunk in chunks[0])
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -226,8 +226,8 @@ def test_a_character_split_over_tokens_comes_in_one_piece(script: Script, charac
 def test_a_character_cut_in_half_by_the_end_is_left_out(script: Script, cut: int, finish: str) -> None:
     ids = script.tokenizer.encode(f"fox {SMILE}")[: cut - 4]
     sequence, options = ([*ids, script.tokenizer.eod], {}) if finish == "stop" else (ids, {"max_tokens": len(ids)})
-    completions, pieces = script.play(sequence, **options)
-    assert completions[0].text == "".join(pieces[0]) == "fox "
+    completions, chunks = script.play(sequence, **options)
+    assert completions[0].text == "".join(chunks[0]) == "fox "
     assert completions[0].ids == tuple(ids) and completions[0].finish == finish
 
 
@@ -241,7 +241,7 @@ def test_a_sequence_ends_at_the_ids_that_are_given(gpt: GPT, tokenizer: Tokenize
     (prompt,) = prompts(tokenizer, "Once upon a time")
     (whole,) = generate(gpt, tokenizer, [prompt], GREEDY, max_tokens=6)
     ends = frozenset(whole.ids[3:4])
-    pieces = list(stream(gpt, tokenizer, [prompt], GREEDY, max_tokens=6, stop_ids=ends))
+    chunks = list(stream(gpt, tokenizer, [prompt], GREEDY, max_tokens=6, stop_ids=ends))
     before = [token for token in whole.ids[:4] if token not in ends]
-    assert [token for piece in pieces for token in piece.ids] == before[: len(pieces) - 1]
-    assert pieces[-1].finish == "stop" and pieces[-1].ids == ()
+    assert [token for chunk in chunks for token in chunk.ids] == before[: len(chunks) - 1]
+    assert chunks[-1].finish == "stop" and chunks[-1].ids == ()

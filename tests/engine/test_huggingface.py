@@ -203,7 +203,7 @@ def test_an_imported_model_learns(documents: tuple[str, ...], tmp_path: Path) ->
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_pieces_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tmp_path: Path) -> None:
+def test_tokens_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tmp_path: Path) -> None:
     own = neox_like(documents).get_vocab_size()
     theirs = neox(tmp_path / "neox", documents, rows=own + 1)
     assert import_(tmp_path / "neox", tmp_path / "run").model.vocab_size == own + 4

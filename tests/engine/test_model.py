@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cache import KVCache
 from engine.config import ModelConfig
-from engine.model import GPT
-from engine.rotary import rotary_angles, rotate
+from engine.model import GPT, KVCache, rotary_angles, rotate
 
 LENGTHS = [7, 1, 12, 4]
 

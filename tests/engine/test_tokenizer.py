@@ -1,4 +1,4 @@
-"""Text comes back from its tokens to the last byte, and nothing that a person writes becomes a special piece."""
+"""Text comes back from its tokens to the last byte, and nothing that a person writes becomes a special token."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.tokenizer import SPECIAL_PIECES, Tokenizer, train_tokenizer
+from engine.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 STORY = "Once there was a fox. The fox was brave, and the fox had a friend.\n"
 
@@ -55,14 +55,14 @@ def check(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode_batch(["a b", text]) == [tokenizer.encode("a b"), ids]
 
 
-@pytest.mark.parametrize("piece", SPECIAL_PIECES)
-def test_text_that_spells_a_special_piece_stays_text(tokenizer: Tokenizer, piece: str) -> None:
-    check(tokenizer, f"{piece}a {piece}{piece}\n{piece}\u2581")
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer, token: str) -> None:
+    check(tokenizer, f"{token}a {token}{token}\n{token}\u2581")
 
 
-def test_special_pieces_stand_apart_and_spell_nothing(tokenizer: Tokenizer) -> None:
-    assert set(tokenizer.special) == set(SPECIAL_PIECES)
-    assert len(set(tokenizer.special.values())) == len(SPECIAL_PIECES)
+def test_special_tokens_stand_apart_and_spell_nothing(tokenizer: Tokenizer) -> None:
+    assert set(tokenizer.special) == set(SPECIAL_TOKENS)
+    assert len(set(tokenizer.special.values())) == len(SPECIAL_TOKENS)
     assert tokenizer.eod == tokenizer.special["<|endoftext|>"]
     ids = [tokenizer.eod, *tokenizer.encode("fox"), tokenizer.special["<|user|>"]]
     assert tokenizer.decode(ids) == "fox"
@@ -94,7 +94,7 @@ def test_a_small_corpus_gets_the_largest_vocabulary_it_supports_and_says_so(docu
     check(small, "".join(ODD) + "".join(documents))
 
 
-RESERVED = [*"\u2585\u2581\0\x1f\t\r\u2047\ufeff\ufffe", "<unk>", "<s>", "<0x41>", "\r\n", *SPECIAL_PIECES]
+RESERVED = [*"\u2585\u2581\0\x1f\t\r\u2047\ufeff\ufffe", "<unk>", "<s>", "<0x41>", "\r\n", *SPECIAL_TOKENS]
 
 
 @pytest.mark.parametrize("reserved", RESERVED, ids=ascii)
@@ -105,8 +105,8 @@ def test_what_the_trainer_reserves_costs_no_line_and_no_word(reserved: str) -> N
     check(learnt, "".join(lines))
 
 
-@pytest.mark.parametrize("spelled", ["<unk>", *SPECIAL_PIECES])
-def test_text_that_spells_a_special_piece_is_learnt_as_text(spelled: str) -> None:
+@pytest.mark.parametrize("spelled", ["<unk>", *SPECIAL_TOKENS])
+def test_text_that_spells_a_special_token_is_learnt_as_text(spelled: str) -> None:
     learnt = train_tokenizer([f"the {spelled} of the {spelled}"] * 10, 20_000)
     assert len(learnt.encode(spelled.strip("<|>"))) == 1
     check(learnt, f"the {spelled}{spelled}")
@@ -184,7 +184,7 @@ def foreign_model() -> bytes:
         (None, "cannot read"),
         (b"", "is empty"),
         (b"no model at all", "not a SentencePiece model"),
-        (foreign_model, "lacks byte pieces"),
+        (foreign_model, "lacks byte tokens"),
     ],
     ids=["missing", "empty", "text", "foreign"],
 )

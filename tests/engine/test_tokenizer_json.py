@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.generate import TextStream
-from engine.tokenizer import CHAT_PIECES, END_OF_DOCUMENT, SPECIAL_PIECES, Tokenizer, tokenizer_file
-from engine.tokenizer_json import JsonTokenizer, to_json, with_special_pieces
+from engine.huggingface import tokenizer_json, with_special_tokens
+from engine.tokenizer import (
+    CHAT_TOKENS,
+    END_OF_DOCUMENT,
+    SPECIAL_TOKENS,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    tokenizer_file,
+)
 
 tokenizers: Any = pytest.importorskip("tokenizers")
 
@@ -26,12 +34,12 @@ TEXTS = [
     "a" * 1000,
     "",
 ]
-# Few characters, so that pieces meet and compete.
+# Few characters, so that tokens meet and compete.
 CLOSE = st.lists(st.sampled_from([*" aetho\n.", "the", "  ", "\u2581", "\U0001f642"]), max_size=40).map("".join)
 
 
 def neox_like(documents: tuple[str, ...], **changes: Any) -> Any:
-    """A byte-level tokenizer such as Pythia's: special pieces first, runs of spaces added last."""
+    """A byte-level tokenizer such as Pythia's: special tokens first, runs of spaces added last."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,13 +64,13 @@ def as_bytes(backend: Any) -> bytes:
 
 @pytest.fixture(scope="session")
 def exported(tokenizer: Tokenizer) -> JsonTokenizer:
-    return JsonTokenizer(to_json(tokenizer))
+    return JsonTokenizer(tokenizer_json(tokenizer))
 
 
 @pytest.fixture(scope="session")
 def imported(documents: tuple[str, ...]) -> JsonTokenizer:
     backend = neox_like(documents)
-    return with_special_pieces(as_bytes(backend), backend.get_vocab_size() + 10)
+    return with_special_tokens(as_bytes(backend), backend.get_vocab_size() + 10)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:12])
@@ -78,16 +86,16 @@ def test_ours_as_json_cuts_any_text_as_it_does_itself(tokenizer: Tokenizer, expo
     assert exported.encode(text) == tokenizer.encode(text)
 
 
-def test_ours_as_json_keeps_every_piece(tokenizer: Tokenizer, exported: JsonTokenizer) -> None:
-    assert exported.piece_bytes == tokenizer.piece_bytes
+def test_ours_as_json_keeps_every_token(tokenizer: Tokenizer, exported: JsonTokenizer) -> None:
+    assert exported.token_bytes == tokenizer.token_bytes
     assert (exported.vocab_size, exported.special, exported.eod) == (
         tokenizer.vocab_size, tokenizer.special, tokenizer.eod,
     )  # fmt: skip
-    assert to_json(exported) == exported.model
+    assert tokenizer_json(exported) == exported.model
 
 
-def test_there_special_pieces_are_recognised_and_a_document_begins_as_ours(tokenizer: Tokenizer) -> None:
-    backend = tokenizers.Tokenizer.from_str(to_json(tokenizer).decode())
+def test_there_special_tokens_are_recognised_and_a_document_begins_as_ours(tokenizer: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(tokenizer_json(tokenizer).decode())
     assert backend.encode("the fox").ids == [tokenizer.eod, *tokenizer.encode("the fox")]
     ids = backend.encode("<|user|> hi<|end|>", add_special_tokens=False).ids
     assert ids == [tokenizer.special["<|user|>"], *tokenizer.encode(" hi"), tokenizer.special["<|end|>"]]
@@ -110,21 +118,21 @@ def test_an_imported_tokenizer_cuts_text_as_its_own_code_does(
     assert imported.encode("a    b")[1] == backend.token_to_id("    ")
 
 
-def test_our_pieces_take_the_ids_after_an_imported_tokenizers_own(
+def test_our_tokens_take_the_ids_after_an_imported_tokenizers_own(
     documents: tuple[str, ...], imported: JsonTokenizer
 ) -> None:
     own = neox_like(documents).get_vocab_size()
     assert imported.eod == 0
-    assert [imported.special[piece] for piece in CHAT_PIECES] == list(range(own, own + 4))
+    assert [imported.special[token] for token in CHAT_TOKENS] == list(range(own, own + 4))
     assert imported.vocab_size == own + 10
     assert imported.bytes_of([0, 1, *range(own, own + 10)]) == b""
-    assert with_special_pieces(imported.model, own + 10).model == imported.model
+    assert with_special_tokens(imported.model, own + 10).model == imported.model
 
 
 @pytest.mark.parametrize("kind", ["exported", "imported"])
-def test_text_that_spells_a_special_piece_stays_text(kind: str, request: pytest.FixtureRequest) -> None:
+def test_text_that_spells_a_special_token_stays_text(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer: JsonTokenizer = request.getfixturevalue(kind)
-    text = "".join(SPECIAL_PIECES) + "<|reserved-370|><|padding|>"
+    text = "".join(SPECIAL_TOKENS) + "<|reserved-370|><|padding|>"
     ids = tokenizer.encode(text)
     assert not set(ids) & set(tokenizer.special.values())
     assert tokenizer.decode(ids) == text
@@ -132,7 +140,7 @@ def test_text_that_spells_a_special_piece_stays_text(kind: str, request: pytest.
 
 def test_a_folder_says_which_tokenizer_it_has(tokenizer: Tokenizer, imported: JsonTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / tokenizer.file_name)
-    assert type(Tokenizer.load(tmp_path)) is Tokenizer
+    assert type(Tokenizer.load(tmp_path)) is SentencePieceTokenizer
     imported.save(tmp_path / imported.file_name)
     loaded = Tokenizer.load(tmp_path)
     assert tokenizer_file(tmp_path).name == "tokenizer.json" and type(loaded) is JsonTokenizer
@@ -160,27 +168,27 @@ def test_a_tokenizer_of_another_family_is_refused_by_name(
     documents: tuple[str, ...], changes: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected):
-        with_special_pieces(as_bytes(neox_like(documents, **changes)), 400)
+        with_special_tokens(as_bytes(neox_like(documents, **changes)), 400)
 
 
 def test_what_is_no_tokenizer_or_does_not_fit_is_refused(documents: tuple[str, ...], tmp_path: Path) -> None:
     model = as_bytes(neox_like(documents))
-    with pytest.raises(InputError, match="353 pieces with ids up to 352, for a model of 300"):
-        with_special_pieces(model, 300)
+    with pytest.raises(InputError, match="353 tokens with ids up to 352, for a model of 300"):
+        with_special_tokens(model, 300)
     other = json.loads(model)
     other["model"] = {"type": "WordLevel", "vocab": {END_OF_DOCUMENT: 0, "a": 1}, "unk_token": "a"}
     other["added_tokens"] = []
     with pytest.raises(InputError, match="WordLevel"):
-        with_special_pieces(json.dumps(other).encode(), 300)
+        with_special_tokens(json.dumps(other).encode(), 300)
     (tmp_path / "tokenizer.json").write_bytes(b'{"model": 3}')
     with pytest.raises(InputError, match=r"tokenizer\.json: it is not a tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(model)
-    with pytest.raises(InputError, match="lacks our special pieces"):
+    with pytest.raises(InputError, match="lacks our special tokens"):
         Tokenizer.load(tmp_path)
 
 
 def test_without_the_package_it_is_said_how_to_get_it(exported: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"pip install 'gpt\[hf\]'"):
+    with pytest.raises(InputError, match=r"pip install 'tokenizers>=0.21'"):
         JsonTokenizer(exported.model)

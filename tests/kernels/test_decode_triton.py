@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.cache import KVCache
 from engine.config import ModelConfig
-from engine.model import GPT
+from engine.model import GPT, KVCache
 from kernels import decode_attention, flash_attention
 from kernels.attention.reference import attention_reference
 from kernels.tiles import Tile

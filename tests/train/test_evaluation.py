@@ -1,6 +1,7 @@
 """Held-out text, the cases in it, and runs measured on them."""
 
 import json
+from dataclasses import replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,25 @@ from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from tests.train.conftest import Train
 from train.data.shards import TokenShards
-from train.data.stories import AskedFacts
-from train.evaluation import Contestant, compare, evaluate, story_score, write
-from train.heldout import Case, HeldOut, encode, make_case, open_held_out
+from train.data.stories import AskedFacts, story_requests
+from train.evaluation import (
+    Case,
+    Contestant,
+    HeldOut,
+    encode,
+    evaluate,
+    make_case,
+    open_held_out,
+    story_score,
+    write,
+)
 
 CHAT = [Message("system", "Be kind."), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "Bye")]
 SAMPLING = Sampling(temperature=0.8, seed=0)
 
 
 @pytest.fixture(autouse=True)
-def measures() -> None:
+def metric_packages() -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
 
@@ -56,7 +66,7 @@ def test_a_text_without_spaces_is_halved_between_two_characters(tokenizer: Token
     assert cut == Case("狐狸", "在树林")
 
 
-def test_what_the_measures_do_not_read_is_noted(contestant: Contestant) -> None:
+def test_what_the_metrics_do_not_read_is_noted(contestant: Contestant) -> None:
     result = measure(contestant, documents=["狐狸在树林里跑"])
     assert result["tokenizers"] == {"bleu": "13a", "rouge": "default"}
     assert sum("--rouge-tokenizer" in note for note in result["notes"]) == 1
@@ -68,11 +78,11 @@ def test_what_the_measures_do_not_read_is_noted(contestant: Contestant) -> None:
 
 @pytest.mark.parametrize("measured", ["bleu", "rouge"])
 def test_no_such_tokenizer_is_said_before_texts_are_written(contestant: Contestant, measured: str) -> None:
-    def judge(cases: object, texts: object) -> list[float]:
+    def scorer(cases: object, texts: object) -> list[float]:
         raise AssertionError("too late")
 
     with pytest.raises(InputError, match="has no tokenizer 'chinese'"):
-        measure(contestant, documents=["a b c d"], judges={"late": judge}, **{f"{measured}_tokenizer": "chinese"})
+        measure(contestant, documents=["a b c d"], scorers={"late": scorer}, **{f"{measured}_tokenizer": "chinese"})
 
 
 def test_a_long_text_is_cut_to_the_context(contestant: Contestant, documents: tuple[str, ...]) -> None:
@@ -99,12 +109,12 @@ def test_conversations_that_all_exceed_the_context_are_refused(tokenizer: Tokeni
 def test_prepared_text_is_encoded_as_it_was(prepared: Path) -> None:
     held_out = open_held_out(DataConfig(source=str(prepared)), "validation", None)
     tokenizer, shards = Tokenizer.load(prepared / "tokenizer.model"), TokenShards.open(prepared, "validation")
-    documents, pieces = encode(held_out.documents, tokenizer, 32, shards.tokens // 2)
+    documents, encoded = encode(held_out.documents, tokenizer, 32, shards.tokens // 2)
     assert held_out.name == "stories, validation" and next(held_out.facts) == AskedFacts()
-    assert pieces.lengths.tolist() == shards.lengths[: len(documents)].tolist()
-    assert sum(pieces.lengths[:-1]) < shards.tokens // 2 <= sum(pieces.lengths)
+    assert encoded.lengths.tolist() == shards.lengths[: len(documents)].tolist()
+    assert sum(encoded.lengths[:-1]) < shards.tokens // 2 <= sum(encoded.lengths)
     for number in range(len(documents)):
-        assert pieces.read(number, 1, 5)[1].tolist() == shards.read(number, 1, 5)[1].tolist()
+        assert encoded.read(number, 1, 5)[1].tolist() == shards.read(number, 1, 5)[1].tolist()
 
 
 @pytest.mark.parametrize("source", ["stories-instruct", "stories-instruct:brief"])
@@ -150,18 +160,23 @@ def test_a_run_neither_wins_nor_loses_against_itself(contestant: Contestant, doc
         assert (each["ties"], each["win_rate"].value, each["p"]) == (5, 0.5, 1.0)
 
 
-def test_any_judge_may_decide(contestant: Contestant) -> None:
+def test_any_scorer_may_decide(contestant: Contestant) -> None:
     other = Contestant("b", 1, contestant.model, contestant.tokenizer, chat=False)
-    judges = {"lottery": lambda cases, texts: [float(len(case.prompt)) for case in cases]}
-    result = measure(contestant, other, documents=[CHAT[:3]] * 2, judges=judges)
+    scorers = {"lottery": lambda cases, texts: [float(len(case.prompt)) for case in cases]}
+    result = measure(contestant, other, documents=[CHAT[:3]] * 2, scorers=scorers)
     assert result["comparison"]["lottery"]["ties"] == 2
     assert "b has learnt no conversations" in result["notes"][-1]
     assert result["reference"]["lottery"].value == 2.0
 
 
-def test_wins_count_one_and_ties_a_half() -> None:
-    result = compare([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 4.0, 1.0])
-    assert (result["wins"], result["ties"], result["losses"], result["win_rate"].value) == (2, 1, 1, 0.625)
+def test_stories_are_scored_for_chat_and_base_models(gpt: GPT, tokenizer: Tokenizer) -> None:
+    model = GPT(replace(gpt.config, context=150))
+    requests = islice(story_requests("test"), 2)
+    cases = [Case([Message("user", request.text)], request.story, request.facts) for request in requests]
+    for chat in (False, True):
+        completions = Contestant("a", 1, model, tokenizer, chat).complete(cases, Sampling(0.7, seed=0), None)
+        scores = story_score(cases, [completion.text for completion in completions])
+        assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
 
 
 def test_the_loss_alone_needs_no_text_to_complete(contestant: Contestant) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,10 @@ import torch
 
 from engine.config import BudgetConfig, DataConfig, Recipe, override
 from engine.errors import InputError
-from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
-from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from tests.train.conftest import Recorder, Train
-from train.data.stories import story_requests
-from train.evaluate import score_stories
 from train.finetune import RATE, finetune, finetuning_recipe, recognise_base
 from train.loop import Outcome
 from train.tracking import read_metrics
@@ -197,11 +192,3 @@ def test_a_model_of_another_shape_is_refused_but_not_another_context(
     with pytest.raises(InputError, match="of another model: leave --set model"):
         finetune(override(recipe, "model.blocks", 3), Run(tmp_path / "deep"), cpu, Recorder())
     finetune(override(recipe, "model.context", 80), Run(tmp_path / "long"), cpu, Recorder())
-
-
-def test_stories_are_scored_for_chat_and_base_models(gpt: GPT, tokenizer: Tokenizer) -> None:
-    model = GPT(dataclasses.replace(gpt.config, context=150))
-    requests = list(islice(story_requests("test"), 2))
-    for chat in (False, True):
-        scores = score_stories(model, tokenizer, requests, Sampling(temperature=0.7, seed=0), chat=chat)
-        assert len(scores) == 2 and all(0 <= score.total <= 1 for score in scores)

@@ -210,11 +210,11 @@ def test_a_prompt_alone_is_scored_where_no_token_is_asked_for(server: Live, logp
 
 
 def test_tokens_wait_with_text_that_a_stop_string_may_take_back(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer._byte_ids[byte] for byte in b"ab"]
+    ids = [tokenizer.token_bytes.index(bytes([byte])) for byte in b"ab"]
     taken, given = Choice(tokenizer, ["abc"], "echo"), Choice(tokenizer, ["abc"], "echo")
     for choice in (taken, given):
         assert [choice.push(Step(0, each, None)) for each in ids] == [("", [], True, None)] * 2
-    assert taken.push(Step(0, tokenizer._byte_ids[ord("c")], None)) == ("", [], True, "stop")
+    assert taken.push(Step(0, tokenizer.token_bytes.index(b"c"), None)) == ("", [], True, "stop")
     text, tokens, produced, finish = given.push(None)
     assert (text, [start for start, _ in tokens], produced, finish) == ("ab", [4, 5], False, "length")
 

@@ -15,7 +15,7 @@ from train.data.encoded import Conversations
 from train.data.formats import Conversation
 from train.data.loader import IGNORE_INDEX, PackedLoader
 from train.data.sources import open_conversations
-from train.evaluate import evaluate_loss
+from train.evaluation import evaluate_loss
 from train.loop import packed_loss
 
 CONTEXT = 48

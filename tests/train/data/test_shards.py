@@ -268,18 +268,18 @@ FAILING = """
 import os
 from pathlib import Path
 from engine.errors import InputError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import SentencePieceTokenizer
 from train.data import encoding
 from train.data.shards import prepare
 from train.data.sources import open_source
 encoding.CHUNK_CHARACTERS, encoding.SMALL_CHARACTERS = 2000, 4000
-class Failing(Tokenizer):
+class Failing(SentencePieceTokenizer):
     def encode_batch(self, texts):
         if Path("bad").read_text() in texts:
             FAIL
         return super().encode_batch(texts)
 if __name__ == "__main__":
-    tokenizer = Failing.load("model")
+    tokenizer = Failing(Path("model").read_bytes())
     try:
         prepare(open_source("texts.jsonl"), tokenizer, "out", "train", workers=2, shard_tokens=1000)
     except InputError as error:

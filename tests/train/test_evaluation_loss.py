@@ -11,7 +11,7 @@ from engine.config import ModelConfig
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
 from train.data.shards import TokenShards
-from train.evaluate import evaluate_loss
+from train.evaluation import evaluate_loss
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def small_model(vocab_size: int, context: int) -> GPT:
 
 
 @pytest.mark.parametrize("context", [1024, 16])
-def test_the_loss_is_that_of_each_document_read_piece_by_piece(
+def test_the_loss_is_that_of_each_document_read_segment_by_segment(
     tokenizer: Tokenizer, shards: TokenShards, context: int
 ) -> None:
     model = small_model(tokenizer.vocab_size, context)
@@ -39,10 +39,10 @@ def test_the_loss_is_that_of_each_document_read_piece_by_piece(
         ids = torch.from_numpy(shards.document(number).astype("int64"))
         text_bytes += len(tokenizer.decode(ids.tolist()).encode())
         for start in range(0, len(ids) - 1, context):
-            piece = ids[start : start + context + 1]
-            logits = model.logits(model(piece[None, :-1]))[0].detach()
-            nats += float(F.cross_entropy(logits, piece[1:], reduction="sum"))
-            count += len(piece) - 1
+            segment = ids[start : start + context + 1]
+            logits = model.logits(model(segment[None, :-1]))[0].detach()
+            nats += float(F.cross_entropy(logits, segment[1:], reduction="sum"))
+            count += len(segment) - 1
     result = evaluate_loss(model, shards, tokenizer.byte_lengths, tokens=10**9, tokens_per_batch=100)
     assert result["tokens"] == count and result["bytes"] == text_bytes == shards.bytes
     assert result["loss"] == pytest.approx(nats / count, rel=1e-5)

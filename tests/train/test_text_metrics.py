@@ -1,4 +1,4 @@
-"""Measures against published values and closed forms."""
+"""Metrics against published values and closed forms."""
 
 import os
 import sys
@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError
-from train.measures import Estimate, bleu, bootstrap, distinct, mean, overlooked, repetition, rouge, sign_test, words
+from train.text_metrics import (
+    Estimate,
+    bleu,
+    bootstrap,
+    compare,
+    distinct,
+    mean,
+    overlooked,
+    repetition,
+    rouge,
+    sign_test,
+    words,
+)
 
 # From the tests of sacrebleu (test_bleu.py): its defaults, two references for each text.
 HYPOTHESES = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -175,6 +187,11 @@ def test_the_sign_test_is_exact(wins: int, losses: int, probability: float) -> N
 
 def test_the_sign_test_takes_thousands() -> None:
     assert 0 < sign_test(5200, 4800) < 1e-4
+
+
+def test_wins_count_one_and_ties_a_half() -> None:
+    result = compare([1.0, 2.0, 3.0, 3.0], [0.0, 2.0, 4.0, 1.0])
+    assert (result["wins"], result["ties"], result["losses"], result["win_rate"].value) == (2, 1, 1, 0.625)
 
 
 def test_an_estimate_reads_well() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from engine import runtime
 from engine.batcher import Batcher, Request
-from engine.cpu_decode import int8_addmm, int8_mm, quantise
+from engine.decoders import int8_addmm, int8_mm, quantise
 from engine.errors import InputError
 from engine.model import GPT
 from engine.sampling import Sampling

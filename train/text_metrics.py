@@ -1,9 +1,10 @@
-"""Measures of texts, and how sure of them one can be: BLEU, ROUGE, variety, bootstrap intervals, the sign test."""
+"""Metrics of texts, and how sure of them one can be: BLEU, ROUGE, variety, bootstrap intervals, the sign test."""
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ from engine.errors import InputError
 
 RESAMPLES = 1000
 ROUGE = ("rouge1", "rouge2", "rougeL")
-ROUGE_TOKENIZERS = ("default", "words")
-# What is written without spaces between words, inside a regular expression's brackets: Thai and Lao, Burmese, Khmer,
-# kana and Chinese characters.
+# The scripts that are written without spaces between words, for the brackets of a regular expression: Thai and Lao,
+# Burmese, Khmer, kana and Chinese characters.
 UNSPACED = (
     "\u0e01-\u0edf\u1000-\u109f\u1780-\u17dd\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -23,7 +23,7 @@ UNSPACED = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure and the bounds of its 95% confidence interval; None where it has no such interval."""
+    """A metric and the bounds of its 95% confidence interval; None where it has no such interval."""
 
     value: float
     low: float | None = None
@@ -39,26 +39,26 @@ def _figures(number: float, digits: int) -> str:
 
 
 def bootstrap(
-    statistics_NK: np.ndarray, measure: Callable[[np.ndarray], float], *, resamples: int = RESAMPLES, seed: int = 0
+    statistics_NK: np.ndarray, metric: Callable[[np.ndarray], float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """measure(sum of the N texts' statistics), with its percentile interval over resampled texts.
+    """metric(sum of the N texts' statistics), with its percentile interval over resampled texts.
 
     Efron, "Bootstrap methods: another look at the jackknife" (1979); for BLEU: Koehn, W04-3250.
     """
     texts = len(statistics_NK)
     drawn_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
-    low, high = np.quantile([measure(sums_K) for sums_K in drawn_RN @ statistics_NK], (0.025, 0.975))
-    return Estimate(float(measure(statistics_NK.sum(axis=0))), float(low), float(high))
+    low, high = np.quantile([metric(sums_K) for sums_K in drawn_RN @ statistics_NK], (0.025, 0.975))
+    return Estimate(float(metric(statistics_NK.sum(axis=0))), float(low), float(high))
 
 
 def mean(values: Sequence[float]) -> Estimate:
     """The mean over texts."""
-    return bootstrap(np.array(values, np.float64)[:, None], lambda sums: sums[0] / len(values))
+    return bootstrap(np.array(values, np.float64)[:, None], lambda sums: float(sums[0] / len(values)))
 
 
 def bleu_metric(tokenizer: str) -> Any:
     """sacrebleu's metric with one of its tokenizers. Raises InputError where it has none such, or cannot load it."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     if tokenizer not in BLEU.TOKENIZERS:
         raise InputError(f"BLEU has no tokenizer {tokenizer!r}; sacrebleu has {', '.join(BLEU.TOKENIZERS)}")
@@ -83,19 +83,24 @@ def bleu(texts: Sequence[str], *references: Sequence[str], tokenizer: str = "13a
     def from_sums(sums: np.ndarray) -> float:
         sys_len, ref_len, *ngrams = sums.tolist()
         correct, total = ngrams[: len(ngrams) // 2], ngrams[len(ngrams) // 2 :]
-        return metric.compute_bleu(correct, total, sys_len, ref_len, smooth_method=metric.smooth_method).score
+        return float(metric.compute_bleu(correct, total, sys_len, ref_len, smooth_method=metric.smooth_method).score)
 
     return bootstrap(statistics, from_sums), str(metric.get_signature())
 
 
-def rouge(texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "default") -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over words, by default over stemmed ones of a-z and 0-9.
-
-    Lin, W04-1013. `tokenizer` is one of ROUGE_TOKENIZERS.
-    """
+def rouge_scorer(tokenizer: str) -> Any:
+    """rouge-score's scorer: "default" compares stemmed words of a-z and 0-9, "words" those of any script."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(ROUGE, use_stemmer=True, tokenizer=AnyScript() if tokenizer == "words" else None)
+    tokenizers = {"default": None, "words": AnyScript()}
+    if tokenizer not in tokenizers:
+        raise InputError(f"ROUGE has no tokenizer {tokenizer!r}, only {' and '.join(tokenizers)}")
+    return RougeScorer(ROUGE, use_stemmer=True, tokenizer=tokenizers[tokenizer])
+
+
+def rouge(texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "default") -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over words. Lin, W04-1013."""
+    scorer = rouge_scorer(tokenizer)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {kind: [score[kind].fmeasure for score in scores] for kind in ROUGE}
 
@@ -141,22 +146,38 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Of all n-grams of words in all texts, the share that are different ones. Li et al., arXiv:1510.03055."""
+    """The share of different ones among all n-grams of words in all texts. Li et al., arXiv:1510.03055."""
     found = [ngram for text in texts for ngram in ngrams(text, n)]
     return len(set(found)) / max(len(found), 1)
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Of the n-grams of words in a text, the share that it has said before. Welleck et al., arXiv:1908.04319."""
+    """The share of a text's n-grams of words that it has said before. Welleck et al., arXiv:1908.04319."""
     found = ngrams(text, n)
     return (len(found) - len(set(found))) / max(len(found), 1)
+
+
+def summary(texts: Sequence[str], scores: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
+    """The mean scores, and how varied and how long the texts are."""
+    return {
+        **{name: mean(values) for name, values in scores.items()},
+        **{f"distinct{n}": Estimate(distinct(texts, n)) for n in (1, 2, 3)},
+        "repeated_4grams": mean([repetition(text) for text in texts]),
+        "words": mean([len(words(text)) for text in texts]),
+    }
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """How often we are better, a tie counting half, and how likely chance alone would be as uneven."""
+    signs = [(a > b) - (a < b) for a, b in zip(ours, theirs, strict=True)]
+    wins, losses = signs.count(1), signs.count(-1)
+    rate = mean([(sign + 1) / 2 for sign in signs])
+    return {"wins": wins, "ties": signs.count(0), "losses": losses, "win_rate": rate, "p": sign_test(wins, losses)}
 
 
 def sign_test(wins: int, losses: int) -> float:
     """The probability of a split at least this uneven, either way, were both sides as good. Exact; ties left out."""
     games = wins + losses
-    tail = ways = 1
-    for k in range(1, min(wins, losses) + 1):
-        ways = ways * (games - k + 1) // k
-        tail += ways
-    return min(1.0, 2 * tail / 2**games)
+    # The binomial coefficients of as few wins, or fewer: each from the one before.
+    ways = accumulate(range(1, min(wins, losses) + 1), lambda ways, k: ways * (games - k + 1) // k, initial=1)
+    return min(1.0, 2 * sum(ways) / 2**games)
