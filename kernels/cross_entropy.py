@@ -124,7 +124,7 @@ def row_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     ignore_index: int, softcap: float | None, temperature: float, want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return log p(target), log-sum-exp and entropy (empty unless wanted) of each row [N], 0 where none counts."""
+    """Return log p(target), log-sum-exp and, if wanted, the entropy of each row [N]; 0 where a row does not count."""
     log_probs, lse = _per_row(hidden), _per_row(hidden)
     entropy = _per_row(hidden if want_entropy else hidden[:0])
     rows = Rows(log_probs, lse, entropy if want_entropy else None)

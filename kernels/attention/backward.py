@@ -25,12 +25,10 @@ from kernels.jit import jit, kernel, tanh
 @kernel
 def delta_kernel(
     out_ptr, d_out_ptr,
-    d_lse_ptr, delta_ptr,  # fp32, like lse
-    cu_q_ptr,
+    d_lse_ptr, delta_ptr, cu_q_ptr,  # the first two fp32, like lse
     stride_out_batch, stride_out_token, stride_out_head,
     stride_d_out_batch, stride_d_out_token, stride_d_out_head, stride_lse_batch, stride_lse_head,
-    queries, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PACKED: tl.constexpr,
+    queries, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     # Through the softmax a score's gradient depends on its whole row: dS = P * (dP - rowsum(P * dP)). That row sum
     # equals rowsum(dO * O), because O = P V: it needs no scores, and is computed here once for all blocks. The
@@ -115,6 +113,7 @@ def dk_dv_kernel(
         head_delta_ptr = delta_ptr + lse_start + head * stride_lse_head
         q = tile.matrix(head_q_ptr, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, DESCRIPTOR)
         d_out = tile.matrix(head_d_out_ptr, queries, stride_d_out_token, BLOCK_T, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+        # As in the forward kernel, part 1 needs no mask. Where CAUSAL, masked rows come first, and none behind part 1.
         for part in tl.static_range(0 if CAUSAL or WINDOW else 1, 1 if ONE_LOOP else 3 if WINDOW else 2):
             first, last = tile.walk(part, begin, full_begin, full_end, end)
             for row in tl.range(first, last, BLOCK_T):
@@ -174,6 +173,7 @@ def dq_kernel(
     b_delta = tl.load(delta_ptr + lse_start + o_row, mask=o_row < queries, other=0.0)
     b_dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     begin, full_begin, full_end, end = tile.keys_seen(row, queries, keys, window, BLOCK_T, BLOCK_S, CAUSAL, WINDOW)
+    # As in the forward kernel, part 1 needs no mask.
     for part in tl.static_range(0 if WINDOW else 1, 3):
         first, last = tile.walk(part, begin, full_begin, full_end, end)
         for key in tl.range(first, last, BLOCK_S):
