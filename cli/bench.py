@@ -93,7 +93,7 @@ def bench_decode(
     default = ["transformers", "ours"] + (["without graphs"] if machine.device.type == "cuda" else [])
     names = chosen(only, decoding.PROVIDERS, default)
     if "transformers" in names and importlib.util.find_spec("transformers") is None:
-        print("transformers is not installed (pip install 'gpt[hf]'): there is no peer to compare with")
+        print("transformers is not installed (pip install 'transformers>=4.48'): there is no peer to compare with")
         names.remove("transformers")
     print(f"{preset}, {machine.describe()}")
     points, rows = [], []

@@ -3,21 +3,20 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
+from cli import installed
 from engine.config import PRESETS
 from engine.memory import Setup, peak_memory, step_memory
 
 GIB = 2**30
 HUB_SECONDS = 2.0
-# Room for anything at all: below that not even a tokenizer is written.
+# Below this not even a tokenizer can be written.
 LEAST_DISK = 100 * 2**20
-# Without these nothing runs; of the others, what is missing without them.
+# Nothing runs without these packages; the others have what is missing without them.
 NEEDED = ("torch", "numpy", "sentencepiece", "safetensors", "typer", "rich")
 OPTIONAL = {
     "triton": "the kernels run as plain PyTorch",
@@ -33,8 +32,7 @@ OPTIONAL = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     name: str
     found: str
     meaning: str
@@ -47,40 +45,34 @@ def findings(runs: Path) -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    if not torch.cuda.is_available():
-        if Path("/dev/nvidiactl").exists():
-            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            meaning = "install a torch whose CUDA the driver knows; until then --device cpu"
-            yield Finding("GPU", f"one is here that this torch ({built}) cannot use", meaning, "broken")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.cuda.get_device_properties(index)
+        found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, capability {device.major}.{device.minor}"
+        if (device.major, device.minor) >= (8, 0):
+            yield Finding(f"GPU {index}", found, f"bf16; {fitting(device.total_memory)}")
         else:
-            yield Finding("GPU", "none", "training runs on the CPU: gpt train nano is made for that", "note")
+            meaning = f"fp16 with loss scaling: no bf16 before 8.0; {fitting(device.total_memory)}"
+            yield Finding(f"GPU {index}", found, meaning, "note")
+    if torch.cuda.is_available():
         return
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = (properties.major, properties.minor)
-        native = capability >= (8, 0)
-        yield Finding(
-            f"GPU {index}",
-            f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {capability[0]}.{capability[1]}",
-            ("bf16; " if native else "fp16 with loss scaling: no bf16 before 8.0; ") + fitting(properties.total_memory),
-            "good" if native else "note",
-        )
+    if Path("/dev/nvidiactl").exists():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        meaning = "install a torch whose CUDA the driver knows; until then --device cpu"
+        yield Finding("GPU", f"one is here that this torch ({built}) cannot use", meaning, "broken")
+    else:
+        yield Finding("GPU", "none", "training runs on the CPU: gpt train nano is made for that", "note")
 
 
 def links() -> Iterator[Finding]:
-    """Between GPUs. NCCL goes through the host's memory where they cannot reach each other's."""
+    """Whether GPUs reach each other; where they cannot, NCCL goes through the host's memory."""
     count = torch.cuda.device_count()
     pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
-    if not pairs:
-        return
     direct = sum(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
-    all_direct = direct == len(pairs)
-    yield Finding(
-        "links",
-        f"{direct} of {len(pairs)} ordered pairs of GPUs reach each other's memory",
-        "gradients go straight from GPU to GPU" if all_direct else "gradients go through the host: expect slow steps",
-        "good" if all_direct else "note",
-    )
+    found = f"{direct} of {len(pairs)} ordered pairs of GPUs reach each other's memory"
+    if direct < len(pairs):
+        yield Finding("links", found, "gradients go through the host: expect slow steps", "note")
+    elif pairs:
+        yield Finding("links", found, "gradients go straight from GPU to GPU")
 
 
 def nccl() -> Iterator[Finding]:
@@ -96,19 +88,16 @@ def nccl() -> Iterator[Finding]:
 def kernels() -> Iterator[Finding]:
     from kernels.backend import backend, why_not_triton
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, asked = torch.cuda.is_available(), os.environ.get("GPT_KERNELS")
+    device = torch.device("cuda" if gpu else "cpu")
     chosen = backend(device)
-    if asked := os.environ.get("GPT_KERNELS"):
-        why = f"GPT_KERNELS={asked} says so"
-    elif device.type == "cpu":
-        why = "no GPU"
-    else:
+    why = f"GPT_KERNELS={asked} says so" if asked else "no GPU"
+    if gpu and not asked:
         why = why_not_triton(device) or "a probe kernel ran and gave the right answer"
-    if chosen == "triton":
-        meaning = "attention, norms and loss run in this project's kernels"
-    else:
-        meaning = "the same functions in plain PyTorch" + (": slower" if device.type == "cuda" else "")
-    yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if device.type == "cuda" and asked else "good")
+    meaning = "attention, norms and loss run in this project's kernels"
+    if chosen != "triton":
+        meaning = "the same functions in plain PyTorch" + (": slower" if gpu else "")
+    yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if gpu and asked else "good")
 
 
 def cpu() -> Iterator[Finding]:
@@ -118,10 +107,8 @@ def cpu() -> Iterator[Finding]:
     vectors, native = torch.backends.cpu.get_cpu_capability(), cpu_multiplies_bf16()
     name = device_name(Runtime(torch.device("cpu"), "fp32"))
     found = f"{name} of {os.cpu_count()} cores, {vectors}, {'bf16 units' if native else 'no bf16 units'}"
-    if native:
-        yield Finding("CPU", found, "bf16, about 3.5x as fast as fp32")
-    else:
-        yield Finding("CPU", found, "fp32 only: bf16 would be emulated, 90x slower")
+    fast = "bf16, about 3.5x as fast as fp32"
+    yield Finding("CPU", found, fast if native else "fp32 only: bf16 would be emulated, 90x slower")
 
 
 def memory() -> Iterator[Finding]:
@@ -131,7 +118,7 @@ def memory() -> Iterator[Finding]:
 
 
 def fitting(room: int, *, gpu: bool = True) -> str:
-    """Which presets train there with a whole batch at once, and which in several passes, by the estimate."""
+    """Say which presets train in so many bytes with a whole batch at once, and which in several passes."""
 
     def fits(name: str, rows: int) -> bool:
         recipe = PRESETS[name]
@@ -150,13 +137,12 @@ def disk(runs: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     recipe = PRESETS["large"]
     state = step_memory(Setup(recipe.model, recipe.optimizer.kind, 1))["optimizer step"]
-    # One more than are kept: the next is whole before the oldest goes.
+    # One more than are kept: the next checkpoint is whole before the oldest goes.
     needed = (state["weights"] + state["optimizer"]) * (recipe.loop.keep + 1)
     found = f"{free / GIB:,.0f} GiB free at {folder}"
     if not os.access(folder, os.W_OK):
-        yield Finding(
-            "disk", f"{folder} cannot be written to", "no run can be kept there: choose another --out", "broken"
-        )
+        meaning = "no run can be kept there: choose another --out"
+        yield Finding("disk", f"{folder} cannot be written to", meaning, "broken")
     elif free < LEAST_DISK:
         yield Finding("disk", found, "no run fits: make room, or choose another --out", "broken")
     else:
@@ -166,37 +152,31 @@ def disk(runs: Path) -> Iterator[Finding]:
 
 
 def hub() -> Iterator[Finding]:
-    meaning = "built-in stories, local files, and what was downloaded before"
+    failure, place = "huggingface_hub is not installed", "Hugging Face"
     try:
         from huggingface_hub import constants
 
         from train.data.hub import hub_failure
 
-        failure = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_failure(HUB_SECONDS)
         place = constants.ENDPOINT
+        failure = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_failure(HUB_SECONDS) or ""
     except ImportError:
-        failure, place = "huggingface_hub is not installed", "Hugging Face"
-    if failure is None:
-        yield Finding("hub", f"{place} answers", "data sets of the hub can be streamed")
-    else:
+        pass
+    if failure:
+        meaning = "built-in stories, local files, and what was downloaded before"
         yield Finding("hub", f"{place} is not reached: {failure.splitlines()[0]}", meaning, "note")
+    else:
+        yield Finding("hub", f"{place} answers", "data sets of the hub can be streamed")
 
 
 def packages() -> Iterator[Finding]:
-    there = {name: found for name in (*NEEDED, *OPTIONAL) if (found := _version(name))}
+    there = {name: found for name in (*NEEDED, *OPTIONAL) if (found := installed(name))}
     torch_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
     yield Finding("packages", ", ".join(f"{name} {found}" for name, found in there.items()), f"torch for {torch_for}")
     for name in (*NEEDED, *OPTIONAL):
         if name not in there:
             loss = OPTIONAL.get(name, "nothing runs without it: pip install .")
             yield Finding(name, "not installed", loss, "broken" if name in NEEDED else "note")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def compiler() -> Iterator[Finding]:

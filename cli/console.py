@@ -1,4 +1,4 @@
-"""The terminal: a live progress bar where there is one, plain lines where there is not."""
+"""What a run says: with a live progress bar on a terminal, in plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 def span(seconds: float) -> str:
-    """Seconds for a person: 0:42, 3:07, 5:12:09."""
+    """Seconds as a person writes them: 0:42, 3:07, 5:12:09."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

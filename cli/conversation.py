@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, how the next answer is drawn, what still fits. Knows no terminal."""
+"""A conversation with a model: what was said, how the next answer is drawn, and what still fits the context."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class Settings(Sampling):
             raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
 
     def changed(self, setting: str) -> "Settings":
-        """A copy with one `name=value` changed. Raises InputError for what is no setting, or out of its bounds."""
+        """A copy with one `name=value` changed. Raises InputError for an unknown name or a value out of its bounds."""
         name, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"it takes name=value, such as temperature=0.7, not {setting!r}")
@@ -46,7 +46,7 @@ class Answer(Message):
 
 
 class Conversation:
-    """With a chat model: messages in turn. With a base model: one document, which both sides lengthen in turn."""
+    """With a chat model messages in turn; with a base model one document, which both sides lengthen in turn."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, settings: Settings, *, chat: bool, notice: Callable[[str], None]
@@ -95,7 +95,7 @@ class Conversation:
 
     @property
     def answer(self) -> Answer:
-        """The last one, as far as it has come."""
+        """The last answer, as far as it has come."""
         last = self.messages[-1]
         assert isinstance(last, Answer)
         return last
@@ -109,15 +109,15 @@ class Conversation:
     def _continue(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         ends = text_ends(self.tokenizer, chat=self.chat)
         limit = self.settings.max_tokens
-        for piece in stream(self.model, self.tokenizer, [prompt], sampling, max_tokens=limit, stop_ids=ends):
-            # At every token: the listener may turn away at any.
-            self.messages[-1] = Answer("assistant", self.answer.content + piece.text, piece.finish or "stopped")
+        for chunk in stream(self.model, self.tokenizer, [prompt], sampling, max_tokens=limit, stop_ids=ends):
+            # The listener may leave at any token, so the answer so far is kept at each.
+            self.messages[-1] = Answer("assistant", self.answer.content + chunk.text, chunk.finish or "stopped")
             self.used += 1
-            yield piece.text
+            yield chunk.text
 
     def _fit(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt. What leaves no room for the answer is left out, oldest first, and `notice` is told."""
-        # Room for max_tokens, or else a quarter of the context; but half of it is for what was said.
+        """The prompt of these messages. Where they leave no room for the answer the oldest go, and `notice` is told."""
+        # The answer gets max_tokens, or else a quarter of the context, but never more than half of it.
         room = self.context - min(self.settings.max_tokens or self.context // 4, self.context // 2)
         if not self.chat:
             ids = document_prompt(self.tokenizer, "".join(message.content for message in messages))

@@ -1,30 +1,33 @@
-"""gpt data prepare, gpt data show"""
+"""gpt data prepare and show, gpt tokenizer train and show"""
 
+import contextlib
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.options import Column
+from engine.errors import InputError
 
-app = typer.Typer(help="Prepare text for training, or look at it.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from train.data.shards import TokenShards
+
+data_app = typer.Typer(help="Prepare text for training, or look at it.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=True)
 
 
-@app.command("prepare")
-def prepare(
+@data_app.command("prepare")
+def prepare_data(
     data: Annotated[str, typer.Argument(help="What to prepare; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; then usable as --data.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer's file, a run, or prepared data that has one; else it is trained.")
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer, where one is trained.")] = 28_000,
+    tokenizer: Annotated[Path | None, typer.Option(help="A file, a run or prepared data; else one is trained.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of a tokenizer that is trained.")] = 28_000,
     column: Column = None,
     documents: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
-    max_tokens: Annotated[
-        float | None, typer.Option(min=1, max=1e15, help="At most so many tokens, such as 1e9.")
-    ] = None,
+    max_tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="At most so many, such as 1e9.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")] = None,
 ) -> None:
     """Tokenize a data set into files that training maps into memory. Interrupted, the same command goes on.
@@ -42,49 +45,44 @@ def prepare(
     console.say(source.describe())
     ready = tokenizer_file(out)
     if tokenizer is not None:
-        pieces = Tokenizer.load(tokenizer)
+        chosen = Tokenizer.load(tokenizer)
     elif ready.exists():
-        pieces = Tokenizer.load(ready)
+        chosen = Tokenizer.load(ready)
     else:
         sample_bytes = SAMPLE_BYTES_PER_TOKEN * vocab_size
-        pieces = train_tokenizer(source.documents("train"), vocab_size, sample_bytes=sample_bytes, notice=console.say)
+        chosen = train_tokenizer(source.documents("train"), vocab_size, sample_bytes=sample_bytes, notice=console.say)
         out.mkdir(parents=True, exist_ok=True)
-        pieces.save(ready)
+        chosen.save(ready)
     limits = {"train": None if max_tokens is None else int(max_tokens), "validation": None}
-    try:
+    with contextlib.closing(console):
         for split, limit in limits.items():
             progress, begin, fresh = console.preparing(split), time.perf_counter(), not (out / split).exists()
-            shards = prepare(source, pieces, out, split, workers=workers, max_tokens=limit, progress=progress)
+            shards = prepare(source, chosen, out, split, workers=workers, max_tokens=limit, progress=progress)
             speed = f", {shards.bytes / 1e6 / (time.perf_counter() - begin):.1f} MB/s" if fresh else ""
-            console.say(
-                f"{split}: {shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
-                + speed
-            )
+            console.say(f"{split}: {describe(shards)}{speed}")
             if source.rows and fresh:
                 console.say(f"{split}: {source.describe_read(shards.documents)}")
-    finally:
-        console.close()
     if source.held_out_by:
         console.say(f"held out   {source.held_out_by}")
     console.say(f"use it     gpt train tiny --data {out}")
 
 
-@app.command("show")
-def show(
+def describe(shards: "TokenShards") -> str:
+    return f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
+
+
+@data_app.command("show")
+def show_data(
     data: Annotated[str, typer.Argument(help="A prepared folder, or any name that `gpt train --data` knows.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many documents to print.")] = 1,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     column: Column = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of prepared files against its checksum.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of prepared files.")] = False,
 ) -> None:
     """Show what a data set holds.
 
     Example: gpt data show stories -n 3
     """
-    from itertools import islice
-
     from engine.tokenizer import Tokenizer
     from train.data.shards import TokenShards, is_prepared
     from train.data.sources import open_source
@@ -94,16 +92,57 @@ def show(
         shards = TokenShards.open(data, split, tokenizer.fingerprint)
         if verify:
             shards.verify()
-        print(
-            f"{data}, {split}: {shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
-            + (", every checksum right" if verify else "")
-        )
-        texts: Iterator[str] = (
-            tokenizer.decode(shards.document(number).tolist()) for number in range(shards.documents)
-        )
+        print(f"{data}, {split}: {describe(shards)}{', every checksum right' if verify else ''}")
+        texts: Iterator[str] = (tokenizer.decode(shards.document(each).tolist()) for each in range(shards.documents))
     else:
         source = open_source(data, column=column)
         print(source.describe())
         texts = source.documents(split)
     for text in islice(texts, count):
         print(f"---\n{text}")
+
+
+@tokenizer_app.command("train")
+def train_new_tokenizer(
+    data: Annotated[str, typer.Option(help="What to train it on; the names that `gpt train --data` knows.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tokenizer.model"),
+    vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and special tokens counted in.")] = 4096,
+    column: Column = None,
+) -> None:
+    """Train a tokenizer on text.
+
+    Example: gpt tokenizer train --data 'stories/*.txt' --vocab-size 8000 --out tokenizer.model
+    """
+    from engine.tokenizer import train_tokenizer
+    from train.data.sources import open_source
+
+    source = open_source(data, column=column)
+    tokenizer = train_tokenizer(source.documents("train"), vocab_size, notice=print)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out)
+    print(f"{out}: a vocabulary of {tokenizer.vocab_size:,} tokens")
+
+
+@tokenizer_app.command("show")
+def show_tokenizer(
+    path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run or of prepared data.")],
+    text: Annotated[str, typer.Argument(help="Show how this text is cut.")] = "",
+) -> None:
+    """Show a tokenizer's size and special tokens, or how it cuts a text.
+
+    Example: gpt tokenizer show runs/nano "Once upon a time"
+    """
+    from engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    if not text:
+        print(f"a vocabulary of {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:16]}")
+        for name, index in tokenizer.special.items():
+            print(f"{index:>6}  {name}")
+        return
+    ids = tokenizer.encode(text)
+    if tokenizer.decode(ids) != text:
+        raise InputError("this tokenizer does not give the text back as it was")
+    for index in ids:
+        print(f"{index:>6}  {tokenizer.token_bytes[index].decode('utf-8', errors='backslashreplace')!r}")
+    print(f"{len(ids)} tokens, {len(text.encode()) / max(len(ids), 1):.2f} bytes per token")

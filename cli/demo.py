@@ -38,7 +38,7 @@ def demo(
     from cli.demo_report import read_demo, write_demo_report
 
     if out.exists() and any(out.iterdir()):
-        # Nothing is deleted that is no demo.
+        # Only a demo is deleted.
         if not overwrite or not (out / "report.md").exists():
             raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a demo")
         shutil.rmtree(out)
@@ -58,22 +58,21 @@ def demo(
 
 
 def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[str, list[str]]]:
-    """What is run, in order, by name; those of one group at the same time."""
+    """The commands by name, in groups that follow each other; those of a group run at the same time."""
     share = 0.5 if short else 1.0
     base, chat, reward = out / "base", out / "chat", out / "chat-reward"
     pairs = chat / "pairs.jsonl"
     held_out = "--set data.holdout=0.08"
-    # In bf16 a model this small is slower where a CPU has it, and elsewhere the figures would be others.
+    # A model this small is slower in bf16, and its figures would depend on whether a CPU has bf16.
     quick = f"--precision fp32 --set loop.evaluate_every=1000000 --seed {seed}"
 
     def rounds(count: int) -> str:
-        # Fresh answers teach more than a second look at the same ones. A norm's gain is near 1, a matrix's entries are
-        # not: what is a step for them is none for it.
+        # Fresh answers teach more than a second pass over the same ones. The gains of norms are near 1, and so need
+        # larger steps than the entries of matrices.
         return f"--rounds {share * count:.0f} --set alignment.passes=1 --set optimizer.norm_rate=3e-3 {quick}"
 
-    # A critic that has seen so few answers knows little: with lam below 1 the first tokens, in which the hero is named,
-    # would hear next to nothing of the score.
-    # An implicit reward falls for what neither model says, so KL is dear: at a beta of 0.06 gold falls in the end.
+    # The critic sees few answers and knows little. With lam below 1 it would keep the score from reaching the first
+    # tokens, which name the hero. Implicit rewards are wrong far from both models: at a beta of 0.06 gold falls.
     critic = "--set alignment.critic_rounds=2 --set alignment.lam=1"
     ppo = words("rlhf ppo", chat, "--reward", reward, critic)
     aligned = {
@@ -86,7 +85,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
     policies = [out / f"chat-{name}" for name in ("dpo", *aligned)]
     return [
         {"pretrain": words("train nano --out", base, f"--tokens 8e5 --set data.final_evaluation_tokens=50000 {quick}")},
-        # In steps twice as large it would not learn in this time to heed what is asked for.
+        # With twice the batch, it would not learn in this time to do what is asked for.
         {"finetune": words("finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 6e5 {quick}")},
         {
             "pairs": words(
@@ -94,7 +93,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
             )
         },
         {
-            # A head on the last hidden state would put 0.75 of the pairs of unseen prompts in gold order, this 0.93.
+            # This puts 0.93 of the pairs of unseen prompts in gold order; a head on the last hidden state 0.75.
             "reward": words("reward", chat, "--data", pairs, held_out, "--implicit --rate 1e-4 --batch 8", quick),
             "dpo": words("rlhf dpo", chat, "--data", pairs, held_out, "--beta 0.5 --rate 1e-4 --batch 8", quick),
         },
@@ -108,7 +107,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
 
 
 def words(*parts: str | Path) -> list[str]:
-    """The words of a command line; a path is one, whatever is in it."""
+    """The words of a command line. A path is one word, whatever is in it."""
     return [word for part in parts for word in ([str(part)] if isinstance(part, Path) else part.split())]
 
 

@@ -1,5 +1,6 @@
 """gpt evaluate"""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -7,51 +8,50 @@ import typer
 
 from cli.options import (
     CheckpointName,
-    Column,
-    Device,
+    ConversationColumns,
+    Machine,
     MaxTokens,
-    MessagesColumn,
-    Precision,
-    PromptColumn,
-    ResponseColumn,
     RunArgument,
     Temperature,
     TopP,
+    WandB,
 )
-from cli.training import WandB
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which texts are drawn, and how they are compared with what stands in the data."""
+
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200
+    bleu_tokenizer: Annotated[
+        str, typer.Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
+    ] = "13a"
+    rouge_tokenizer: Annotated[
+        str, typer.Option(help="rouge-score's default (stemmed words of a-z), or words: those of any script.")
+    ] = "default"
+    max_tokens: MaxTokens = None
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0
 
 
 def evaluate(
     path: RunArgument,
+    columns: ConversationColumns,
+    texts: TextOptions,
+    on: Machine,
     data: Annotated[
         str | None,
         typer.Option(help="Documents or conversations, as for gpt train and gpt finetune; else the run's own."),
     ] = None,
-    column: Column = None,
-    prompt_column: PromptColumn = None,
-    response_column: ResponseColumn = None,
-    messages_column: MessagesColumn = None,
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Read so many tokens; else as many as at the end of training.")
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200,
     reward: Annotated[
         Path | None, typer.Option(help="The run of a reward model: how does it like the answers?")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another run: which of the two completes them better?")] = None,
-    bleu_tokenizer: Annotated[
-        str, typer.Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
-    ] = "13a",
-    rouge_tokenizer: Annotated[
-        str, typer.Option(help="rouge-score's default (stemmed words of a-z), or words: those of any script.")
-    ] = "default",
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.8,
-    top_p: TopP = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
-    device: Device = "auto",
-    precision: Precision = "auto",
     which: CheckpointName = "latest",
     wandb: WandB = False,
 ) -> None:
@@ -92,17 +92,11 @@ def evaluate(
     recipe = run.read_recipe()
     source = recipe.data
     if data is not None:
-        source = DataConfig(
-            source=located(data),
-            column=column,
-            prompt_column=prompt_column,
-            response_column=response_column,
-            messages_column=messages_column,
-        )
+        source = DataConfig(located(data), **vars(columns))
     elif recipe.alignment.method in ("dpo", "ipo"):
         # Preferences are nothing to answer: what its base has learnt from is.
         source = Run(Path(str(recipe.base))).read_recipe().data
-    machine = runtime.choose(device, precision)
+    machine = runtime.choose(on.device, on.precision)
     contestants = [evaluation.Contestant.load(run, machine, which, say)]
     if against is not None:
         contestants.append(evaluation.Contestant.load(Run(against), machine, "latest", say))
@@ -112,11 +106,11 @@ def evaluate(
         contestants,
         held_out,
         tokens=tokens or recipe.data.final_evaluation_tokens,
-        count=count,
-        sampling=Sampling(temperature, top_p=top_p, seed=seed),
-        max_tokens=max_tokens,
-        bleu_tokenizer=bleu_tokenizer,
-        rouge_tokenizer=rouge_tokenizer,
+        count=texts.count,
+        sampling=Sampling(texts.temperature, top_p=texts.top_p, seed=texts.seed),
+        max_tokens=texts.max_tokens,
+        bleu_tokenizer=texts.bleu_tokenizer,
+        rouge_tokenizer=texts.rouge_tokenizer,
         scorers=scorers,
         say=say,
     )

@@ -1,18 +1,21 @@
 """Many processes for one command, under torchrun's elastic agent: a worker that dies is replaced, and all go on."""
 
 import os
+import runpy
 import sys
 
 from engine.errors import InputError
 
-# Each begins at the newest checkpoint, so that what a restart costs is what was done since.
+# Each restart begins at the newest checkpoint, and so costs no more than what was done since.
 RESTARTS = 20
-# Set for commands of many machines: a run that is there already is theirs.
+# This variable is set where many machines run the command: a run that is in the folder already is theirs.
 GO_ON = "GPT_GO_ON"
+# Workers come from a process that has imported all they need: a restart takes a second, not ten.
+PRELOADED = ["cli.main", "train.pretrain", "torch.distributed.checkpoint"]
 
 
 def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
-    """Run this process's own command in so many workers on this machine, and on others; returns the exit code."""
+    """Run this process's own command in so many workers on this machine, and on others. Returns the exit code."""
     import multiprocessing
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -27,10 +30,9 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     if nodes is not None:
         os.environ[GO_ON] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    # A store for each time that the workers meet: an old one holds the addresses of those that are gone.
+    # Each time that workers meet, they need a new store: an old one holds the addresses of those that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # Workers come from a process that has imported all they need: a restart takes a second, not ten.
-    multiprocessing.set_forkserver_preload(["cli.main", "train.pretrain", "torch.distributed.checkpoint"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     config = LaunchConfig(
         least,
         most,
@@ -38,7 +40,7 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
         run_id="gpt",
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
-        # Once there are enough machines, so many seconds for more to come. Later ones have the others start again.
+        # Once there are enough machines, more may come for so many seconds. Later ones make all start again.
         rdzv_configs={"last_call_timeout": 5},
         local_addr=None if most > 1 else "localhost",
         max_restarts=RESTARTS,
@@ -56,7 +58,7 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
 
 
 def parse_nodes(nodes: str | None) -> tuple[int, int]:
-    """MIN:MAX, or one number for both."""
+    """Read MIN:MAX, or one number for both."""
     least, _, most = (nodes or "1").partition(":")
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
         raise InputError(f"--nodes is {nodes!r}; it must be a number of machines, or MIN:MAX such as 1:4")
@@ -64,18 +66,19 @@ def parse_nodes(nodes: str | None) -> tuple[int, int]:
 
 
 def work(arguments: list[str]) -> int:
-    """One worker: the command, and its exit code. What ends by an exception the agent starts again."""
-    from cli.main import main
+    """Run the command in one worker, as `python3 -m cli` does, and return its exit code.
 
+    A worker that ends by an exception is started again by the agent.
+    """
     # Ctrl-C reaches the agent alone, who passes it on: a second one would stop at once.
     os.setsid()
     sys.argv[1:] = arguments
     try:
-        main()
+        runpy.run_module("cli", run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code > 128:
-            # Told to stop, by an agent that waits for its end and takes no answer.
+            # It was told to stop by an agent that waits for its end and takes no answer.
             sys.stdout.flush()
             os._exit(code)
         return code

@@ -2,29 +2,66 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from cli import (
+    DISTRIBUTION,
     bench,
     bench_kernels,
     chat,
     data,
     demo,
-    doctor,
     evaluate,
-    finetune,
-    generate,
-    huggingface,
-    info,
+    installed,
+    models,
     plan,
-    reward,
-    rlhf,
+    rlhf_answers,
     serve,
-    tokenizer,
     train,
 )
+from cli.options import grouped
 from engine.errors import InputError
+
+# By the panel of `gpt --help`: each command's name, function, and what it does in a line.
+COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Train": {
+        "train": (train.train, "Train a model from text"),
+        "finetune": (train.finetune, "Go on with other text, or with conversations"),
+        "reward": (train.reward, "Learn what people like from pairs of answers"),
+        "demo": (demo.demo, "From stories to aligned chat models, in minutes"),
+        "plan": (plan.plan, "What a run would take on many GPUs"),
+    },
+    "Use": {
+        "generate": (models.generate, "Let a model go on from a prompt"),
+        "chat": (chat.chat, "Talk to a model"),
+        "serve": (serve.serve, "Serve the OpenAI API and a page"),
+    },
+    "Share": {
+        "export": (models.export_run, "Write a model in Hugging Face's format"),
+        "import": (models.import_folder, "Take a pretrained GPT-NeoX or Pythia"),
+    },
+    "Look": {
+        "info": (models.info, "What a run is, and how far it has come"),
+        "doctor": (models.doctor, "What this machine has, and what that means"),
+        "settings": (models.settings, "Every setting, its default and its meaning"),
+    },
+    "Measure": {
+        "evaluate": (evaluate.evaluate, "Measure a run on text it has not seen"),
+        "bench-train": (bench.bench_train, "Time training against a plain PyTorch GPT"),
+        "bench-quality": (bench.bench_quality, "What a plain trainer reaches in the same time"),
+        "bench-attention": (bench_kernels.bench_attention, "Time attention against its peers"),
+        "bench-layernorm": (bench_kernels.bench_layernorm, "Time LayerNorm against PyTorch's"),
+        "bench-cross-entropy": (bench_kernels.bench_cross_entropy, "Time the fused last layer and loss"),
+        "bench-decode": (bench.bench_decode, "Time generation against transformers"),
+        "bench-decode-attention": (bench_kernels.bench_decode_attention, "Time attention to a cache"),
+        "bench-serving": (bench.bench_serving, "Let many clients stream from gpt serve"),
+        "bench-compile": (bench.bench_compile, "Compile every kernel, GPU or not"),
+    },
+}
 
 app = typer.Typer(
     name="gpt",
@@ -34,37 +71,51 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("train")(train.train)
-app.command("demo")(demo.demo)
-app.command("finetune")(finetune.finetune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("reward")(reward.reward)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("info")(info.info)
-app.command("doctor")(doctor.doctor)
-app.command("plan")(plan.plan)
-app.command("export")(huggingface.export_run)
-app.command("import")(huggingface.import_folder)
-app.command("bench-train")(bench.bench_train)
-app.command("bench-attention")(bench_kernels.bench_attention)
-app.command("bench-layernorm")(bench_kernels.bench_layernorm)
-app.command("bench-cross-entropy")(bench_kernels.bench_cross_entropy)
-app.command("bench-decode")(bench.bench_decode)
-app.command("bench-decode-attention")(bench_kernels.bench_decode_attention)
-app.command("bench-serving")(bench.bench_serving)
-app.command("bench-compile")(bench.bench_compile)
-app.command("bench-quality")(bench.bench_quality)
-app.add_typer(rlhf.app, name="rlhf")
-app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(data.app, name="data")
+for panel, commands in COMMANDS.items():
+    for name, (function, phrase) in commands.items():
+        app.command(name, short_help=phrase, rich_help_panel=panel)(grouped(function))
+rlhf = typer.Typer(
+    help="Align a chat model: from rewards (ppo, grpo), from preferences (dpo), or by choosing (best-of-n).",
+    no_args_is_help=True,
+)
+for function in (train.ppo, train.grpo, train.dpo, rlhf_answers.best_of_n, rlhf_answers.pairs):
+    rlhf.command(function.__name__.replace("_", "-"))(grouped(function))
+app.add_typer(rlhf, name="rlhf", short_help="Align a chat model: PPO, GRPO, DPO, best of n", rich_help_panel="Train")
+app.add_typer(data.data_app, name="data", short_help="Prepare text for training, or show it", rich_help_panel="Look")
+app.add_typer(data.tokenizer_app, name="tokenizer", short_help="Train a tokenizer, or show one", rich_help_panel="Look")
+
+
+def show_versions(wanted: bool) -> None:
+    if wanted:
+        print(", ".join(f"{each} {installed(each) or 'not installed'}" for each in (DISTRIBUTION, "torch", "triton")))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None: ...
+
+
+def protect_children() -> None:
+    """Keep child processes from importing what stands in the working directory, such as a train.py of somebody's own.
+
+    They find this project as this process does: where it is not installed, through PYTHONPATH.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parents[1])
+    # The first entry is the working directory or the folder of the script, unless Python was told to be safe already.
+    if root not in sys.path[not sys.flags.safe_path :]:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
 def main() -> None:
     main_process = os.environ.get("RANK", "0") == "0"
     if not main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
+    protect_children()
     try:
         app()
     except InputError as error:
@@ -81,7 +132,3 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

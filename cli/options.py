@@ -1,39 +1,173 @@
-"""Options that several commands share, so that they read the same everywhere."""
+"""Every option that commands share: what it means, and which setting of a recipe it sets, is declared here once.
 
+In an annotation, beside Typer's option, stand the setting's dotted name where there is one, and ON_RESUME where a run
+that goes on may be told another value. A command takes groups of options, which are dataclasses; `grouped` shows their
+fields to Typer as if they were parameters of the command.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer import Option
 
 from engine.errors import InputError
 
+ON_RESUME = object()
+
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one.")]
-Precision = Annotated[
-    str, typer.Option(help="auto, fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it.")
-]
-GenerationPrecision = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        help="auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones.",
-    ),
-]
-CheckpointName = Annotated[str, typer.Option("--checkpoint", help="latest, best, or a step.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="At most so many tokens; else up to the context.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
-TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this share.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
-SamplingSeed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
-Column = Annotated[str | None, typer.Option(help="The column that holds the text, where it is not the obvious one.")]
-PromptColumn = Annotated[str | None, typer.Option(help="The column of the requests.")]
-ResponseColumn = Annotated[str | None, typer.Option(help="The column of the answers.")]
-ChosenColumn = Annotated[str | None, typer.Option(help="The column of the better answers; chosen unless given.")]
-RejectedColumn = Annotated[str | None, typer.Option(help="The column of the worse answers; rejected unless given.")]
-MessagesColumn = Annotated[str | None, typer.Option(help="The column of whole conversations.")]
-Results = Annotated[Path, typer.Option("--out", help="Folder for the results: JSON, plots.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one."), ON_RESUME]
+Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is bf16 where that is fast."), "precision"]
+FAST = "auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones."
+GenerationPrecision = Annotated[str, Option("--precision", help=FAST)]
+CheckpointName = Annotated[str, Option("--checkpoint", help="latest, best, or a step.")]
+MaxTokens = Annotated[int | None, Option(min=1, help="At most so many tokens; else up to the context.")]
+Temperature = Annotated[float, Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, Option(help="Choose among the likeliest tokens that hold this share.")]
+Column = Annotated[str | None, Option(help="The column of the text, if not the obvious one."), "data.column"]
+PromptColumn = Annotated[str | None, Option(help="The column of the requests."), "data.prompt_column"]
+Batch = Annotated[int | None, Option(help="Rows of one context in a step."), "loop.batch"]
+Tokens = Annotated[float | None, Option(help="Train on so many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
+Setting = Annotated[list[str] | None, Option("--set", help="Any of gpt settings, as model.blocks=6. Repeatable.")]
+WandB = Annotated[bool, Option("--wandb", help="Also record to Weights & Biases, offline without a login."), ON_RESUME]
+Results = Annotated[Path, Option("--out", help="Folder for the results: JSON, plots.")]
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: Device = "auto"
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which checkpoint of a run writes texts, and on what."""
+
+    device: Device = "auto"
+    precision: GenerationPrecision = "auto"
+    checkpoint: CheckpointName = "latest"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a text is drawn. The fields are those of cli.conversation.Settings."""
+
+    max_tokens: MaxTokens = None
+    temperature: Temperature = 0.8
+    top_k: Annotated[int | None, Option(help="Choose among the k likeliest tokens.")] = None
+    top_p: TopP = 0.95
+    min_p: Annotated[float, Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0
+    repetition_penalty: Annotated[float, Option(help="Above 1: repeat less.")] = 1.0
+    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None
+
+
+@dataclass(frozen=True)
+class ConversationColumns:
+    prompt_column: PromptColumn = None
+    response_column: Annotated[str | None, Option(help="The column of the answers."), "data.response_column"] = None
+    messages_column: Annotated[str | None, Option(help="The column of conversations."), "data.messages_column"] = None
+    column: Column = None
+
+
+@dataclass(frozen=True)
+class PreferenceColumns:
+    prompt_column: PromptColumn = None
+    chosen_column: Annotated[str | None, Option(help="The column of better answers."), "data.chosen_column"] = None
+    rejected_column: Annotated[str | None, Option(help="The column of worse answers."), "data.rejected_column"] = None
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train: at most one of them is given."""
+
+    steps: Annotated[int | None, Option(help="Train for so many steps."), "budget.steps", ON_RESUME] = None
+    tokens: Tokens = None
+    epochs: Annotated[float | None, Option(help="Read the data so many times."), "budget.epochs", ON_RESUME] = None
+    minutes: Annotated[float | None, Option(help="Train for so long, all in all."), "budget.minutes", ON_RESUME] = None
+
+
+@dataclass(frozen=True)
+class Sharding:
+    shard: Annotated[bool, Option("--shard", help="Each GPU holds a share of it."), "loop.shard", ON_RESUME] = False
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Machine):
+    """What all commands take that train."""
+
+    out: Annotated[Path | None, Option(help="Folder of the run."), ON_RESUME] = None
+    data: Annotated[str | None, Option(help="What to learn from.")] = None
+    seed: Annotated[int | None, Option(help="Seed of all that is drawn at random."), "loop.seed"] = None
+    setting: Setting = None
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint."), ON_RESUME] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder first.")] = False
+    wandb: WandB = False
+    gpus: Annotated[int | None, Option(min=1, help="Train on so many GPUs, or CPU processes."), ON_RESUME] = None
+    nodes: Annotated[str | None, Option(help="Machines, or MIN:MAX that may come and go."), ON_RESUME] = None
+    rendezvous: Annotated[str | None, Option(help="Where machines meet: the same HOST:PORT."), ON_RESUME] = None
+
+
+@dataclass(frozen=True)
+class DerivedOptions(TrainingOptions):
+    """What those take whose run begins with the weights of another."""
+
+    checkpoint: CheckpointName = "latest"
+
+
+def folder(default: str) -> Any:
+    """The option --out of a command, with the folder that it has by default."""
+    return Option(help=f"Folder of the run; {default} unless given.")
+
+
+def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The values of a group that differ from their defaults, and what stands beside Typer's option."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value not in ([], field.default):
+            yield value, hints[field.name].__metadata__
+
+
+def given_settings(options: Any) -> dict[str, Any]:
+    """The settings that were asked for by options of their own, by dotted name."""
+    return {mark: value for value, marks in given(options) for mark in marks if isinstance(mark, str)}
+
+
+def refuse_changes(options: Any) -> None:
+    """Raise InputError where an option is given that a run which goes on cannot be told anew."""
+    if any(ON_RESUME not in marks for _, marks in given(options)):
+        but = "; only --steps, --tokens, --epochs or --minutes may change" if isinstance(options, Length) else ""
+        raise InputError(f"--resume goes on with the run's own recipe{but}")
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer see the fields of each group that a command takes, a class's own before those that it inherits."""
+    keyword, parameters, groups = inspect.Parameter.KEYWORD_ONLY, {}, {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = parameter.annotation
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            parameters[name] = parameter.replace(kind=keyword)
+            continue
+        hints = get_type_hints(kind, include_extras=True)
+        names = dict.fromkeys(field for each in inspect.getmro(kind) for field in inspect.get_annotations(each))
+        groups[name] = kind, names
+        for field in names:
+            default = getattr(kind, field)
+            parameters[field] = inspect.Parameter(field, keyword, default=default, annotation=hints[field])
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        built = {name: kind(**{field: values.pop(field) for field in names}) for name, (kind, names) in groups.items()}
+        command(**built, **values)
+
+    flat.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    flat.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return flat
 
 
 def integers(option: str, text: str) -> list[int]:

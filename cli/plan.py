@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import training
-from cli.options import Precision
+from cli.options import Batch, Precision, Setting, Tokens
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="In how many machines.")] = 1,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
     shard: Annotated[bool, typer.Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
-    batch: training.Batch = None,
+    batch: Batch = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in a row.")] = None,
-    tokens: training.Tokens = None,
+    tokens: Tokens = None,
     precision: Precision = "auto",
     price: Annotated[float | None, typer.Option(min=0, help="US dollars for a GPU and an hour.")] = None,
-    setting: training.Setting = None,
+    setting: Setting = None,
     results: Annotated[Path, typer.Option(help="Measured rates, where there are any.")] = Path("bench/results"),
 ) -> None:
     """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
@@ -39,8 +39,8 @@ def plan(
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
     if gpu not in (*planning.MACHINES, "cpu"):
         raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(planning.MACHINES)}, cpu")
-    values: dict[str, object] = {"loop.batch": batch, "model.context": context, "precision": precision}
-    recipe = training.adjust(config.preset(preset), {"tokens": tokens}, values, setting)
+    values = {"budget.tokens": tokens, "loop.batch": batch, "model.context": context, "precision": precision}
+    recipe = training.adjust(config.preset(preset), values, setting)
     notice = ""
     if rest := recipe.loop.batch % gpus:
         if batch is not None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import CheckpointName, Device, Precision, PromptColumn, RunArgument, Temperature
+from cli.options import CheckpointName, Device, Machine, Precision, PromptColumn, RunArgument, Temperature
 from cli.training import located
 from engine.errors import InputError
 
@@ -125,6 +125,7 @@ def best_of_n(
 
 def pairs(
     run: RunArgument,
+    on: Machine,
     out: Annotated[Path | None, typer.Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
     data: Prompts = None,
     prompt_column: PromptColumn = None,
@@ -136,8 +137,6 @@ def pairs(
     temperature: Temperature = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
     checkpoint: CheckpointName = "latest",
-    device: Device = "auto",
-    precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Draw answers from a chat model and let a judge, who sometimes errs, say which of two is better.
@@ -158,7 +157,7 @@ def pairs(
     from rlhf.reward_model import open_reward
     from rlhf.sampled_pairs import sample_pairs
 
-    base, machine, console = Run(run), runtime.choose(device, precision), Console()
+    base, machine, console = Run(run), runtime.choose(on.device, on.precision), Console()
     path = out or base.path / "pairs.jsonl"
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")

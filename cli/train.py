@@ -1,50 +1,46 @@
-"""gpt train"""
+"""gpt train, finetune, reward, and rlhf ppo, grpo and dpo: all that changes weights."""
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
-from cli import training
-from cli.options import Column, Device, Precision
+from cli import options, rlhf_answers, training
+from cli.options import ON_RESUME, RunArgument, folder
 from engine.errors import InputError
 
-Preset = Annotated[
-    str | None, typer.Argument(help="nano (1.8M parameters), tiny (24M) or large (360M).", show_default=False)
-]
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
+    from engine.config import Recipe
+    from engine.run import Run
+
+PRESET = "nano (1.8M parameters), tiny (24M) or large (360M)."
+TEXT = "stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
+CONVERSATIONS = (
+    "Conversations: stories-instruct (unless told else), stories-instruct:brief, dolly, alpaca, oasst1, smoltalk, "
+    "smol-smoltalk, ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or documents, as for gpt "
+    "train."
+)
+PREFERENCES = (
+    "Preferences: stories-preferences (unless told else), hh-rlhf, ultrafeedback_binarized, a Hub data set owner/name "
+    "or a file, such as `gpt rlhf pairs` writes: columns chosen and rejected, and prompt where these do not hold it."
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions(options.Length, options.Sharding, options.TrainingOptions):
+    out: Annotated[Path | None, folder("runs/PRESET"), ON_RESUME] = None
+    data: Annotated[str | None, Option(help=TEXT)] = None
+    column: options.Column = None
+    stream: Annotated[bool, Option("--stream", help="Tokenize while training, not before."), "data.stream"] = False
+    verify: Annotated[bool, Option("--verify", help="First check prepared data, every byte."), ON_RESUME] = False
 
 
 def train(
-    preset: Preset = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/PRESET unless given.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
-        ),
-    ] = None,
-    column: Column = None,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read and tokenize while training, instead of preparing all data first.")
-    ] = False,
-    steps: training.Steps = None,
-    tokens: training.Tokens = None,
-    epochs: training.Epochs = None,
-    minutes: training.Minutes = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and order of the data.")] = None,
-    setting: training.Setting = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="First check every byte of prepared data against its checksum.")
-    ] = False,
-    resume: training.Resume = False,
-    overwrite: training.Overwrite = False,
-    wandb: training.WandB = False,
-    gpus: training.Gpus = None,
-    shard: training.Shard = False,
-    nodes: training.Nodes = None,
-    rendezvous: training.Rendezvous = None,
+    asked: TrainOptions, preset: Annotated[str | None, typer.Argument(help=PRESET, show_default=False)] = None
 ) -> None:
     """Train a model from text.
 
@@ -54,52 +50,193 @@ def train(
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on from there.
     """
-    training.distribute(gpus, nodes, rendezvous)
+    training.distribute(asked)
     from engine import config
     from engine.run import Run
     from train.data.shards import TokenShards, is_prepared
     from train.data.sources import open_source
     from train.pretrain import SPLITS_USED, pretrain
 
-    if preset is None and not (resume and out):
+    if preset is None and not (asked.resume and asked.out):
         raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
-    run = Run(out or Path("runs") / str(preset))
-    if resume:
-        training.refuse_changes(data, column, stream, seed, setting, overwrite, precision)
-    recipe = training.resumed(run, None, training.PRETRAINED) if resume else config.preset(str(preset))
+    run = Run(asked.out or Path("runs") / str(preset))
+    recipe = training.resumed(run, training.PRETRAINED, asked) if asked.resume else config.preset(str(preset))
     if preset not in (None, recipe.name):
         raise InputError(
             f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
             f"{training.go_on_with(run, recipe)}, or leave --resume and choose another --out"
         )
-    if data is not None:
-        recipe = config.override(recipe, "data.source", training.located(data))
-        # Asked for by name, nothing else will do.
+    if asked.data is not None:
+        recipe = config.override(recipe, "data.source", training.located(asked.data))
+        # Where data was asked for by name, nothing else will do.
         recipe = config.override(recipe, "data.fallback", None)
-    recipe = training.adjust(
-        recipe,
-        {"steps": steps, "tokens": tokens, "epochs": epochs, "minutes": minutes},
-        {
-            "data.column": column,
-            "data.stream": stream or None,
-            "loop.seed": seed,
-            "loop.shard": shard or None,
-            "precision": precision,
-        },
-        setting,
-    )
+    recipe = training.adjust(recipe, options.given_settings(asked), asked.setting)
 
-    if verify:
-        folder = next((each for each in (Path(recipe.data.source), run.data) if is_prepared(each)), None)
-        if folder is None:
+    if asked.verify:
+        prepared = next((each for each in (Path(recipe.data.source), run.data) if is_prepared(each)), None)
+        if prepared is None:
             raise InputError(f"--verify checks prepared data, and {recipe.data.source} is not: gpt data prepare --help")
         for split in SPLITS_USED:
-            TokenShards.open(folder, split).verify()
-            typer.echo(f"{folder}, {split}: every checksum right")
+            TokenShards.open(prepared, split).verify()
+            typer.echo(f"{prepared}, {split}: every checksum right")
 
     def check() -> None:
         if not is_prepared(recipe.data.source):
             open_source(recipe.data.source, column=recipe.data.column, limit=recipe.data.documents)
 
-    command = f"gpt train {recipe.name}"
-    training.start(pretrain, recipe, run, device, command, check=check, resume=resume, overwrite=overwrite, wandb=wandb)
+    training.start(pretrain, recipe, run, asked, f"gpt train {recipe.name}", check)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(options.ConversationColumns, options.Length, options.Sharding, options.DerivedOptions):
+    out: Annotated[Path | None, folder("RUN-chat or RUN-tuned"), ON_RESUME] = None
+    data: Annotated[str | None, Option(help=CONVERSATIONS)] = None
+    batch: options.Batch = None
+    rate: Annotated[float | None, Option(help="Learning rates, as a share of pretraining's.")] = None
+
+
+def finetune(run: RunArgument, asked: FinetuneOptions) -> None:
+    """Finetune a run: to a chat model with conversations, or to other text with documents. One epoch unless told else.
+
+    Example: gpt finetune runs/nano
+
+    Example: gpt finetune runs/tiny --data dolly --epochs 3 --out runs/tiny-dolly
+
+    Example: gpt finetune runs/tiny --data chats.jsonl --prompt-column ask --response-column reply
+    """
+    training.distribute(asked)
+    from train.data.sources import STORIES_INSTRUCT
+    from train.finetune import finetune, finetuning_recipe
+
+    def make(base: "Run", checkpoint: "Checkpoint") -> "Recipe":
+        return finetuning_recipe(base, checkpoint, training.data_config(asked, STORIES_INSTRUCT), asked.rate)
+
+    recipe, target = training.begin_with(run, "chat", asked, training.FINETUNED, make)
+    typer.echo(f"{run} is finetuned into {target.path}")
+    training.start(finetune, recipe, target, asked, f"gpt finetune {run}")
+
+
+@dataclass(frozen=True)
+class RewardOptions(options.PreferenceColumns, options.Length, options.Sharding, options.DerivedOptions):
+    out: Annotated[Path | None, folder("RUN-reward"), ON_RESUME] = None
+    data: Annotated[str | None, Option(help=PREFERENCES)] = None
+    batch: options.Batch = None
+    rate: Annotated[float | None, Option(help="Learning rate at its highest; 5e-4, or 1e-4 if implicit.")] = None
+    implicit: Annotated[bool, Option("--implicit", help="Score by how much likelier an answer has become.")] = False
+    margin: Annotated[float | None, Option(help="By how much the chosen answer has to win."), "reward.margin"] = None
+
+
+def reward(run: RunArgument, asked: RewardOptions) -> None:
+    """Train a reward model, which scores answers as people would, from a chat model. One epoch unless told else.
+
+    Example: gpt reward runs/nano-chat
+
+    Example: gpt reward runs/tiny-chat --data ultrafeedback_binarized --set model.context=1024 --minutes 30
+
+    Its rewards are scaled such that the chat model's own answers have mean 0 and standard deviation 1.
+    """
+    training.distribute(asked)
+    from rlhf.preferences import STORIES_PREFERENCES
+    from rlhf.reward_model import reward_recipe, train_reward
+
+    def make(base: "Run", checkpoint: "Checkpoint") -> "Recipe":
+        data = training.data_config(asked, STORIES_PREFERENCES)
+        return reward_recipe(base, checkpoint, data, asked.rate, implicit=asked.implicit)
+
+    recipe, target = training.begin_with(run, "reward", asked, training.REWARD_MODEL, make)
+    typer.echo(f"{target.path} learns to score what {run} may say")
+    training.start(train_reward, recipe, target, asked, f"gpt reward {run}")
+
+
+@dataclass(frozen=True)
+class AlignmentOptions(options.DerivedOptions):
+    beta: Annotated[float | None, Option(help="The price of KL: higher stays closer to RUN."), "alignment.beta"] = None
+    rate: Annotated[float | None, Option(help="Learning rate at the start; it falls to 0.")] = None
+
+
+@dataclass(frozen=True)
+class OnPolicyOptions(AlignmentOptions):
+    reward: rlhf_answers.Reward = None
+    data: rlhf_answers.Prompts = None
+    prompt_column: options.PromptColumn = None
+    rounds: Annotated[int | None, Option(min=1, help="Rollouts of alignment.answers answers; 40 unless given.")] = None
+    batch: Annotated[int | None, Option(min=1, help="Answers in a step; 32 unless given.")] = None
+
+
+@dataclass(frozen=True)
+class PPOOptions(OnPolicyOptions):
+    out: Annotated[Path | None, folder("RUN-ppo"), ON_RESUME] = None
+    kl_target: Annotated[float | None, Option(help="Steer beta to this KL, in nats."), "alignment.kl_target"] = None
+
+
+def ppo(run: RunArgument, asked: PPOOptions) -> None:
+    """Proximal policy optimisation: answers are drawn and scored, a critic says which token earned what.
+
+    Example: gpt rlhf ppo runs/nano-chat --reward runs/nano-chat-reward
+
+    Example: gpt rlhf ppo runs/nano-chat --reward program --rounds 20 --set alignment.answers=64
+    """
+    _align("ppo", run, asked)
+
+
+@dataclass(frozen=True)
+class GRPOOptions(OnPolicyOptions):
+    out: Annotated[Path | None, folder("RUN-grpo"), ON_RESUME] = None
+    group: Annotated[int | None, Option(help="Answers to each prompt; 8 unless given."), "alignment.group"] = None
+
+
+def grpo(run: RunArgument, asked: GRPOOptions) -> None:
+    """Group relative policy optimisation: answers to the same prompt are compared with one another, without a critic.
+
+    Example: gpt rlhf grpo runs/nano-chat --reward runs/nano-chat-reward
+    """
+    _align("grpo", run, asked)
+
+
+@dataclass(frozen=True)
+class DPOOptions(options.PreferenceColumns, options.Length, AlignmentOptions):
+    out: Annotated[Path | None, folder("RUN-dpo, or RUN-ipo,"), ON_RESUME] = None
+    data: Annotated[str | None, Option(help=PREFERENCES)] = None
+    batch: options.Batch = None
+    ipo: Annotated[bool, Option("--ipo", help="Use IPO's loss, which does not overfit to sure pairs."), ON_RESUME] = (
+        False
+    )
+    label_smoothing: Annotated[
+        float | None, Option(help="The share of preferences that may be wrong."), "alignment.label_smoothing"
+    ] = None
+
+
+def dpo(run: RunArgument, asked: DPOOptions) -> None:
+    """Direct preference optimisation: from pairs of answers, without a reward model. One epoch unless told else.
+
+    Example: gpt rlhf dpo runs/nano-chat --data runs/nano-chat/pairs.jsonl
+
+    Example: gpt rlhf dpo runs/tiny-chat --data ultrafeedback_binarized --set model.context=1024 --ipo
+    """
+    _align("ipo" if asked.ipo else "dpo", run, asked)
+
+
+def _align(method: Any, run: Path, asked: OnPolicyOptions | DPOOptions) -> None:
+    training.distribute(asked)
+    from engine.config import AlignmentConfig
+    from rlhf.align import align, alignment_recipe, check_reward
+    from rlhf.preferences import STORIES_PREFERENCES
+
+    def make(base: "Run", checkpoint: "Checkpoint") -> "Recipe":
+        # These settings decide how many steps make a round, so they come before the rest of the recipe.
+        alignment = AlignmentConfig(method=method)
+        sizes = {}
+        if isinstance(asked, OnPolicyOptions):
+            alignment = dataclasses.replace(alignment, reward=rlhf_answers.named_reward(run, asked.reward))
+            data = rlhf_answers.prompt_data(base, asked.data, asked.prompt_column)
+            sizes = {name: value for name in ("rounds", "batch") if (value := getattr(asked, name)) is not None}
+        else:
+            data = training.data_config(asked, STORIES_PREFERENCES)
+        alignment = training.adjust_group(alignment, "alignment.", options.given_settings(asked), asked.setting)
+        return alignment_recipe(base, checkpoint, data, alignment, rate=asked.rate, **sizes)
+
+    recipe, target = training.begin_with(run, method, asked, f"a run of {method}", make)
+    typer.echo(f"{run} is aligned into {target.path} by {method}")
+    named = "dpo" if isinstance(asked, DPOOptions) else method
+    command = f"gpt rlhf {named} {run}{' --ipo' * (method == 'ipo')}"
+    training.start(align, recipe, target, asked, command, lambda: check_reward(recipe))

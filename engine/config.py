@@ -1,12 +1,16 @@
-"""What a run is made of: frozen dataclasses, the three presets, and typed overrides (`--set model.blocks=6`)."""
+"""What a run is made of: frozen dataclasses, the three presets, and typed overrides (`--set model.blocks=6`).
+
+Each setting stands here with its type, its bound, the sentence that `gpt settings` shows, and its default.
+"""
 
 import dataclasses
 import math
-import types
+import operator
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from engine.errors import InputError
 
@@ -16,35 +20,59 @@ IMPORTED = "imported"
 PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
 
 
-def _require(config: Any, group: str, names: tuple[str, ...], good: Callable[[Any], bool], expected: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not good(value):
-            raise InputError(f"{group}.{name} is {value}; it must be {expected}")
+COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+# A type with bounds: where a value is not None, all of them hold.
+Count = Annotated[int, "at least 1"]
+Whole = Annotated[int, "at least 0"]
+Weight = Annotated[float, "at least 0"]
+Positive = Annotated[float, "above 0"]
+Share = Annotated[float, "at least 0 and at most 1"]
+Decay = Annotated[float, "at least 0 and below 1"]
+FINITE = "above 0 and below inf"
+
+
+def _annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
+    """Of each field of a dataclass the type, and what it is annotated with: bounds, and last a sentence."""
+
+    def marks(hint: Any) -> list[str]:
+        own = list(getattr(hint, "__metadata__", ()))
+        return [mark for part in typing.get_args(hint)[: 1 if own else None] for mark in marks(part)] + own
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: (hint, marks(hints[name])) for name, hint in typing.get_type_hints(kind).items()}
+
+
+class Settings:
+    """A group of settings, which holds its values to their bounds."""
+
+    def __post_init__(self) -> None:
+        for name, (_, (*bounds, _)) in _annotations(type(self)).items():
+            value = getattr(self, name)
+            for bound in bounds if value is not None else ():
+                limits = re.findall(r"(at least|above|at most|below) (\S+)", bound)
+                if not all(COMPARISONS[how](value, float(limit)) for how, limit in limits):
+                    group = type(self).__name__.removesuffix("Config").lower()
+                    raise InputError(f"{group}.{name} is {value}; it must be {bound}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the decoder. `vocab_size` is a wish until a tokenizer is trained, then what the text supported."""
+class ModelConfig(Settings):
+    """The shape of the decoder."""
 
-    vocab_size: int
-    width: int
-    blocks: int
-    heads: int
-    context: int
-    rotary_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    # What GPT-NeoX and Pythia do otherwise. The share is that of each head's dimensions which tell positions apart.
-    rotary_share: float = 1.0
-    parallel_residual: bool = False
-    biases: bool = False
-    # A reward model's: one number a token, instead of a score for every piece.
-    scalar_head: bool = False
+    vocab_size: Annotated[Count, "Tokens in the vocabulary: at most so many, until a tokenizer is trained."]
+    width: Annotated[Count, "Numbers that stand for a token between two blocks."]
+    blocks: Annotated[Count, "Blocks of attention and MLP, one after another."]
+    heads: Annotated[Count, "Attention heads of a block."]
+    context: Annotated[Count, "Tokens that the model sees at once."]
+    rotary_base: Annotated[Positive, "The base of the rotary positions."] = 10_000.0
+    norm_eps: Annotated[Positive, "What LayerNorm adds to the variance."] = 1e-5
+    rotary_share: Annotated[Share, "The share of each head's dimensions that rotate; below 1 in Pythia."] = 1.0
+    parallel_residual: Annotated[bool, "Attention and MLP read the same sum, as in GPT-NeoX and Pythia."] = False
+    biases: Annotated[bool, "Linear layers add biases, as in GPT-NeoX and Pythia."] = False
+    scalar_head: Annotated[bool, "The head gives one number a token, which is a reward, instead of logits."] = False
 
     def __post_init__(self) -> None:
-        _require(self, "model", ("vocab_size", "width", "blocks", "heads", "context"), lambda n: n >= 1, "at least 1")
-        _require(self, "model", ("rotary_base", "norm_eps"), lambda x: x > 0, "above 0")
-        _require(self, "model", ("rotary_share",), lambda share: 0 < share <= 1, "above 0 and at most 1")
+        super().__post_init__()
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise InputError(
                 f"model.width {self.width} does not divide into {self.heads} heads of an even size; "
@@ -90,89 +118,66 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from. See train/data/sources.py for the names that `source` knows."""
+class DataConfig(Settings):
+    """Where the text comes from."""
 
-    source: str = "stories"
-    # Used, with a notice, where the Hub cannot be reached and the source was not asked for by name.
-    fallback: str | None = None
-    column: str | None = None
-    # Of conversations, where they are not the obvious ones.
-    prompt_column: str | None = None
-    response_column: str | None = None
-    messages_column: str | None = None
-    # Of preferences: the answers that were liked better and worse; None are the columns chosen and rejected.
-    chosen_column: str | None = None
-    rejected_column: str | None = None
-    # Read and tokenize while training, in the order of the data, and prepare nothing but what is held out.
-    stream: bool = False
-    # A run, or a file, to take the tokenizer from where the data has none yet; None trains one.
-    tokenizer: str | None = None
-    # How many documents at most; None is all. The built-in stories never end, so they need a number.
-    documents: int | None = None
-    # How many tokens to prepare at most; None is as many as the budget can use.
-    tokens: int | None = None
-    # The share held out for validation where the source has no validation split of its own.
-    holdout: float = 0.02
-    # How many validation tokens an evaluation reads, at most: during the run, and once at its end.
-    evaluation_tokens: int = 50_000
-    final_evaluation_tokens: int = 500_000
+    source: Annotated[str, "A name that --data knows (train/data/sources.py), or a path."] = "stories"
+    fallback: Annotated[str | None, "What is read, with a notice, where the Hub cannot be reached."] = None
+    column: Annotated[str | None, "The column of documents; none finds the obvious one."] = None
+    prompt_column: Annotated[str | None, "The column of requests; none finds the obvious one."] = None
+    response_column: Annotated[str | None, "The column of answers; none finds the obvious one."] = None
+    messages_column: Annotated[str | None, "The column of whole conversations; none finds the obvious one."] = None
+    chosen_column: Annotated[str | None, "The column of answers that were liked better; none is chosen."] = None
+    rejected_column: Annotated[str | None, "The column of answers that were liked worse; none is rejected."] = None
+    stream: Annotated[bool, "Read and tokenize while training; only what is held out is prepared."] = False
+    tokenizer: Annotated[str | None, "A run or file with the tokenizer for data without one; none trains one."] = None
+    documents: Annotated[Count | None, "Read at most so many documents; the built-in stories never end."] = None
+    tokens: Annotated[Count | None, "Prepare at most so many tokens; none is what the budget can use."] = None
+    holdout: Annotated[float, "above 0 and below 1", "The share held out where there is no validation split."] = 0.02
+    evaluation_tokens: Annotated[Count, "An evaluation during the run reads at most so many tokens."] = 50_000
+    final_evaluation_tokens: Annotated[Count, "The evaluation at the end reads at most so many tokens."] = 500_000
 
     def __post_init__(self) -> None:
         if self.messages_column and (self.prompt_column or self.response_column):
             raise InputError("name --prompt-column and --response-column together, or --messages-column alone")
-        _require(self, "data", ("holdout",), lambda share: 0 < share < 1, "between 0 and 1")
-        counts = ("documents", "tokens", "evaluation_tokens", "final_evaluation_tokens")
-        _require(self, "data", counts, lambda n: n >= 1, "at least 1")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW for embedding, head and norms; Muon (or AdamW too) for the matrices inside the blocks."""
 
-    kind: Literal["muon", "adamw"] = "muon"
-    embedding_rate: float = 0.01
-    head_rate: float = 0.003
-    norm_rate: float = 0.003
-    matrix_rate: float = 0.02
-    # Of all of PPO's critic: it has to learn sooner than the policy that it judges.
-    critic_rate: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-10
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        rates = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate", "critic_rate", "weight_decay")
-        _require(self, "optimizer", rates, lambda x: x >= 0, "at least 0")
-        _require(self, "optimizer", ("beta1", "beta2"), lambda x: 0 <= x < 1, "at least 0 and below 1")
-        _require(self, "optimizer", ("clip", "eps"), lambda x: x > 0, "above 0")
+    kind: Annotated[Literal["muon", "adamw"], "What learns the matrices inside the blocks."] = "muon"
+    embedding_rate: Annotated[Weight, "Learning rate of the embedding at its highest."] = 0.01
+    head_rate: Annotated[Weight, "Learning rate of the head at its highest."] = 0.003
+    norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
+    matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
+    critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
+    beta1: Annotated[Decay, "AdamW's decay of the mean of gradients."] = 0.9
+    beta2: Annotated[Decay, "AdamW's decay of the mean of squared gradients."] = 0.95
+    eps: Annotated[Positive, "What AdamW adds to the denominator."] = 1e-10
+    weight_decay: Annotated[Weight, "Decoupled weight decay of matrices."] = 0.1
+    clip: Annotated[Positive, "The norm that gradients are clipped to."] = 1.0
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run, as shares of it: rise for `warmup`, then fall to `floor` of the peak."""
+class ScheduleConfig(Settings):
+    """The learning rate over the run: it rises to its peak, and falls to `floor` of it."""
 
-    shape: Literal["cosine", "wsd"] = "wsd"
-    warmup: float = 0.02
-    # Only for wsd (warm up, stay, decay): the share at the end over which the rate falls, in a straight line.
-    decay: float = 0.7
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.warmup < 1 and 0 <= self.decay <= 1 and 0 <= self.floor <= 1):
-            raise InputError("schedule.warmup, schedule.decay and schedule.floor are shares: between 0 and 1")
+    shape: Annotated[Literal["cosine", "wsd"], "wsd stays at the peak between warm-up and decay."] = "wsd"
+    warmup: Annotated[Decay, "The share of the run in which the rate rises."] = 0.02
+    decay: Annotated[Share, "The share of the run, at its end, in which wsd falls in a straight line."] = 0.7
+    floor: Annotated[Share, "The share of the peak that is left at the end."] = 0.0
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Settings):
     """How long to train. Exactly one is set."""
 
-    steps: int | None = None
-    tokens: int | None = None
-    epochs: float | None = None
-    minutes: float | None = None
+    steps: Annotated[int | None, FINITE, "Steps of the optimizer."] = None
+    tokens: Annotated[int | None, FINITE, "Tokens to train on."] = None
+    epochs: Annotated[float | None, FINITE, "How often all data is read."] = None
+    minutes: Annotated[float | None, FINITE, "Minutes of training, to which the schedule adapts."] = None
 
     def __post_init__(self) -> None:
         chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -180,100 +185,69 @@ class BudgetConfig:
             raise InputError(
                 f"a run needs exactly one of --steps, --tokens, --epochs, --minutes; it has {chosen or 'none'}"
             )
-        ((name, value),) = chosen.items()
-        if not 0 < value < math.inf:
-            raise InputError(f"budget.{name} is {value}; it must be above 0, and finite")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """The training loop. A batch is counted in rows of one context each."""
+class LoopConfig(Settings):
+    """The training loop."""
 
-    batch: int = 16
-    # Rows in one forward and backward pass; None is the whole batch. Halved by itself when memory runs out.
-    micro_batch: int | None = None
-    log_every: int = 1
-    # Steps between evaluations (and checkpoints); None is ten times over the run, whatever its length.
-    evaluate_every: int | None = None
-    save_every: int | None = None
-    # Where save_every is None, a checkpoint is at least this often.
-    save_minutes: float = 10.0
-    keep: int = 2
-    samples: int = 3
-    # torch.compile; None decides by the device.
-    compile: bool | None = None
-    # Of many processes: a share of the model on each (FSDP) instead of all of it; None decides by the memory.
-    shard: bool | None = None
-    # Compute what is inside a block again in the backward pass instead of keeping it: less memory, a third more work.
-    checkpoint_activations: bool = False
-    # How long a process waits for another one before it gives up.
-    timeout_minutes: float = 10.0
-    seed: int = 0
-    # Refuse operations that vary from run to run (only on a GPU are there any); some are slower without them.
-    deterministic: bool = False
+    batch: Annotated[Count, "Rows of one context in a step."] = 16
+    micro_batch: Annotated[Count | None, "Rows in one pass; none is the batch. Halved when memory runs out."] = None
+    log_every: Annotated[Count, "Steps between lines of metrics."] = 1
+    evaluate_every: Annotated[Count | None, "Steps between evaluations; none is ten times over the run."] = None
+    save_every: Annotated[Count | None, "Steps between checkpoints; none saves at evaluations."] = None
+    save_minutes: Annotated[Positive, "Minutes between checkpoints, at most, where save_every is none."] = 10.0
+    keep: Annotated[Count, "So many checkpoints are kept, beside the best."] = 2
+    samples: Annotated[Whole, "Texts that are drawn after an evaluation."] = 3
+    compile: Annotated[bool | None, "Use torch.compile; none decides by the device."] = None
+    shard: Annotated[bool | None, "Each process holds a share of the model (FSDP); none decides by memory."] = None
+    checkpoint_activations: Annotated[bool, "Compute blocks again in the backward pass: less memory, slower."] = False
+    timeout_minutes: Annotated[Positive, "Minutes that a process waits for another one."] = 10.0
+    # Below 2**62.
+    seed: Annotated[int, "at least 0 and below 4611686018427387904", "Seed of all that is drawn at random."] = 0
+    deterministic: Annotated[bool, "Refuse operations that vary from run to run, as some do on GPUs."] = False
 
     def __post_init__(self) -> None:
-        counts = ("batch", "micro_batch", "log_every", "evaluate_every", "save_every", "keep")
-        _require(self, "loop", counts, lambda n: n >= 1, "at least 1")
-        _require(self, "loop", ("samples",), lambda n: n >= 0, "at least 0")
-        _require(self, "loop", ("save_minutes", "timeout_minutes"), lambda x: x > 0, "above 0")
-        _require(self, "loop", ("seed",), lambda n: 0 <= n < 2**62, "at least 0 and below 2**62")
+        super().__post_init__()
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InputError(f"loop.batch {self.batch} is not a multiple of loop.micro_batch {self.micro_batch}")
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """The loss of a reward model: by how much the chosen answer has to win, and how strongly the two are drawn to 0."""
+class RewardConfig(Settings):
+    """The loss of a reward model."""
 
-    margin: float = 0.0
-    centring: float = 0.01
-    # A reward that is beta times the log of how much likelier an answer is than the base finds it, without a head.
-    implicit: bool = False
-    beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require(self, "reward", ("margin", "centring"), lambda x: x >= 0, "at least 0")
-        _require(self, "reward", ("beta",), lambda x: x > 0, "above 0")
+    margin: Annotated[Weight, "By how much the chosen answer has to win."] = 0.0
+    centring: Annotated[Weight, "How strongly the two rewards of a pair are drawn to 0."] = 0.01
+    implicit: Annotated[bool, "No head: the reward is how much likelier an answer is than the base finds it."] = False
+    beta: Annotated[Positive, "An implicit reward is beta times the log of that ratio."] = 0.5
 
 
 @dataclass(frozen=True)
-class AlignmentConfig:
+class AlignmentConfig(Settings):
     """How a policy learns from rewards (ppo, grpo) or from preferences (dpo, ipo). KL is in nats."""
 
-    method: Literal["none", "ppo", "grpo", "dpo", "ipo"] = "none"
-    # Of ppo and grpo: the run of a reward model, or "program", which can be asked about the built-in stories.
-    reward: str = "program"
-    # Of a reward model: the SHA-256 of its weights. Another one would change what is learnt in the middle of a run.
-    reward_weights: str | None = None
-    # What a nat of KL to the reference costs in units of the reward; of dpo and ipo, the same thing's inverse slope.
-    beta: float = 0.15
-    # The KL of an answer that ppo's beta is steered to; None leaves beta as it is. The run stops above the budget.
-    kl_target: float | None = None
-    kl_budget: float = 20.0
-    # Answers drawn before the policy changes, how many to each prompt (grpo), and how often all of them are learnt.
-    answers: int = 128
-    group: int = 8
-    passes: int = 4
-    temperature: float = 1.0
-    max_tokens: int | None = None
-    # Taken from the reward of an answer that does not end.
-    missing_end: float = 1.0
-    clip: float = 0.2
-    lam: float = 0.95
-    value_weight: float = 0.1
-    # Of ppo: the first rounds, in which only the critic learns: a reward model has never seen half an answer.
-    critic_rounds: int = 0
-    # Of dpo: the share of preferences believed to be wrong.
-    label_smoothing: float = 0.0
+    method: Annotated[Literal["none", "ppo", "grpo", "dpo", "ipo"], "What aligns the policy."] = "none"
+    reward: Annotated[str, "The run of a reward model; program checks the built-in stories."] = "program"
+    reward_weights: Annotated[str | None, "SHA-256 of its weights: a run goes on with no other."] = None
+    beta: Annotated[Weight, "The price of a nat of KL; of dpo and ipo the inverse slope of the same."] = 0.15
+    kl_target: Annotated[Positive | None, "The KL that ppo's beta is steered to; none leaves beta alone."] = None
+    kl_budget: Annotated[Positive, "The run stops above this KL."] = 20.0
+    answers: Annotated[Count, "Answers that are drawn before the policy changes."] = 128
+    group: Annotated[int, "Answers to each prompt, which grpo compares."] = 8
+    passes: Annotated[Count, "How often the drawn answers are learnt."] = 4
+    temperature: Annotated[Positive, "The temperature at which answers are drawn."] = 1.0
+    max_tokens: Annotated[Count | None, "The longest answer; none is what the context leaves."] = None
+    missing_end: Annotated[Weight, "What is taken from the reward of an answer that does not end."] = 1.0
+    clip: Annotated[Positive, "How far the ratio of new to old probabilities counts."] = 0.2
+    lam: Annotated[Share, "The lambda of generalised advantage estimation (ppo)."] = 0.95
+    value_weight: Annotated[Weight, "The weight of the critic's loss (ppo)."] = 0.1
+    critic_rounds: Annotated[Whole, "The first rounds of ppo, in which the critic learns alone."] = 0
+    label_smoothing: Annotated[float, "at least 0 and below 0.5", "The share of wrong preferences (dpo)."] = 0.0
 
     def __post_init__(self) -> None:
-        _require(self, "alignment", ("answers", "passes", "max_tokens"), lambda n: n >= 1, "at least 1")
-        at_least_0 = ("beta", "missing_end", "value_weight", "critic_rounds")
-        _require(self, "alignment", at_least_0, lambda x: x >= 0, "at least 0")
-        _require(self, "alignment", ("kl_target", "kl_budget", "temperature", "clip"), lambda x: x > 0, "above 0")
-        _require(self, "alignment", ("lam",), lambda x: 0 <= x <= 1, "between 0 and 1")
-        _require(self, "alignment", ("label_smoothing",), lambda x: 0 <= x < 0.5, "at least 0 and below 0.5")
+        super().__post_init__()
         if self.kl_target is not None and self.method not in ("none", "ppo"):
             raise InputError(f"alignment.kl_target steers the beta of ppo; {self.method} has a fixed one")
         if self.group < 2 or self.answers % self.group:
@@ -284,7 +258,7 @@ class AlignmentConfig:
 class Recipe:
     """A whole run: everything that decides its outcome but the machine."""
 
-    name: str
+    name: Annotated[str, "The preset that the recipe began as."]
     model: ModelConfig
     budget: BudgetConfig
     data: DataConfig = field(default_factory=DataConfig)
@@ -293,14 +267,11 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # Has the model learnt conversations (engine/chat_template.py)? A base model only goes on from what it is given.
-    chat: bool = False
-    # Of a finetuned or a reward model: the run that it began with, the step of its checkpoint, and the SHA-256 of the
-    # weights, by which it is known wherever it stands.
-    base: str | None = None
-    base_step: int | None = None
-    base_weights: str | None = None
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "What matrices are multiplied in."] = "auto"
+    chat: Annotated[bool, "The model has learnt conversations (engine/chat_template.py)."] = False
+    base: Annotated[str | None, "The run that this one began with."] = None
+    base_step: Annotated[int | None, "The step of the base's checkpoint."] = None
+    base_weights: Annotated[str | None, "SHA-256 of the base's weights, which tells it wherever it stands."] = None
 
     def __post_init__(self) -> None:
         if self.data.stream and self.budget.epochs is not None:
@@ -318,6 +289,18 @@ class Recipe:
     @property
     def tokens_per_pass(self) -> int:
         return (self.loop.micro_batch or self.loop.batch) * self.model.context
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting of a recipe: its dotted name, its value, and what it means.
+
+    Of the class Recipe itself the values are the defaults, and ... where only a preset has one.
+    """
+    for name, (hint, marks) in _annotations(config if isinstance(config, type) else type(config)).items():
+        if dataclasses.is_dataclass(hint):
+            yield from settings(getattr(config, name, hint), f"{name}.")
+        else:
+            yield prefix + name, getattr(config, name, ...), marks[-1]
 
 
 PRESETS = {
@@ -365,19 +348,19 @@ def override(config: Config, path: str, value: Any) -> Config:
     Raises InputError for a path that does not exist (listing those that do) or a value of another type.
     """
     name, _, rest = path.partition(".")
-    hints = typing.get_type_hints(type(config))
-    if name not in hints:
-        raise InputError(f"no setting is called {name!r} here; there are {', '.join(hints)}")
+    fields = _annotations(type(config))
+    if name not in fields:
+        raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}")
     current = getattr(config, name)
-    if dataclasses.is_dataclass(current):
-        if not rest:
-            fields = ", ".join(f"{name}.{inner.name}" for inner in dataclasses.fields(current))
-            raise InputError(f"{name} is a group of settings: name one of {fields}")
-        value = override(current, rest, value)
+    if not dataclasses.is_dataclass(current):
+        if rest:
+            raise InputError(f"{name} is a single setting: {path!r} goes too deep")
+        value = _typed(name, value, fields[name][0])
     elif rest:
-        raise InputError(f"{name} is a single setting: {path!r} goes too deep")
+        value = override(current, rest, value)
     else:
-        value = _typed(name, value, hints[name])
+        inner = ", ".join(f"{name}.{each}" for each in _annotations(type(current)))
+        raise InputError(f"{name} is a group of settings: name one of {inner}")
     return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
 
 
@@ -394,17 +377,17 @@ def override_text(config: Config, setting: str) -> Config:
 
 def _typed(name: str, value: Any, kind: Any, *, parse: bool = True) -> Any:
     """The value, if it is of this type; with `parse` also the value that a text spells."""
-    choices = typing.get_args(kind)
+    kinds = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is Literal:
-        if value not in choices:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        if value not in kinds:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(kinds)}")
         return value
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None or (parse and isinstance(value, str) and value.lower() == "none"):
-            return None
-        kind = next(choice for choice in choices if choice is not type(None))
+    parse = parse and isinstance(value, str)
+    if type(None) in kinds and (value is None or (parse and value.lower() == "none")):
+        return None
+    kind = kinds[0]
     try:
-        typed = _parse(value, kind) if parse and isinstance(value, str) else value
+        typed = _parse(value, kind) if parse else value
         # True is an int to Python, and an int is as good as a float.
         good = type(typed) is kind or (kind is float and type(typed) is int)
         if good and (kind is not float or math.isfinite(typed)):
@@ -423,28 +406,24 @@ def _parse(text: str, kind: Any) -> Any:
     return kind(text)
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    return dataclasses.asdict(recipe)
+to_dict = dataclasses.asdict
 
 
-def from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote. Raises InputError where a value is missing, unknown or of another type."""
-    recipe: Recipe = _build(Recipe, values, "recipe")
-    return recipe
+def from_dict(values: Any, kind: Any = Recipe, where: str = "recipe") -> Any:
+    """The recipe, or a group of its settings, that `to_dict` wrote.
 
-
-def _build(kind: Any, values: Any, where: str) -> Any:
+    Raises InputError where a value is missing, unknown or of another type.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a group of settings, not {values!r}")
-    hints = typing.get_type_hints(kind)
-    if unknown := set(values) - set(hints):
+    fields = _annotations(kind)
+    if unknown := set(values) - set(fields):
         raise InputError(f"{where} holds settings that this version does not know: {', '.join(sorted(unknown))}")
-    built = {
-        name: _build(hints[name], value, f"{where}.{name}")
-        if dataclasses.is_dataclass(hints[name])
-        else _typed(f"{where}.{name}", value, hints[name], parse=False)
-        for name, value in values.items()
-    }
+    built = {}
+    for name, value in values.items():
+        hint, inner = fields[name][0], f"{where}.{name}"
+        group = dataclasses.is_dataclass(hint)
+        built[name] = from_dict(value, hint, inner) if group else _typed(inner, value, hint, parse=False)
     try:
         return kind(**built)
     except TypeError as error:

@@ -87,7 +87,7 @@ def import_(folder: Path, out: Path) -> Recipe:
     """
     values = _read_json(folder / "config.json")
     # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
-    recipe = from_dict(
+    recipe: Recipe = from_dict(
         {
             "name": folder.resolve().name,
             "model": _our_config(values),

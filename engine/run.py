@@ -81,7 +81,7 @@ class Run:
         config = self.read_config()
         if not isinstance(config, dict) or "recipe" not in config:
             raise InputError(f"{self.config} holds no recipe")
-        recipe = from_dict(config["recipe"])
+        recipe: Recipe = from_dict(config["recipe"])
         if "folder" not in config:  # an older version kept absolute paths
             return recipe
         folders = (self.path.resolve(), Path(config["folder"]))

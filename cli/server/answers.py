@@ -17,8 +17,8 @@ to_json = JSONEncoder(separators=(",", ":")).encode
 Token = tuple[int, Step]
 
 
-class Piece(NamedTuple):
-    """What a step adds to a text. `produced`: is its token one of the text's?"""
+class Chunk(NamedTuple):
+    """What a step adds to a text. `produced` says whether its token is one of the text's."""
 
     text: str
     tokens: list[Token]
@@ -27,10 +27,10 @@ class Piece(NamedTuple):
 
 
 class Choice:
-    """One text on its way. `unread`: how many of its prompt's tokens `echo` leaves out, where they have logprobs.
+    """One text on its way. `unread` is how many of its prompt's tokens `echo` leaves out, where they have logprobs.
 
-    `closing`: is the piece that ends it one of its tokens? A message has none; of a completion clients count on one
-    entry for each token that was drawn, and slice the logprobs by position.
+    `closing` says whether the token that ends the text is counted. In a message it is not; of a completion clients
+    expect one entry for each token that was drawn, and slice the logprobs by position.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Choice:
         self.finish: str | None = None
         self.held: list[Token] = []  # behind text that a stop string may yet take back
 
-    def push(self, step: Step | None) -> Piece:
-        """The text that is now certain, and its tokens. None: there will be no more."""
+    def push(self, step: Step | None) -> Chunk:
+        """The text that is now certain, and its tokens. Without a step the text is cut off here."""
         start = self.length + len(self.stream.held)
         produced = step is not None and (self.closing or step.finish != "stop")
         if step is None:
@@ -64,24 +64,24 @@ class Choice:
         if self.stream.stopped or not self.finish:
             certain = sum(start < self.length for start, _ in self.held)
         tokens, self.held = self.held[:certain], self.held[certain:]
-        return Piece(text, tokens, produced, self.finish)
+        return Chunk(text, tokens, produced, self.finish)
 
-    def read(self, prompt: Sequence[Step]) -> Piece:
-        """The prompt, with its logprobs."""
+    def read(self, prompt: Sequence[Step]) -> Chunk:
+        """The chunk that holds the prompt, with its logprobs."""
         spelled, start, tokens = TextStream(self.stream.tokenizer), 0, []
         for step in prompt[self.unread :]:
             tokens.append((start, step))
             start += len(spelled.push(step.token))
-        return Piece(self.echo, tokens, True, None)
+        return Chunk(self.echo, tokens, True, None)
 
 
 class Answer:
-    """What chat and completions share. `logprobs`: are they asked for?"""
+    """What chat and completions share. `logprobs` says whether they are asked for."""
 
     prefix, kind, chunk_kind, escape = "", "", "", ""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, choices: Sequence[Choice], *, prompt_tokens: int, logprobs: bool
+        self, model: str, tokenizer: Tokenizer, choices: Sequence[Choice], prompt_tokens: int, *, logprobs: bool
     ) -> None:
         self.tokenizer, self.choices, self.prompt_tokens, self.logprobs = tokenizer, choices, prompt_tokens, logprobs
         self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
@@ -103,9 +103,9 @@ class Answer:
         texts: list[list[str]] = [[choice.echo if choice.unread is None else ""] for choice in self.choices]
         tokens: list[list[Token]] = [[] for _ in self.choices]
         async for arrived in self._arrivals(job):
-            for index, piece in arrived:
-                texts[index].append(piece.text)
-                tokens[index] += piece.tokens
+            for index, chunk in arrived:
+                texts[index].append(chunk.text)
+                tokens[index] += chunk.tokens
         choices = [
             {
                 "index": index,
@@ -146,30 +146,26 @@ class Answer:
             yield f"data: {to_json({**head, 'choices': [], 'usage': self.usage()})}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def _arrivals(self, job: Job) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """As it comes, all that has come."""
+    async def _arrivals(self, job: Job) -> AsyncIterator[list[tuple[int, Chunk]]]:
+        """Yield whatever has come, as soon as something has."""
         while job.running:
             arrived = []
             for index, step in await job.arrivals():
                 if index not in job.running:
                     continue  # the model was a step ahead of the end
                 choice = self.choices[index]
-                piece = choice.read(step) if isinstance(step, list) else choice.push(step)
-                arrived.append((index, piece))
-                if piece.finish:
+                chunk = choice.read(step) if isinstance(step, list) else choice.push(step)
+                arrived.append((index, chunk))
+                if chunk.finish:
                     job.finish(index)
             yield arrived
 
     def usage(self) -> dict[str, int]:
-        completion = sum(choice.tokens for choice in self.choices)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-        }
+        prompt, completion = self.prompt_tokens, sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def spell(self, token: int) -> tuple[str, list[int] | None]:
-        """A token for a person, and its bytes: half a character is spelled in escapes, a special piece by its name."""
+        """A token's text and bytes. Half a character is spelled in escapes, a special token by its name."""
         spelled = self.tokenizer.bytes_of([token])
         if not spelled:
             return self.tokenizer.name(token), None
@@ -219,12 +215,12 @@ class CompletionAnswer(Answer):
         return {"text": text}
 
     def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        # The token itself is always among the likeliest, and of two that are spelled alike the likelier stays.
+        # The token itself is always named; where two tokens are spelled alike, the likelier one stays.
         likeliest = [((step.token, step.logprob), *reversed(step.top)) for _, step in tokens]
         return {
             "tokens": [self.spell(step.token)[0] for _, step in tokens],
             "token_logprobs": [step.logprob for _, step in tokens],
-            # Of the first token of a prompt there are none.
+            # The first token of a prompt has none.
             "top_logprobs": [
                 None if each[0][1] is None else {self.spell(token)[0]: logprob for token, logprob in each}
                 for each in likeliest

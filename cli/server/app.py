@@ -2,33 +2,26 @@
 
 import asyncio
 import hmac
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cli.server import openai
 from cli.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer, to_json
-from cli.server.guard import Guard
-from cli.server.openai import (
-    APIError,
-    ChatRequest,
-    CompletionRequest,
-    Kind,
-    Options,
-    context_exceeded,
-    model_failed,
-    parse,
-)
-from cli.server.worker import ClientGoneError, Job, ModelError, Worker
+from cli.server.openai import APIError, ChatRequest, CompletionRequest, context_exceeded, model_failed
+from cli.server.worker import LOG, ClientGoneError, Job, ModelError, Worker, log_failure
 from engine import batcher, chat_template
 from engine.errors import InputError
 from engine.generate import document_prompt
@@ -38,13 +31,20 @@ from engine.tokenizer import Tokenizer
 PAGE = Path(__file__).parent / "page"
 BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
-# Beyond the time that the model may take: for a reader who reads slowly. Then the connection is cut.
+# A slow reader has so much time beyond the model's; then the connection is cut.
 READER_SECONDS = 60.0
+HEADERS = {
+    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+}
 
 
 @dataclass(frozen=True)
 class Served:
-    """The model by its name. `chat`: has it learnt conversations? `created`: seconds since 1970."""
+    """The model by its name. `chat` says whether it has learnt conversations; `created` is in seconds since 1970."""
 
     name: str
     chat: bool
@@ -57,12 +57,12 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        # In ASCII: a text that was asked for may hold half a surrogate pair, which UTF-8 cannot spell.
+        # The JSON is ASCII: a text of the client may hold half a surrogate pair, which UTF-8 cannot spell.
         return to_json(content).encode()
 
 
 class Events(StreamingResponse):
-    """Server-sent events of a job, which ends with them, or with the connection."""
+    """The server-sent events of a job, which ends with them, or with the connection."""
 
     media_type = "text/event-stream"
 
@@ -91,9 +91,7 @@ class Server:
         return JSON(self._model())
 
     async def health(self) -> Response:
-        return JSON(
-            {"status": "the model has failed" if self.worker.failed else "ok"}, 503 if self.worker.failed else 200
-        )
+        return JSON({"status": "the model has failed"}, 503) if self.worker.failed else JSON({"status": "ok"})
 
     async def metrics(self) -> Response:
         text = self.worker.metrics.text(running=self.worker.running, waiting=self.worker.waiting)
@@ -128,7 +126,7 @@ class Server:
         for prompt in asked.prompt:
             prompts.append(self._ids(prompt))
             echo = "" if not asked.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            # The piece that begins every document is no part of a text.
+            # The token that begins every document is no part of a text.
             unread = int(isinstance(prompt, str)) if asked.echo and asked.logprobs is not None else None
             choices += [Choice(tokenizer, asked.stop, echo, unread, closing=True) for _ in range(asked.n)]
         return await self._answer(http, CompletionAnswer, asked, prompts, choices, asked.max_tokens, asked.logprobs)
@@ -143,8 +141,8 @@ class Server:
             raise APIError(400, message, param="prompt", code="invalid_value")
         return prompt
 
-    async def _read(self, http: Request, kind: type[Kind]) -> Kind:
-        # What a page of another site may send without asking first (CORS) is never this type.
+    async def _read(self, http: Request, kind: type[openai.Kind]) -> openai.Kind:
+        # A page of another site can send this type only after it has asked (CORS).
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise APIError(400, "The Content-Type of the request must be application/json.")
         body = bytearray()
@@ -156,7 +154,7 @@ class Server:
                         raise APIError(413, f"The body of the request is larger than {BODY_BYTES} bytes.")
         except TimeoutError:
             raise APIError(408, "The body of the request took too long to come.") from None
-        asked = parse(kind, bytes(body))
+        asked = openai.parse(kind, bytes(body))
         self._check_model(asked.model)
         return asked
 
@@ -164,7 +162,7 @@ class Server:
         self,
         http: Request,
         kind: type[Answer],
-        asked: Options,
+        asked: openai.Options,
         prompts: Sequence[Sequence[int]],
         choices: Sequence[Choice],
         max_tokens: int | None,
@@ -177,7 +175,7 @@ class Server:
         sampling = Sampling(
             temperature=asked.temperature,
             top_k=asked.top_k,
-            top_p=max(asked.top_p, 1e-9),  # 0 is the likeliest token alone
+            top_p=max(asked.top_p, 1e-9),  # 0 means the likeliest token alone
             min_p=asked.min_p,
             repetition_penalty=asked.repetition_penalty,
             seed=None if asked.seed is None else asked.seed % 2**62,
@@ -188,13 +186,7 @@ class Server:
             batcher.Request(prompts[index // asked.n], sampling.of_row(index), most, ends, top_logprobs)
             for index in range(len(choices))
         ]
-        answer = kind(
-            served.name,
-            served.tokenizer,
-            choices,
-            prompt_tokens=sum(map(len, prompts)),
-            logprobs=top_logprobs is not None,
-        )
+        answer = kind(served.name, served.tokenizer, choices, sum(map(len, prompts)), logprobs=top_logprobs is not None)
         job = self._submit(requests, read_prompts=any(choice.unread is not None for choice in choices))
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -205,7 +197,7 @@ class Server:
         except ModelError:
             raise model_failed(500) from None
         except ClientGoneError:
-            return Response(status_code=499)  # for the log
+            return Response(status_code=499)  # nobody reads it but the log
         finally:
             watch.cancel()
             job.close()
@@ -216,13 +208,8 @@ class Server:
         try:
             return self.worker.submit(requests, read_prompts=read_prompts)
         except batcher.QueueFullError as full:
-            raise APIError(
-                429,
-                f"The server is busy: {full}. Try again later.",
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "1"},
-            ) from None
+            message, wait = f"The server is busy: {full}. Try again later.", {"Retry-After": "1"}
+            raise APIError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=wait) from None
         except ModelError:
             raise model_failed(503) from None
 
@@ -232,7 +219,7 @@ class Server:
             raise APIError(404, message, param="model", code="model_not_found")
 
     def _check_length(self, param: str, characters: int) -> None:
-        """Refuse without reading it what is too long however it is read."""
+        """Refuse a text that is too long however it is cut into tokens, before it is."""
         if characters > self.longest * self.served.context:
             raise context_exceeded(self.served.context, f"more than {self.served.context}", param)
 
@@ -252,10 +239,52 @@ async def _close_when_gone(job: Job, receive: Receive) -> None:
     job.close()
 
 
+class Guard:
+    """Around every answer: the Host check, strict headers, counts, and a log line without a word of what was said.
+
+    `hosts` are the names that the Host header may say; None is any. A page of another site whose own name resolves to
+    127.0.0.1 (DNS rebinding) still sends that name.
+    """
+
+    def __init__(self, app: ASGIApp, worker: Worker, hosts: Collection[str] | None) -> None:
+        self.app, self.worker, self.hosts = app, worker, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 0
+
+        async def guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *HEADERS.items()]
+            await send(message)
+
+        try:
+            app = self.app if self._welcome(scope) else Response("unknown host", 400)
+            await app(scope, receive, guarded)
+        except Exception as error:
+            log_failure(error)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.worker.metrics.requests[route, status] += 1
+            milliseconds = 1000 * (time.perf_counter() - begin)
+            LOG.info("%s %s %d %.0f ms", scope["method"], quote(scope["path"]), status, milliseconds)
+
+    def _welcome(self, scope: Scope) -> bool:
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        try:
+            return self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
+        except ValueError:
+            return False
+
+
 def create_app(
     served: Served, worker: Worker, *, key: str | None, cors: Sequence[str], hosts: Collection[str] | None
 ) -> ASGIApp:
-    """`key`: what every call of the API must carry; `cors`: origins whose pages may call it; `hosts`: see Guard."""
+    """The application. Calls must carry `key`; pages of the origins in `cors` may call; Guard explains `hosts`."""
     server = Server(served, worker)
 
     @asynccontextmanager
@@ -267,15 +296,13 @@ def create_app(
     async def authorise(http: Request) -> None:
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
         if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())):
-            raise APIError(
-                401, "Incorrect or no API key provided.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-            )
+            how = {"WWW-Authenticate": "Bearer"}
+            raise APIError(401, "Incorrect or no API key provided.", code="invalid_api_key", headers=how)
 
     async def about() -> Response:
-        about = {"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)}
-        return JSON(about)
+        return JSON({"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)})
 
-    # FastAPI's own pages would load scripts of others.
+    # FastAPI's own pages would load scripts from other sites.
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     locked = APIRouter(dependencies=[Depends(authorise)])
     routes: list[tuple[APIRouter, str, str, Callable[..., Awaitable[Response]]]] = [
@@ -308,4 +335,4 @@ def create_app(
 
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
-    return Guard(app, worker.metrics, hosts)
+    return Guard(app, worker, hosts)

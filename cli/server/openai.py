@@ -14,7 +14,7 @@ STOP_CHARACTERS = 256
 ANY = object()
 # OpenAI's fields that are not obeyed here, with the values that ask for nothing; any other value is refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # Labels and hints: no answer depends on them.
+    # No answer depends on these labels and hints.
     **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), (ANY,)),
     "parallel_tool_calls": (ANY,),
     "service_tier": ("auto", "default"),
@@ -58,13 +58,11 @@ def model_failed(status: int) -> APIError:
 
 
 def context_exceeded(context: int, tokens: str, param: str) -> APIError:
-    return APIError(
-        400,
+    message = (
         f"This model's maximum context length is {context} tokens, answer included. However, your {param} resulted in "
-        f"{tokens} tokens. Please reduce the length of the {param}.",
-        param=param,
-        code="context_length_exceeded",
+        f"{tokens} tokens. Please reduce the length of the {param}."
     )
+    return APIError(400, message, param=param, code="context_length_exceeded")
 
 
 def _as_list(value: Any) -> Any:
@@ -101,9 +99,9 @@ class Fields(BaseModel):
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
         """null is how a client says that it leaves a field out."""
-        return (
-            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class StreamOptions(Fields):
@@ -114,7 +112,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 
 
 class Options(Fields):
-    """What both endpoints take."""
+    """The fields that both endpoints take."""
 
     model: str
     n: int = Field(1, ge=1, le=CHOICES)
@@ -125,7 +123,7 @@ class Options(Fields):
     stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Our own, beyond OpenAI's.
+    # These are beyond OpenAI's.
     top_k: int | None = Field(None, ge=1)
     min_p: float = Field(0.0, ge=0, lt=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
@@ -145,7 +143,7 @@ class ChatRequest(Options):
 
 class CompletionRequest(Options):
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)] = [""]
-    max_tokens: int = Field(16, ge=0)  # OpenAI's default; 0 with `echo` asks about the prompt alone
+    max_tokens: int = Field(16, ge=0)  # 16 is OpenAI's default; 0 with `echo` asks about the prompt alone
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
 
@@ -164,12 +162,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     for name in [name for name in NEUTRAL if name in values]:
         value, neutral = values.pop(name), NEUTRAL[name]
         if value is not None and value not in neutral and ANY not in neutral:
-            raise APIError(
-                400,
-                f"Unsupported parameter: '{name}' is not supported by this server; leave it out.",
-                param=name,
-                code="unsupported_parameter",
-            )
+            message = f"Unsupported parameter: '{name}' is not supported by this server; leave it out."
+            raise APIError(400, message, param=name, code="unsupported_parameter")
     try:
         request = kind.model_validate(values)
     except ValidationError as error:

@@ -5,40 +5,79 @@ Neither waits for the other. What a request may produce is bounded, so what wait
 
 import asyncio
 import functools
+import logging
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-from cli.server.guard import log_failure
-from cli.server.metrics import Metrics
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 
-# Of a text: a step, its prompt's tokens, or None where nothing more will come: time is up, or nothing was asked for.
+LOG = logging.getLogger("gpt.serve")
+# What comes for a text: a step, its prompt's tokens, or None where time is up or no tokens were asked for.
 Arrival = Step | list[Step] | None
 
 
+def log_failure(error: BaseException) -> None:
+    """Log the type of an error and where it happened, and no more: its message may quote what a person wrote."""
+    LOG.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
+
+
 class ModelError(Exception):
-    """The thread that owns the model has ended of an exception: nothing more will come."""
+    """An exception has ended the thread that owns the model: nothing more will come."""
 
 
 class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
+class Metrics:
+    """The numbers of /metrics, counted on the event loop alone."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()  # by route and status
+        self.prompt_tokens = self.generated_tokens = self.first_tokens = 0
+        self.first_token_seconds = 0.0
+
+    def first_token(self, seconds: float) -> None:
+        self.first_tokens += 1
+        self.first_token_seconds += seconds
+
+    def text(self, *, running: int, waiting: int) -> str:
+        """The numbers in Prometheus' text format."""
+        requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]
+        first = [f"_sum {self.first_token_seconds}", f"_count {self.first_tokens}"]
+        lines = []
+        for name, kind, samples in (
+            ("gpt_requests_total", "counter", requests),
+            ("gpt_prompt_tokens_total", "counter", [f" {self.prompt_tokens}"]),
+            ("gpt_generated_tokens_total", "counter", [f" {self.generated_tokens}"]),
+            ("gpt_texts_running", "gauge", [f" {running}"]),
+            ("gpt_texts_waiting", "gauge", [f" {waiting}"]),
+            ("gpt_first_token_seconds", "summary", first),
+        ):
+            lines += [f"# TYPE {name} {kind}", *(name + sample for sample in samples)]
+        return "\n".join(lines) + "\n"
+
+
 class Job:
-    """What one HTTP request asks of the model: a text per Request. Used on the event loop alone, but for `numbers`."""
+    """What one HTTP request asks of the model, a text per Request. Only `numbers` is used outside the event loop."""
 
     def __init__(self, worker: "Worker", requests: Sequence[Request]) -> None:
         self.worker, self.size = worker, len(requests)
         self.running = set(range(self.size))
-        self.numbers: dict[int, int] = {}  # the batcher's, by index: the thread's own
+        self.numbers: dict[int, int] = {}  # the batcher's, by index; only the thread uses them
         self.arrived: asyncio.Queue[tuple[int, Arrival] | Exception] = asyncio.Queue()
         self.begin, self.begun, self.closed = time.perf_counter(), False, False
         self.timer = worker.loop.call_later(worker.seconds, self._expire)
 
     async def arrivals(self) -> list[tuple[int, Arrival]]:
-        """What has come, at least one, with the index of its text. Raises ModelError, ClientGoneError."""
+        """Wait for what comes next, and return all that is there, by the index of its text.
+
+        Raises ModelError, ClientGoneError.
+        """
         found = [await self.arrived.get()]
         while not self.arrived.empty():
             found.append(self.arrived.get_nowait())
@@ -79,7 +118,7 @@ class Worker:
         self.jobs: set[Job] = set()
         self.failed = False
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.owners: dict[int, tuple[Job, int]] = {}  # by the batcher's number: the thread's own
+        self.owners: dict[int, tuple[Job, int]] = {}  # by the batcher's number; only the thread uses them
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -144,7 +183,7 @@ class Worker:
             self.loop.call_soon_threadsafe(self._fail)
 
     def _obey(self) -> bool:
-        """Do what the event loop asked for; where there is nothing else to do, wait for it. False is the end."""
+        """Do what the event loop asked for, and wait for it where the model is idle. Returns False at the end."""
         while True:
             try:
                 command = self.inbox.get(block=self.batcher.idle)

@@ -1,6 +1,7 @@
 """Run `gpt` in this process, as the shell would."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ Gpt = Callable[..., Result]
 def gpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpt:
     """gpt("info", "runs/a") in an empty working folder: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
+    # What a command leaves in the environment for its children is taken back.
+    for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["gpt", *arguments])

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from cli import conversation as module
-from cli.chat_terminal import ChatTerminal
+from cli.chat import ChatTerminal
 from cli.conversation import Answer, Conversation, Settings
 from engine import checkpoint
 from engine.chat_template import Message, answer_prompt
@@ -123,7 +123,7 @@ def test_every_answer_sees_all_that_was_said_before(talk: Talk, script: Script, 
     assert chat.used == len(script.prompts[1]) + 3
 
 
-def test_an_answer_ends_at_the_tokens_of_the_template(
+def test_an_answer_ends_at_the_special_tokens_of_the_template(
     talk: Talk, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[bool, Any] = {}

@@ -87,7 +87,7 @@ def test_mistakes_are_named_and_leave_the_base_alone(gpt: Gpt, base: str, chats:
         (("runs/none",), "runs/none is not a run"),
         ((base, "--data", "nothing"), "no data is called 'nothing'"),
         ((base, "--prompt-column", "ask", "--data", chats), "name --prompt-column and --response-column together"),
-        ((base, "--out", base, "--overwrite"), "cannot be finetuned into itself"),
+        ((base, "--out", base, "--overwrite"), "cannot become a finetuned run in its own folder"),
         ((base, "--checkpoint", "7"), "has no checkpoint '7'"),
         ((base, "--set", "model.blocks=3", *TUNE), "of another model"),
         ((base, "--steps", "1", "--epochs", "2"), "exactly one of"),

@@ -1,5 +1,6 @@
 """One command in many processes: started by --gpus or by torchrun, and alive whatever dies."""
 
+import importlib.util
 import os
 import random
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.launch import parse_nodes
+from cli.launch import PRELOADED, parse_nodes
 from engine.checkpoint import latest
 from engine.errors import InputError
 from engine.run import Run
@@ -67,6 +68,10 @@ def test_what_cannot_work_ends_all_processes_with_one_sentence(tmp_path: Path) -
     started.join(120)
     said = (tmp_path / "log").read_text()
     assert started.exitcode == 2 and said.count("error: ") == 1 and "none.txt" in said, said
+
+
+def test_what_workers_are_forked_with_is_there() -> None:
+    assert all(importlib.util.find_spec(name) for name in PRELOADED)
 
 
 @pytest.mark.parametrize("nodes", ["0", "2:1", "a:b"])

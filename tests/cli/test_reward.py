@@ -30,7 +30,7 @@ def test_mistakes_are_named(gpt: Gpt, chat: str) -> None:
     assert gpt("reward", chat, "--data", "pairs.jsonl", *LEARN).code == 0
     for arguments, expected in (
         (("runs/small",), "finetune it first"),
-        ((chat, "--out", chat), "cannot become its own reward model"),
+        ((chat, "--out", chat), "cannot become a reward model in its own folder"),
         ((chat, "--data", "nothing"), "no data is called 'nothing'"),
         ((chat, "--data", "pairs.jsonl"), "already holds a run"),
         ((chat, "--data", "chats.jsonl", "--out", "runs/other"), "columns chosen and rejected"),

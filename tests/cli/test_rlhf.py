@@ -104,7 +104,7 @@ def test_mistakes_are_named_before_anything_is_deleted(gpt: Gpt, chat: str) -> N
         (("dpo", chat, "--data", "pairs.jsonl"), "already holds a run"),
         (("dpo", chat, "--data", "chats.jsonl", "--out", "runs/new"), "columns chosen and rejected"),
         (("dpo", chat, "--data", "pairs.jsonl", "--batch", "1", "--out", "runs/new"), "--batch"),
-        (("dpo", chat, "--data", "pairs.jsonl", "--out", chat, "--overwrite"), "aligned into itself"),
+        (("dpo", chat, "--data", "pairs.jsonl", "--out", chat, "--overwrite"), "a run of dpo in its own folder"),
         (("dpo", "runs/small", "--data", "pairs.jsonl"), "finetune it first"),
         (("pairs", chat), "built-in requests alone"),
         (("best-of-n", chat, "--reward", "program"), "built-in requests alone"),

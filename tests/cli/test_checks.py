@@ -57,7 +57,7 @@ def test_a_silent_hub_and_missing_packages_are_notes(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub, "hub_failure", lambda seconds: f"no answer in {seconds} s")
     (finding,) = checks.hub()
     assert "no answer in 2.0 s" in finding.found and finding.state == "note"
-    monkeypatch.setattr(checks, "_version", lambda name: None if name in ("wandb", "torch") else "1.0")
+    monkeypatch.setattr(checks, "installed", lambda name: None if name in ("wandb", "torch") else "1.0")
     states = {finding.name: finding.state for finding in checks.packages()}
     assert states == {"packages": "good", "torch": "broken", "wandb": "note"}
 

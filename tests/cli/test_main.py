@@ -1,0 +1,101 @@
+"""The door itself: help in groups, versions, every setting listed, and no import from where a person stands."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.main import COMMANDS
+from engine.config import Recipe, override_text, preset
+from engine.config import settings as all_settings
+from tests.cli.conftest import SMALL, Gpt
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_lists_every_command_in_its_group_with_a_phrase_of_one_line(
+    gpt: Gpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = gpt("--help").out.splitlines()
+    panels = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert panels == ["Options", "Train", "Use", "Share", "Look", "Measure"]
+    for name, (_, phrase) in (each for panel in COMMANDS.values() for each in panel.items()):
+        assert any(line.strip("│ ").split(maxsplit=1) == [name, phrase] for line in lines), name
+
+
+def test_versions_are_told_where_it_is_installed_and_where_it_is_not(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = gpt("--version")
+    assert told.code == 0 and told.out.startswith("gpt-from-text ") and "torch 2." in told.out and "triton" in told.out
+    monkeypatch.setattr("cli.main.DISTRIBUTION", "no-such-distribution")
+    assert gpt("--version").out.startswith("no-such-distribution not installed, torch ")
+
+
+def test_every_setting_is_listed_with_a_sentence_and_set_takes_it(gpt: Gpt) -> None:
+    lines = gpt("settings", "tiny").out.splitlines()
+    assert "model.blocks=12" in "\n".join(lines) and len(lines) == len(list(all_settings(Recipe))) > 80
+    for line in lines:
+        setting, _, sentence = line.partition(" ")
+        assert sentence.strip().endswith(".")
+        if not setting.startswith("budget."):
+            override_text(preset("tiny"), setting)
+    assert "model.width=(by preset)" in gpt("settings").out and "loop.batch=16" in gpt("settings").out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "nano", "--data", "words.txt", "--gpus", "2", "--device", "cpu", "--steps", "1", *SMALL),
+        ("data", "prepare", "words.txt", "--out", "ready", "--vocab-size", "300", "--workers", "2"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_child_processes_import_nothing_from_the_working_folder(tmp_path: Path, command: tuple[str, ...]) -> None:
+    for name in ("train", "cli", "engine", "torch"):
+        (tmp_path / f"{name}.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    (tmp_path / "words.txt").write_text("<|endoftext|>\n".join(f"Little story number {n}.\n" for n in range(3000)))
+    # As pip writes it: Python puts the script's folder first, and not the working directory.
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "gpt"
+    script.write_text("from cli.main import main\n\nif __name__ == '__main__':\n    main()\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    words = [sys.executable, str(script), *command]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()
+
+
+def test_from_the_tree_alone_children_find_the_project(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("<|endoftext|>\n".join(f"Little story number {n}.\n" for n in range(3000)))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    paths = [str(tmp_path / "words.txt"), "--out", str(tmp_path / "ready")]
+    words = [sys.executable, "-m", "cli", "data", "prepare", *paths, "--vocab-size", "300", "--workers", "2"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    script = "import cli.main as m, os, subprocess, sys; m.protect_children(); "
+    script += "sys.exit(subprocess.run([sys.executable, '-m', 'cli', '--version'], cwd='/').returncode)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_module_of_the_command_line_imports_in_a_circle() -> None:
+    """Imports inside functions count, too."""
+    imported: dict[str, set[str]] = {}
+    for path in (ROOT / "cli").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = imported.setdefault(name, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {each.name for each in node.names}
+    done: set[str] = set()
+    while free := {
+        name for name in imported if name not in done and not (imported[name] & imported.keys()) - done - {"cli"}
+    }:
+        done |= free
+    assert imported.keys() == done
