@@ -1,11 +1,12 @@
 """gpt rlhf best-of-n, gpt rlhf pairs: what a chat model's own answers are good for, without training it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import CheckpointName, Device, Machine, Precision, PromptColumn, RunArgument, Temperature
+from cli.options import CheckpointName, Machine, PromptColumn, RunArgument, Temperature
 from cli.training import located
 from engine.errors import InputError
 
@@ -54,21 +55,26 @@ def prompt_data(run: "Run", data: str | None, column: str | None) -> "DataConfig
     return prompts_of(run.read_recipe()) or DataConfig(source=STORIES_INSTRUCT)
 
 
+@dataclass(frozen=True)
+class AnswerOptions(Machine):
+    """Which prompts are answered, and how the answers are drawn."""
+
+    data: Prompts = None
+    prompt_column: PromptColumn = None
+    temperature: Temperature = 1.0
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0
+    checkpoint: CheckpointName = "latest"
+
+
 def best_of_n(
     run: RunArgument,
+    how: AnswerOptions,
     policies: Annotated[
         list[Path] | None, typer.Argument(help="Aligned runs to measure on the same prompts.", show_default=False)
     ] = None,
     reward: Reward = None,
-    data: Prompts = None,
-    prompt_column: PromptColumn = None,
     n: Annotated[int, typer.Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
     prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts.")] = 64,
-    temperature: Temperature = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    checkpoint: CheckpointName = "latest",
-    device: Device = "auto",
-    precision: Precision = "auto",
 ) -> None:
     """Take the one of n answers that the reward likes best: what that is worth, beside runs aligned by training.
 
@@ -91,9 +97,9 @@ def best_of_n(
     from rlhf.reward_model import load_frozen, open_rewards
     from rlhf.rollout import roll_out
 
-    base, machine = Run(run), runtime.choose(device, precision)
-    tokenizer, model = Tokenizer.load(base.tokenizer), load_frozen(base, machine, checkpoint)
-    source, ends = open_prompts(prompt_data(base, data, prompt_column)), answer_ends(tokenizer)
+    base, machine = Run(run), runtime.choose(how.device, how.precision)
+    tokenizer, model = Tokenizer.load(base.tokenizer), load_frozen(base, machine, how.checkpoint)
+    source, ends = open_prompts(prompt_data(base, how.data, how.prompt_column)), answer_ends(tokenizer)
     asked = encode_prompts(source, "validation", tokenizer, model.config.context, prompts).first(prompts)
     rewards = open_rewards(named_reward(run, reward), asked, tokenizer, machine)
     aligned = {}
@@ -101,14 +107,16 @@ def best_of_n(
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
             raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
         aligned[path.name] = load_frozen(Run(path), machine, "latest")
-    rollout = roll_out(model, asked, ends, each=n, temperature=temperature, seed=seed)
+    rollout = roll_out(model, asked, ends, each=n, temperature=how.temperature, seed=how.seed)
     curves = {
         name: best_of_n(rollout, n, by, rewards)
         for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
         if by in rewards
     }
     for name, policy in aligned.items():
-        metrics = measure_policy(policy, model, asked, rewards, ends, answers=8, temperature=temperature, seed=seed)
+        metrics = measure_policy(
+            policy, model, asked, rewards, ends, answers=8, temperature=how.temperature, seed=how.seed
+        )
         curves[name] = [metrics]
     table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
     for name, points in curves.items():
@@ -125,18 +133,13 @@ def best_of_n(
 
 def pairs(
     run: RunArgument,
-    on: Machine,
+    how: AnswerOptions,
     out: Annotated[Path | None, typer.Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
-    data: Prompts = None,
-    prompt_column: PromptColumn = None,
     judge: Annotated[
         str, typer.Option(help="Who scores the answers: `program`, or the run of a reward model.")
     ] = "program",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts of the training split.")] = 2_000,
     answers: Annotated[int, typer.Option(min=2, help="Answers to each; every two of them make a pair.")] = 2,
-    temperature: Temperature = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pairs.")] = 0,
-    checkpoint: CheckpointName = "latest",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Draw answers from a chat model and let a judge, who sometimes errs, say which of two is better.
@@ -157,12 +160,12 @@ def pairs(
     from rlhf.reward_model import open_reward
     from rlhf.sampled_pairs import sample_pairs
 
-    base, machine, console = Run(run), runtime.choose(on.device, on.precision), Console()
+    base, machine, console = Run(run), runtime.choose(how.device, how.precision), Console()
     path = out or base.path / "pairs.jsonl"
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")
-    source = open_prompts(prompt_data(base, data, prompt_column))
-    model, tokenizer = base.load_model(machine, checkpoint, console.say)
+    source = open_prompts(prompt_data(base, how.data, how.prompt_column))
+    model, tokenizer = base.load_model(machine, how.checkpoint, console.say)
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
     console.say(f"prompts    {asked.describe()}")
     reward = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
@@ -174,7 +177,7 @@ def pairs(
 
     with contextlib.closing(console):
         found = sample_pairs(
-            model, asked, reward, answers=answers, temperature=temperature, seed=seed, progress=progress
+            model, asked, reward, answers=answers, temperature=how.temperature, seed=how.seed, progress=progress
         )
     console.say(
         f"{len(asked):,} prompts of {source.name}: {found.tokens:,} tokens in {time.perf_counter() - begin:,.0f} s"
