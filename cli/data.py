@@ -19,7 +19,7 @@ data_app = typer.Typer(help="Prepare text for training, or look at it.", no_args
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look into one.", no_args_is_help=True)
 
 
-@data_app.command("prepare")
+@data_app.command("prepare", short_help="Tokenize text into files to train on")
 def prepare_data(
     data: Annotated[str, typer.Argument(help="What to prepare; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; then usable as --data.")],
@@ -123,7 +123,7 @@ def train_new_tokenizer(
     print(f"{out}: a vocabulary of {tokenizer.vocab_size:,} tokens")
 
 
-@tokenizer_app.command("show")
+@tokenizer_app.command("show", short_help="Show a tokenizer, or how it cuts a text")
 def show_tokenizer(
     path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run or of prepared data.")],
     text: Annotated[str, typer.Argument(help="Show how this text is cut.")] = "",

@@ -78,8 +78,14 @@ rlhf = typer.Typer(
     help="Align a chat model: from rewards (ppo, grpo), from preferences (dpo), or by choosing (best-of-n).",
     no_args_is_help=True,
 )
-for function in (train.ppo, train.grpo, train.dpo, rlhf_answers.best_of_n, rlhf_answers.pairs):
-    rlhf.command(function.__name__.replace("_", "-"))(grouped(function))
+for function, phrase in (
+    (train.ppo, "Align with a reward and a critic"),
+    (train.grpo, "Align with a reward, answers compared in groups"),
+    (train.dpo, "Align with preferences, without a reward model"),
+    (rlhf_answers.best_of_n, "What choosing the best of n answers is worth"),
+    (rlhf_answers.pairs, "Draw pairs of answers, and say which is better"),
+):
+    rlhf.command(function.__name__.replace("_", "-"), short_help=phrase)(grouped(function))
 app.add_typer(rlhf, name="rlhf", short_help="Align a chat model: PPO, GRPO, DPO, best of n", rich_help_panel="Train")
 app.add_typer(data.data_app, name="data", short_help="Prepare text for training, or show it", rich_help_panel="Look")
 app.add_typer(data.tokenizer_app, name="tokenizer", short_help="Train a tokenizer, or show one", rich_help_panel="Look")

@@ -30,7 +30,7 @@ from engine.tokenizer import Tokenizer, tokenizer_file
 from train.data.encoding import encode_documents
 
 if TYPE_CHECKING:
-    from train.data.sources import Source
+    from train.data.splits import Source
 
 FORMAT = 1
 SHARD_TOKENS = 64_000_000

@@ -1,0 +1,118 @@
+"""Every command of the top README does what it says there, made small enough for a test."""
+
+import io
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from cli.main import app
+from tests.cli.conftest import Gpt
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+# What makes a command small; the last of two equal options counts. One that is not here runs as it stands.
+SMALL_MODEL = "--set model.width=32 --set model.blocks=2 --set model.vocab_size=512 --set loop.samples=1 --device cpu"
+SMALL_DATA = "--set data.documents=300 --set data.final_evaluation_tokens=2000"
+SMALL_ROUNDS = "--rounds 1 --set alignment.answers=8 --set alignment.max_tokens=8 --batch 8"
+# The program finds no story of so small a model better than another: a reward model has to.
+BEFORE = {"gpt rlhf pairs": f"gpt reward runs/nano-chat --out runs/judge --steps 1 --batch 2 {SMALL_DATA}"}
+SMALLER = {
+    "gpt train nano": f"--minutes 0.02 {SMALL_MODEL} {SMALL_DATA}",
+    "gpt train tiny": f"--data stories --steps 1 --set loop.batch=2 {SMALL_MODEL} {SMALL_DATA}",
+    "gpt train large": f"--data stories --steps 1 --set loop.batch=2 --gpus 1 --overwrite {SMALL_MODEL} {SMALL_DATA}",
+    "gpt generate": "--max-tokens 8",
+    "gpt finetune": f"--data stories-instruct:brief --steps 1 --set loop.batch=2 {SMALL_DATA}",
+    "gpt evaluate": "--tokens 500 --count 4",
+    "gpt rlhf pairs": "--prompts 20 --answers 4 --judge runs/judge",
+    "gpt reward": "--steps 1 --batch 2",
+    "gpt rlhf ppo": SMALL_ROUNDS,
+    "gpt rlhf dpo": "--steps 1 --batch 2",
+    "gpt rlhf best-of-n": "--count 2 --prompts 4",
+    "gpt bench-attention": "--help",
+}
+
+
+def commands() -> list[str]:
+    lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+    return [re.split(r"\s#\s", line)[0].strip() for line in lines]
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert {language for language, _ in BLOCKS} <= {"sh", "python", "text"}
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_the_table_names_every_command_with_its_own_phrase() -> None:
+    told = dict(re.findall(r"^\|.*\| `gpt ([\w -]+)` \| (.+?) \|$", README, re.MULTILINE))
+    found = dict(leaves(typer.main.get_command(app)))
+    assert told == found
+
+
+def leaves(command: Any, words: str = "") -> Iterator[tuple[str, str]]:
+    for name, each in command.commands.items():
+        if hasattr(each, "commands"):
+            yield from leaves(each, f"{words}{name} ")
+        else:
+            yield f"{words}{name}", each.get_short_help_str(200).rstrip(".")
+
+
+def test_every_command_of_the_readme_runs(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other in one folder, as a reader would type them."""
+    makefile = (ROOT / "Makefile").read_text()
+    ran = []
+
+    def run(command: str) -> None:
+        # Several machines cannot meet on one: here the same line runs on this one alone.
+        command = re.sub(r" --nodes \S+ --rendezvous \S+", "", command)
+        more = next((options for start, options in SMALLER.items() if command.startswith(start)), "")
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        done = gpt(*shlex.split(f"{command} {more}")[1:])
+        # `gpt doctor` ends with 1 where something needed is broken, which a test's machine may have.
+        assert done.code in ((0, 1) if command == "gpt doctor" else (0,)), f"{command}\n{done.out}{done.err}"
+        ran.append(command)
+
+    for command in commands():
+        program, *rest = command.split()
+        if program == "make":
+            # This very test runs under one of them.
+            assert f"\n{rest[0]}:" in makefile
+        elif program == "gpt" and rest[0] == "serve":
+            serve_and_ask(command)
+        elif program == "gpt":
+            for earlier in [before for start, before in BEFORE.items() if command.startswith(start)]:
+                run(earlier)
+            run(command)
+        else:
+            assert command == "source .venv/bin/activate"
+    assert len(ran) > 10
+
+
+def serve_and_ask(command: str) -> None:
+    """Start the server, and run the README's Python against it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "cli", *command.split()[1:], "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert any(f":{port}" in line for line in server.stdout)
+        (example,) = [text for language, text in BLOCKS if language == "python"]
+        asked = [sys.executable, "-c", example.replace(":8000", f":{port}")]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
