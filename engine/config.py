@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from engine.errors import InputError
@@ -88,9 +89,9 @@ class ModelConfig(Settings):
     def head_dim(self) -> int:
         return self.width // self.heads
 
-    @property
+    @cached_property  # every step asks for it
     def rotary_dim(self) -> int:
-        """How many dimensions of each head rotate: the first ones."""
+        """Return how many dimensions of each head rotate: the first ones."""
         return int(self.head_dim * self.rotary_share)
 
     @property
