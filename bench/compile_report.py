@@ -7,28 +7,36 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = (80, 89, 90, 100)
 # The bytes that one program may take: what a multiprocessor has, less what the system keeps.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 ATTENTION = ("forward", "delta", "keys", "queries", "decode", "decode-tall")
+# The types of arguments by name. All other pointers point to the launch's dtype, and all other numbers are i32. The
+# parameters of a norm are fp32, as training keeps them.
+TYPES = {
+    "*fp32": "lse_ptr d_lse_ptr delta_ptr logits_ptr log_probs_ptr entropy_ptr d_log_probs_ptr d_entropy_ptr "
+    "weight_ptr bias_ptr stats_ptr partial_ptr",
+    "*i32": "cu_q_ptr cu_k_ptr table_ptr",
+    "*i64": "lengths_ptr targets_ptr",
+    "fp32": "scale gradient_scale softcap softcap_log2 eps z_loss inverse_temperature",
+}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel as the compiler wants it: types of its arguments, values of its constants; and how to call it."""
+class Launch(NamedTuple):
+    """One kernel as the compiler wants it: the values of its constants, and how to call it."""
 
     kernel: str
     function: Any
-    types: dict[str, str]
+    dtype: str
     constants: dict[str, Any]
+    about: dict[str, Any]
     warps: int
     stages: int = 3
-    about: dict[str, Any] = field(default_factory=dict)
 
 
 def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterator[Launch]:
@@ -48,47 +56,38 @@ def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterat
                     "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
                     "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize, "SPLIT": tile.split, "PAGE": 16,
                 }  # fmt: skip
-                types = argument_types(
-                    function, dtype, fp32=("lse_ptr", "d_lse_ptr", "delta_ptr"), i32=("cu_", "table_")
-                )
-                types["lengths_ptr"] = "*i64"
                 about = {"head_dim": head_dim, "tile": vars(tile)}
-                yield Launch(name, function, types, constants, tile.warps, tile.stages, about)
+                yield Launch(name, function, dtype, constants, about, tile.warps, tile.stages)
 
 
 def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Launch]:
-    """Yield launches with a residual, without and with a bias; parameters in fp32, as training keeps them."""
+    """Yield launches with a residual, without and with a bias."""
     from kernels import layernorm_triton as kernels
 
-    fp32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partial_ptr", "out_ptr", "eps")
     for width in widths:
         for bias in (False, True):
-            kinds: list[tuple[str, Any, dict[str, int]]] = [
-                ("forward", kernels.forward_kernel, kernels.forward_options(width)),
-                ("backward", kernels.backward_kernel, kernels.backward_options(width)),
-                ("sum", kernels.sum_kernel, kernels.sum_options(2 * width if bias else width)),
-            ]
-            for name, function, options in kinds:
+            about = {"width": width, "bias": bias}
+            for name, function, kind, options in (
+                ("forward", kernels.forward_kernel, dtype, kernels.forward_options(width)),
+                ("backward", kernels.backward_kernel, dtype, kernels.backward_options(width)),
+                ("sum", kernels.sum_kernel, "fp32", kernels.sum_options(2 * width if bias else width)),
+            ):
                 constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True}
-                warps = constants.pop("num_warps")
-                types = argument_types(function, dtype, fp32=fp32)
-                yield Launch(name, function, types, constants, warps, about={"width": width, "bias": bias})
+                yield Launch(name, function, kind, constants, about, options["num_warps"])
 
 
 def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Launch]:
     """Yield loss and gradient in one, and log-probabilities with an entropy, forward and backward."""
     from kernels.cross_entropy_triton import rows_kernel, tile
 
-    rows = ("log_probs", "lse", "entropy", "d_log_probs", "d_lse", "d_entropy")
-    fp32 = tuple(f"{name}_ptr" for name in ("logits", *rows))
-    types = {**argument_types(rows_kernel, dtype, fp32=(*fp32, "z_loss", "inverse_temperature")), "targets_ptr": "*i64"}
     passes = {"loss": (True, True, False), "log_probs": (True, False, True), "log_probs backward": (False, True, True)}
     for vocab in vocabs:
         size, warps = tile(vocab)
-        for name, switches in passes.items():
-            constants: dict[str, Any] = dict(zip(("STATISTICS", "GRADIENT", "ENTROPY"), switches, strict=True))
-            constants = {**constants, "SOFTCAP": False, "BLOCK_V": size}
-            yield Launch(name, rows_kernel, types, constants, warps, about={"vocab": vocab})
+        for name, (statistics, gradient, entropy) in passes.items():
+            constants = {
+                "STATISTICS": statistics, "GRADIENT": gradient, "ENTROPY": entropy, "SOFTCAP": False, "BLOCK_V": size,
+            }  # fmt: skip
+            yield Launch(name, rows_kernel, dtype, constants, {"vocab": vocab}, warps)
 
 
 # By family: its launches for an architecture, sizes and a dtype; and the sizes that are looked at.
@@ -97,18 +96,6 @@ FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Launch]],
     "cross_entropy": (cross_entropy, (4096, 28000, 128256)),
     "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 16384)),
 }
-
-
-def argument_types(function: Any, dtype: str, *, fp32: Sequence[str] = (), i32: Sequence[str] = ()) -> dict[str, str]:
-    """Return types: pointers to `dtype` unless named (for i32 by a beginning); numbers i32 unless a scale or named."""
-    types = {}
-    for name in function.arg_names:
-        if name.endswith("_ptr"):
-            pointed = "fp32" if name in fp32 else "i32" if name.startswith(tuple(i32) or "-") else dtype
-            types[name] = f"*{pointed}"
-        else:
-            types[name] = "fp32" if name in fp32 or "scale" in name or "softcap" in name else "i32"
-    return types
 
 
 def report(
@@ -139,9 +126,10 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
         if name in launch.constants:
             signature[name], values[(index,)] = "constexpr", launch.constants[name]
             continue
-        signature[name] = launch.types[name]
+        pointer = name.endswith("_ptr")
+        signature[name] = TYPE_OF.get(name, f"*{launch.dtype}" if pointer else "i32")
         # Log-sum-exps lie as closely as sequences are long, which may be odd.
-        if name.endswith("_ptr") or name == "columns" or (name.startswith("stride") and "lse" not in name):
+        if pointer or name == "columns" or (name.startswith("stride") and "lse" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.function, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

@@ -6,19 +6,19 @@ depend on them, but the tokens have to be the same.
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Figures, copy_bandwidth, in_turn, wall_seconds
+from bench.harness import Figures, copy_bandwidth, in_turn
 from engine.batcher import Batcher, Request
 from engine.config import ModelConfig
 from engine.huggingface import their_config, their_tensors
 from engine.model import GPT
-from engine.runtime import Runtime
+from engine.runtime import Runtime, wall_seconds
 from engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]  # [B, T]
@@ -27,16 +27,13 @@ Generate = Callable[[Prompts, int], list[list[int]]]
 
 
 def ours(model: GPT, runtime: Runtime, **options: Any) -> Generate:
-    # As in a server, where it lives as long as the model.
-    batchers: dict[int, Batcher] = {}
+    @cache  # as in a server, where it lives as long as the model
+    def batcher_of(slots: int) -> Batcher:
+        return Batcher(model, slots=slots, **options)
 
     def generate(prompts: Prompts, new: int) -> list[list[int]]:
-        if (slots := len(prompts)) not in batchers:
-            batchers[slots] = Batcher(model, slots=slots, **options)
-        batcher = batchers[slots]
-        tokens: dict[int, list[int]] = {
-            batcher.submit(Request(prompt, Sampling(temperature=0), new)): [] for prompt in prompts
-        }
+        batcher, greedy = batcher_of(len(prompts)), Sampling(temperature=0)
+        tokens: dict[int, list[int]] = {batcher.submit(Request(prompt, greedy, new)): [] for prompt in prompts}
         while not batcher.idle:
             for step in batcher.step():
                 tokens[step.request].append(step.token)
@@ -86,8 +83,8 @@ def bench_decoding(
         prompts = torch.randint(config.vocab_size, (batch, prompt)).tolist()
         tokens = {name: generate(prompts, new) for name, generate in made.items()}  # and all is warm
 
-        measures = {name: partial(clock, generate, prompts, new, runtime) for name, generate in made.items()}
-        taken = in_turn(measures, rounds)
+        clocks = {name: partial(clock, generate, prompts, new, runtime) for name, generate in made.items()}
+        taken = in_turn(clocks, rounds)
         # What a step reads, at the least: all weights, and the keys and values of half a sequence more than the prompt.
         cached = 2 * config.blocks * config.width * batch * (prompt + new // 2)
         read = (config.matmul_parameters + cached) * model.embedding.weight.element_size()

@@ -1,4 +1,4 @@
-"""How functions are compared: each is held to float64, timed beside its peers, printed, written down and drawn.
+"""How functions are compared: each is held to float64, timed beside its peers, printed, written down and plotted.
 
 A comparison is a list of cases; bench/kernels.py has those of the kernels. Training, generation and the server, whose
 results have forms of their own, use the same clocks, turns, tables and files.
@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import re
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -136,12 +135,12 @@ def measured(
 
 def check(case: Case, name: str, direction: str, runtime: Runtime) -> Figures:
     """Return the relative error, against float64. Raises ArithmeticError for one that rounding does not explain."""
-    drawn = case.draw()
-    arranged = [[case.arrange(name, each) for each in group] for group in drawn]
+    inputs = case.draw()
+    arranged = [[case.arrange(name, each) for each in group] for group in inputs]
     with case.providers[name]() as function:
         found = case.prepare(function, *arranged, direction)()
     # What is kept in fp32 is multiplied in the precision of the run: what that leaves of it is what is exact.
-    wide = [[each.to(runtime.dtype).double() if each.is_floating_point() else each for each in g] for g in drawn]
+    wide = [[each.to(runtime.dtype).double() if each.is_floating_point() else each for each in g] for g in inputs]
     exact = case.prepare(case.exact, *wide, direction)()
     pairs = [(found, exact)] if isinstance(exact, Tensor) else list(zip(found, exact, strict=True))
     error = max(((case.arrange(name, a).double() - b).norm() / b.norm()).item() for a, b in pairs)
@@ -154,9 +153,9 @@ def check(case: Case, name: str, direction: str, runtime: Runtime) -> Figures:
 
 def timed(case: Case, name: str, direction: str, runtime: Runtime) -> Figures:
     """Return the seconds that one call takes, and what they say."""
-    drawn = [[case.arrange(name, each) for each in group] for group in case.draw()]
+    inputs = [[case.arrange(name, each) for each in group] for group in case.draw()]
     with case.providers[name]() as function:
-        found = case.clock(function, *drawn, direction, runtime.device)
+        found = case.clock(function, *inputs, direction, runtime.device)
     return found | case.rates(direction, found["seconds"])
 
 
@@ -172,27 +171,18 @@ def outcome(measure: Callable[..., Figures], *arguments: Any) -> Figures:
             return {"reason": "; ".join(dict.fromkeys(part.splitlines()[0][:200] for part in parts if part))[:600]}
 
 
-def in_turn(measures: Mapping[str, Callable[[], Figures]], rounds: int) -> dict[str, Figures]:
-    """Return the medians of what each measures in `rounds` turns, or the reason that it gave in one."""
-    taken: dict[str, list[Figures]] = {name: [] for name in measures}
+def in_turn(clocks: Mapping[str, Callable[[], Figures]], rounds: int) -> dict[str, Figures]:
+    """Return the medians of what each clock gives in `rounds` turns, or the reason that it gave in one."""
+    taken: dict[str, list[Figures]] = {name: [] for name in clocks}
     for _ in range(rounds):
-        for name, measure in measures.items():
+        for name, clock in clocks.items():
             if not any("reason" in each for each in taken[name]):
-                taken[name].append(measure())
+                taken[name].append(clock())
 
     def median(found: list[Figures]) -> Figures:
         return found[-1] if "reason" in found[-1] else {k: statistics.median(f[k] for f in found) for k in found[0]}
 
     return {name: median(found) for name, found in taken.items()}
-
-
-def wall_seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return how long one call takes, to the end of what it leaves the device to do."""
-    synchronize(device)
-    begin = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device, *, in_a_row: bool = False) -> float:
@@ -299,14 +289,9 @@ def cells(figures: Figures, names: Iterable[str], shown: Callable[[Figures], str
 def plot(
     points: Sequence[Figures], column: str, x: str, y: str, scale: float, title: str, y_label: str, path: Path
 ) -> None:
-    """Draw scaled y over x: a row of panels for each direction, a column for each value of a field of the points.
+    """Draw scaled y over x: a row of panels for each direction, a column for each value of a field of the points."""
+    import matplotlib
 
-    Nothing is drawn where matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import harness, plain
 from bench.harness import Case, Figures, Function, Tensors, as_it_is
-from engine.runtime import Runtime
+from engine.runtime import Runtime, wall_seconds
 from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy
 from kernels.attention.reference import attention_reference
 
@@ -41,7 +41,7 @@ NORMS = ("ours", "torch", "compiled")
 LOSSES = {"ours": linear_cross_entropy, "plain": plain.cross_entropy, "half": plain.half_cross_entropy}
 
 
-def drawn(runtime: Runtime, *sizes: tuple[int, ...]) -> list[Tensor]:
+def random_tensors(runtime: Runtime, *sizes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(size, device=runtime.device, dtype=runtime.dtype) for size in sizes]
 
 
@@ -119,7 +119,7 @@ def attention(runtime: Runtime, head_dim: int, causal: bool, length: int, batch:
             "flex": partial(flex, device, *size, causal=length * causal),
         },
         exact=lambda q, k, v: attention_reference(q, k, v, causal=causal)[0],
-        draw=lambda: (drawn(runtime, size, size, size), drawn(runtime, size)),
+        draw=lambda: (random_tensors(runtime, size, size, size), random_tensors(runtime, size)),
         arrange=liked,
         rates=lambda direction, seconds: {"flops_per_second": flops[direction] / seconds},
         small=lambda: attention(runtime, head_dim, causal, 512, 1, 512),
@@ -170,7 +170,7 @@ def decode(
             "flex": partial(flex, runtime.device, *cache, grouped=group > 1),
         },
         exact=lambda q, k, v: attention_reference(q, k, v)[0],
-        draw=lambda: (drawn(runtime, query, cache, cache), ()),
+        draw=lambda: (random_tensors(runtime, query, cache, cache), ()),
         arrange=liked,
         directions=("",),
         clock=clock,
@@ -208,7 +208,7 @@ def norm(runtime: Runtime, rows: int, width: int, residual: bool) -> Case:
             "compiled": partial(compiled_to_repeat, plain.layer_norm, rows, width, residual),
         },
         exact=plain.layer_norm,
-        draw=lambda: (drawn(runtime, x, weight, *[x] * residual), drawn(runtime, *[x] * outputs)),
+        draw=lambda: (random_tensors(runtime, x, weight, *[x] * residual), random_tensors(runtime, *[x] * outputs)),
         rates=lambda way, seconds: bandwidth(numbers[way] * runtime.dtype.itemsize, seconds, copy(way)),
     )
 
@@ -222,14 +222,14 @@ def loss(runtime: Runtime, tokens: int, vocab: int, width: int) -> Case:
 
     def draw() -> tuple[Tensors, Tensors]:
         torch.manual_seed(0)
-        (hidden,) = drawn(runtime, (tokens, width))
+        (hidden,) = random_tensors(runtime, (tokens, width))
         # Logits have the size of one. In place: a copy would count as memory that was held before.
         weight = torch.randn(vocab, width, device=runtime.device).mul_(width**-0.5)
         return [hidden, weight, torch.randint(vocab, (tokens,), device=runtime.device)], ()
 
     def clock(function: Function, arguments: Tensors, _: Tensors, direction: str, device: torch.device) -> Figures:
         # On a CPU one call: it is seconds long, and the peers want to take turns.
-        seconds = harness.median_seconds if device.type == "cuda" else harness.wall_seconds
+        seconds = harness.median_seconds if device.type == "cuda" else wall_seconds
         both = seconds(loss_step(function, arguments), device)
         with torch.no_grad():
             return {"seconds": both, "forward_seconds": seconds(lambda: function(*arguments), device)}

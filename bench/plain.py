@@ -49,7 +49,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def half_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All in the precision of the products: in half, less memory and time for a loss of three digits."""
+    """Compute all in the precision of the products: in half, less memory and time for a loss of three digits."""
     return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)), targets)
 
 

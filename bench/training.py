@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import plain
-from bench.harness import Figures, added_memory, in_turn, wall_seconds
+from bench.harness import Figures, added_memory, in_turn
 from engine.config import OptimizerConfig, Recipe, ScheduleConfig
 from engine.model import GPT
-from engine.runtime import Runtime, cpu_multiplies_bf16, measured_peak, synchronize
+from engine.runtime import Runtime, cpu_multiplies_bf16, measured_peak, wall_seconds
 from engine.tokenizer import Tokenizer
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import TokenShards
@@ -99,14 +99,13 @@ def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Ca
 def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False) -> Figures:
     """Return tokens per second of each variant (medians of `rounds`, in turn), start-up seconds and peak memory."""
     steps: dict[str, Step] = {}
-    start_up: dict[str, float] = {}
     builds = variants(recipe, runtime, compile=compile)
-    for name, build in builds.items():
-        begin = time.perf_counter()
-        steps[name] = build()
+
+    def start(name: str) -> None:
+        steps[name] = builds[name]()
         steps[name]()
-        synchronize(runtime.device)
-        start_up[name] = time.perf_counter() - begin
+
+    start_up = {name: wall_seconds(partial(start, name), runtime.device) for name in builds}
 
     def clock(step: Step) -> Figures:
         return {"seconds": wall_seconds(step, runtime.device)}
@@ -127,8 +126,8 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
                 "against_plain": seconds["plain"] / seconds[name],
                 "mfu": tokens * recipe.model.flops_per_token / seconds[name] / peak,
                 "start_up_seconds": start_up[name],
-                # What two steps add to a process that has done nothing else.
-                "peak_memory_bytes": added_memory(partial(_first_steps, build), runtime),
+                # What two steps add to a process that has done nothing else. Nothing is made ready before them.
+                "peak_memory_bytes": added_memory(partial(partial, take_two, build), runtime),
             }
             for name, build in builds.items()
         },
@@ -136,15 +135,10 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
     }
 
 
-def _first_steps(build: Callable[[], Step]) -> Step:
-    """Return a function that builds a step and takes it twice."""
-
-    def work() -> None:
-        step = build()
-        step()
-        step()
-
-    return work
+def take_two(build: Callable[[], Step]) -> None:
+    step = build()
+    step()
+    step()
 
 
 def profile(step: Step) -> list[Figures]:

@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
 
 def read_prompt(model: GPT, prompt: Sequence[int], top_logprobs: int) -> list[Step]:
-    """The tokens of a prompt as if they had been chosen: log-probability and the likeliest. The first has neither."""
+    """Return a prompt's tokens as if they had been chosen: log-probability and the likeliest. The first has neither."""
     ids = torch.tensor(prompt, device=model.embedding.weight.device)
     steps = [Step(-1, prompt[0], None)]
     if len(ids) == 1:
@@ -102,7 +102,7 @@ class Chosen(NamedTuple):
 
 
 class Batcher:
-    """Runs requests on a model. Only one thread may call it: a server has a queue of its own before it."""
+    """It runs requests on a model. Only one thread may call it: a server has a queue of its own before it."""
 
     def __init__(
         self,
@@ -137,14 +137,13 @@ class Batcher:
         self.numbers = itertools.count()
 
     def submit(self, request: Request) -> int:
-        """The number that its steps carry. Raises InputError for a prompt that does not fit, QueueFullError."""
+        """Return the number that its steps carry. Raises InputError for a prompt that does not fit, QueueFullError."""
         context = self.model.config.context
         if not request.prompt:
             raise InputError("the prompt is empty; begin it with the end-of-document token")
         if len(request.prompt) >= context:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens; this model's context holds {context}, answer included"
-            )
+            tokens = len(request.prompt)
+            raise InputError(f"the prompt has {tokens} tokens; this model's context holds {context}, answer included")
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}; it must be at least 1")
         if len(self.waiting) >= self.queue:
@@ -167,7 +166,7 @@ class Batcher:
         return not (self.waiting or self.running or self.under_way)
 
     def step(self) -> list[Step]:
-        """Produce one token for every producing sequence and read one chunk of prompts. The new tokens, by slot."""
+        """Produce one token for every producing sequence and read one chunk of prompts. Return the tokens, by slot."""
         while self.waiting and len(self.running) < self.slots:
             self.cache.lengths[len(self.running)] = 0
             self.running.append(self.waiting.popleft())
@@ -189,7 +188,7 @@ class Batcher:
         return self._choose(logits, 0, chosen)
 
     def _read(self) -> list[Chosen]:
-        """Read a chunk of prompts: of one long prompt a part, of several short ones as many as fit side by side.
+        """Read a chunk of prompts: a part of one long prompt, or as many short ones as fit side by side.
 
         They are padded at their ends to one width, and the padding counts. It does no harm: a sequence's length covers
         only its own tokens, and the next ones are written over the padding. Prompts that are now read to their ends get
@@ -245,7 +244,7 @@ class Batcher:
         return Chosen(chosen, ToHost(tokens), ToHost(torch.cat((own, values), dim=-1)), ToHost(likeliest))
 
     def _seen(self, each: Running, slot: int) -> Tensor:
-        """The tokens of its text so far, bool [V]: those of the prompt, and every new one."""
+        """Return the tokens of its text so far, bool [V]: those of the prompt, and every new one."""
         if each.seen is None:
             each.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
             each.seen[torch.tensor(each.request.prompt, device=self.device)] = True
@@ -262,12 +261,11 @@ class Batcher:
             each.given += 1
             finish = "stop" if token in each.request.stop_ids else "length" if each.given == each.most else None
             each.over = finish is not None
-            asked = each.request.top_logprobs
-            if asked is None:
-                steps.append(Step(each.number, token, finish))
-            else:
+            step = Step(each.number, token, finish)
+            if (asked := each.request.top_logprobs) is not None:
                 top = tuple(zip(likeliest[row][:asked], logprobs[row][1:], strict=False))
-                steps.append(Step(each.number, token, finish, logprobs[row][0], top))
+                step = step._replace(logprob=logprobs[row][0], top=top)
+            steps.append(step)
         return steps
 
     def _free(self) -> None:

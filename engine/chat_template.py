@@ -37,7 +37,7 @@ class Message:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them to learn: what the assistant says, and that it ends there."""
+    """Return a conversation's ids, and which of them to learn: what the assistant says, and that it ends there."""
     ids, learn = [tokenizer.eod], [False]
     encoded = tokenizer.encode_batch([message.content for message in messages])
     for message, text in zip(messages, encoded, strict=True):
@@ -47,22 +47,22 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
 
 
 def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids after which the assistant's next answer comes."""
+    """Return the ids after which the assistant's next answer comes."""
     return [*render(tokenizer, messages)[0], tokenizer.special["<|assistant|>"]]
 
 
 def answer_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer."""
+    """Return the ids that end an answer."""
     return text_ends(tokenizer, chat=True)
 
 
 def text_ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
-    """The ids that end whatever a run writes: a document, and where it has learnt to chat (recipe.chat) an answer."""
+    """Return the ids that end what a run writes: a document, or an answer where it has learnt to chat (recipe.chat)."""
     return frozenset((tokenizer.special[END], tokenizer.eod) if chat else (tokenizer.eod,))
 
 
 def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[Message], int]:
-    """(the messages whose prompt takes at most `room` tokens, how many were dropped).
+    """Return the messages whose prompt takes at most `room` tokens, and how many were dropped.
 
     The oldest go first, an answer with its question; a system message stays. Raises InputError where not even the last
     message fits.

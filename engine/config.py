@@ -33,7 +33,7 @@ FINITE = "above 0 and below inf"
 
 
 def _annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
-    """Of each field of a dataclass the type, and what it is annotated with: bounds, and last a sentence."""
+    """Return each field's type, and what it is annotated with: bounds, and last a sentence."""
 
     def marks(hint: Any) -> list[str]:
         own = list(getattr(hint, "__metadata__", ()))
@@ -114,7 +114,7 @@ class ModelConfig(Settings):
 
     @property
     def flops_per_token(self) -> int:
-        """Of one training step: 6 per weight (2 forward, 4 backward), and causal attention over a full context."""
+        """Count those of a training step: 6 per weight (2 forward, 4 backward), and attention over a full context."""
         return 6 * self.matmul_parameters + 6 * self.blocks * self.width * self.context
 
 
@@ -280,7 +280,7 @@ class Recipe:
 
     @property
     def scores(self) -> bool:
-        """Is it a reward model, which scores texts and writes none?"""
+        """True for a reward model, which scores texts and writes none."""
         return self.model.scalar_head or self.reward.implicit
 
     @property
@@ -293,9 +293,9 @@ class Recipe:
 
 
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every setting of a recipe: its dotted name, its value, and what it means.
+    """Yield every setting of a recipe: its dotted name, its value, and what it means.
 
-    Of the class Recipe itself the values are the defaults, and ... where only a preset has one.
+    The class Recipe itself gives its defaults, and ... where only a preset has a value.
     """
     for name, (hint, marks) in _annotations(config if isinstance(config, type) else type(config)).items():
         if dataclasses.is_dataclass(hint):
@@ -344,7 +344,7 @@ Config = TypeVar("Config")
 
 
 def override(config: Config, path: str, value: Any) -> Config:
-    """A copy of a configuration with one value replaced, named by its dotted path. Text is parsed to the field's type.
+    """Return a copy with one value replaced, named by its dotted path. A text is read as a value of the field's type.
 
     Raises InputError for a path that does not exist (listing those that do) or a value of another type.
     """
@@ -353,20 +353,18 @@ def override(config: Config, path: str, value: Any) -> Config:
     if name not in fields:
         raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}")
     current = getattr(config, name)
-    if not dataclasses.is_dataclass(current):
-        if rest:
-            raise InputError(f"{name} is a single setting: {path!r} goes too deep")
-        value = _typed(name, value, fields[name][0])
-    elif rest:
-        value = override(current, rest, value)
-    else:
+    group = dataclasses.is_dataclass(current)
+    if rest and not group:
+        raise InputError(f"{name} is a single setting: {path!r} goes too deep")
+    if group and not rest:
         inner = ", ".join(f"{name}.{each}" for each in _annotations(type(current)))
         raise InputError(f"{name} is a group of settings: name one of {inner}")
+    value = override(current, rest, value) if group else _typed(name, value, fields[name][0])
     return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
 
 
 def override_text(config: Config, setting: str) -> Config:
-    """`override` from one `path=value` text."""
+    """Return what `override` does, from one `path=value` text."""
     path, equals, value = setting.partition("=")
     if not equals:
         raise InputError(f"--set takes path=value, such as model.blocks=6; it got {setting!r}")
@@ -377,7 +375,7 @@ def override_text(config: Config, setting: str) -> Config:
 
 
 def _typed(name: str, value: Any, kind: Any, *, parse: bool = True) -> Any:
-    """The value, if it is of this type; with `parse` also the value that a text spells."""
+    """Return the value, if it is of this type; with `parse` also the value that a text spells."""
     kinds = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is Literal:
         if value not in kinds:
@@ -411,7 +409,7 @@ to_dict = dataclasses.asdict
 
 
 def from_dict(values: Any, kind: Any = Recipe, where: str = "recipe") -> Any:
-    """The recipe, or a group of its settings, that `to_dict` wrote.
+    """Return the recipe, or a group of its settings, that `to_dict` wrote.
 
     Raises InputError where a value is missing, unknown or of another type.
     """

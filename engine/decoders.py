@@ -17,7 +17,7 @@ from kernels.backend import backend
 
 
 def make_decoder(model: GPT, cache: KVCache, last: Tensor, *, graphs: bool | None) -> "Decoder":
-    """The fastest decoder for this model where it is. `graphs` None: CUDA graphs where our kernels run on a GPU.
+    """Return the fastest decoder for this model where it is. `graphs` None: CUDA graphs where our kernels run on a GPU.
 
     Raises InputError for a model that is to be decoded in int8 and cannot be.
     """
@@ -37,7 +37,7 @@ class Decoder:
         self.model, self.cache, self.last = model, cache, last
 
     def logits(self, rows: int, reach: int) -> Tensor:
-        """Scores [rows, V] in fp32, valid until the next call. The longest of these slots then holds `reach` tokens.
+        """Return scores [rows, V] in fp32, valid until the next call. The longest of these slots then holds `reach`.
 
         The lengths of the cache do not move: the caller advances them.
         """
@@ -111,7 +111,7 @@ class CpuDecoder(Decoder):
 
     @staticmethod
     def supports(model: GPT) -> bool:
-        """Is it a model of our own kind, on a CPU, in the dtype that it is stored in?"""
+        """Return whether it is a model of our own kind, on a CPU, in the dtype that it is stored in."""
         config, weight = model.config, model.embedding.weight
         ours = not config.biases and not config.parallel_residual and config.rotary_share == 1
         return ours and weight.device.type == "cpu" and model.compute_dtype in (None, weight.dtype)

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.batcher import Batcher, Request
 from engine.errors import InputError
@@ -32,7 +33,7 @@ class Completion:
 
 
 class TextStream:
-    """Turns ids into text as they come: whole characters only, and never a part of a stop string."""
+    """It turns ids into text as they come: whole characters only, and never a part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, [each for each in stop if each]
@@ -41,7 +42,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """The text that is now certain. After a stop string `stopped` is set, and nothing more comes."""
+        """Return the text that is now certain. After a stop string `stopped` is set, and nothing more comes."""
         if self.stopped:
             return ""
         # A character that the end cuts in half stays in the decoder: half of one is never text.
@@ -95,29 +96,16 @@ def stream(
 
 
 def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    max_tokens: int | None = None,
-    stop: Sequence[str] = (),
-    stop_ids: frozenset[int] | None = None,
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any
 ) -> list[Completion]:
-    """`stream`, gathered: one completion per prompt."""
-    chunks: list[list[Chunk]] = [[] for _ in prompts]
-    for chunk in stream(model, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids):
-        chunks[chunk.index].append(chunk)
-    return [
-        Completion(
-            text="".join(chunk.text for chunk in own),
-            ids=tuple(token for chunk in own for token in chunk.ids),
-            finish=own[-1].finish or "length",
-        )
-        for own in chunks
-    ]
+    """Return one completion for each prompt: what `stream` yields, put together. The options are those of `stream`."""
+    found = [Completion("", (), "length") for _ in prompts]
+    for new in stream(model, tokenizer, prompts, sampling, **options):
+        old = found[new.index]
+        found[new.index] = Completion(old.text + new.text, old.ids + new.ids, new.finish or "length")
+    return found
 
 
 def document_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that begin a document with this text."""
+    """Return the ids that begin a document with this text."""
     return [tokenizer.eod, *tokenizer.encode(text)]

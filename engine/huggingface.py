@@ -7,6 +7,7 @@ keep all query heads together, then all keys, then all values; GPT-NeoX keeps th
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from engine.tokenizer import (
     Tokenizer,
     json_speller,
     open_json,
+    read_tokenizer,
 )
 
 # An imported tokenizer must give this text back. (One that normalises changes text that is not in Unicode's form NFC.)
@@ -102,12 +104,7 @@ def import_(folder: Path, out: Path) -> Recipe:
         # Ours had none before they were exported: GPT-NeoX cannot do without those of norms and MLPs.
         recipe = override(recipe, "model.biases", False)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
-    try:
-        tokenizer = with_special_tokens((folder / "tokenizer.json").read_bytes(), recipe.model.vocab_size)
-    except OSError as error:
-        raise InputError(f"cannot read the tokenizer {folder / 'tokenizer.json'}: {error.strerror}") from None
-    except InputError as error:
-        raise InputError(f"{folder / 'tokenizer.json'}: {error}") from None
+    tokenizer = read_tokenizer(folder / "tokenizer.json", partial(with_special_tokens, rows=recipe.model.vocab_size))
     for name in ("embedding.weight", "head.weight"):
         tensors[name] = _grow(tensors[name], tokenizer.vocab_size)
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
@@ -119,7 +116,7 @@ def import_(folder: Path, out: Path) -> Recipe:
 
 
 def their_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a GPT-NeoX model of this shape."""
+    """Return the config.json of a GPT-NeoX model of this shape."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -140,7 +137,7 @@ def their_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _our_config(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of our ModelConfig, types unchecked. Where config.json is silent it means GPT-NeoX's default."""
+    """Return our model's settings, types unchecked. Where config.json is silent it means GPT-NeoX's default."""
     width = values.get("hidden_size", 0)
     # Since version 5 transformers gathers what concerns rotary positions.
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -168,14 +165,14 @@ def _our_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _their_name(name: str) -> str:
-    """What GPT-NeoX calls our parameter `name`."""
+    """Return what GPT-NeoX calls our parameter `name`."""
     for ours, theirs in NAMES.items():
         name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
     return name
 
 
 def their_tensors(model: GPT) -> dict[str, Tensor]:
-    """The model's weights under GPT-NeoX's names, and zeros for the biases that it cannot do without."""
+    """Return the model's weights by GPT-NeoX's names, and zeros for the biases that it cannot do without."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if "qkv" in name:
@@ -187,7 +184,7 @@ def their_tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The parameters of our model of this configuration, in fp32. Attention without biases gets zeros."""
+    """Return the parameters of our model of this configuration, in fp32. Attention without biases gets zeros."""
     tensors = {}
     with torch.device("meta"):
         wanted = GPT(config).state_dict()
@@ -205,19 +202,19 @@ def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _restack(tensor: Tensor, outer: int, inner: int) -> Tensor:
-    """The outputs of the qkv layer, stacked [outer, inner, D], as [inner, outer, D]."""
+    """Return the outputs of the qkv layer, stacked [outer, inner, D], as [inner, outer, D]."""
     return tensor.view(outer, inner, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
 def _grow(tensor: Tensor, rows: int) -> Tensor:
-    """Rows for new tokens: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
+    """Add rows for new tokens: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
     embeddings for pretrained language models").
     """
     return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - len(tensor), -1)])
 
 
 def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:
-    """A tokenizer.json's tokenizer with our special tokens, for a model whose embedding has `rows` rows.
+    """Return a tokenizer.json's tokenizer with our special tokens, for a model whose embedding has `rows` rows.
 
     Those that it lacks come after its own, and names without a meaning fill the rows up; it may end up with more than
     `rows` tokens. Raises InputError where it is of no known family, or does not give text back.
@@ -240,7 +237,7 @@ def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer as a tokenizer.json that cuts every text into the same ids.
+    """Return the tokenizer as a tokenizer.json that cuts every text into the same ids.
 
     Text that spells a special token is the exception: there it becomes that token, unless whoever reads the file
     forbids it (`split_special_tokens=True` in transformers).

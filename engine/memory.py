@@ -1,4 +1,4 @@
-"""What a training step holds in memory, and what a run on many GPUs takes: arithmetic over shapes, without a tensor.
+"""The memory of a training step, and the time of a run on many GPUs: arithmetic over shapes, without a tensor.
 
 Memory is derived from what the operators save for the backward pass, not fitted; a test holds it to what a step
 allocates. What torch.compile fuses or computes again is not counted: it needs less. The plan of a run adds tokens a

@@ -18,7 +18,7 @@ from kernels import decode_attention, flash_attention, layer_norm, linear_cross_
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
+    """Return cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
 
     Rotary position embedding: Su et al., arXiv:2104.09864. The sign of the first half is that of a rotation's matrix,
     so that `rotate` is x * cos + swapped x * sin.
@@ -62,14 +62,14 @@ class KVCache:
         self.seen = self.memory
 
     def view(self, first: int, slots: int, reach: int) -> "KVCache":
-        """The slots [first, first + slots) and their first `reach` tokens: the same memory, and the same lengths."""
+        """Return slots [first, first + slots) and their first `reach` tokens: the same memory, and the same lengths."""
         part, chosen = copy.copy(self), slice(first, first + slots)
         part.lengths, part.starts = self.lengths[chosen], self.starts[chosen]
         part.seen = self.memory[:, chosen, :, :reach]
         return part
 
     def rows_of(self, positions_BT: Tensor) -> Tensor:
-        """The rows that hold keys and values of these positions, of every head. The same for all layers."""
+        """Return the rows that hold keys and values of these positions, of every head. All layers have the same."""
         return (self.starts + positions_BT[:, :, None]).flatten()
 
     def write(self, layer: int, rows: Tensor, keys_values: Tensor) -> None:
@@ -80,7 +80,7 @@ class KVCache:
         self.rows[layer].index_copy_(0, rows, keys_values.reshape(-1, keys_values.shape[-1]))
 
     def read(self, layer: int) -> tuple[Tensor, ...]:
-        """A layer's keys and its values, [B, H, reach, D] each."""
+        """Return a layer's keys and its values, [B, H, reach, D] each."""
         return self.seen[layer].chunk(2, dim=1)
 
     def swap(self, one: int, other: int, length: int) -> None:
@@ -97,7 +97,7 @@ def swap_rows(tensor: Tensor, one: int, other: int) -> None:
 
 
 class Positions:
-    """Where the tokens of a batch stand, and so what each attends to: computed once, used by every block."""
+    """The positions of a batch's tokens, and so what each attends to: computed once, used by every block."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(normalised, x + residual); without a residual, (normalised, x)."""
+        """Return (normalised, x + residual); without a residual, (normalised, x)."""
         if residual is None:
             return layer_norm(x, self.weight, self.bias, eps=self.eps), x  # type: ignore[return-value]
         return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)  # type: ignore[return-value]
@@ -174,8 +174,7 @@ class Attention(nn.Module):
             turning, still = qk.tensor_split([self.rotary_dim], dim=-1)
             qk = torch.cat((rotate(turning, positions.cos, positions.sin), still), dim=-1)
         q, k = qk.chunk(2, dim=-2)
-        output: Tensor = self.output(positions.attend(layer, q, k, v).flatten(-2))
-        return output
+        return self.output(positions.attend(layer, q, k, v).flatten(-2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -185,8 +184,7 @@ class MLP(nn.Module):
         self.contract = Linear(4 * config.width, config.width, bias=config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.contract(F.gelu(self.expand(x)))
-        return output
+        return self.contract(F.gelu(self.expand(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -228,15 +226,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Normal with standard deviation 0.02 (GPT-2); what writes to the residual stream is scaled by depth."""
+        """Draw weights with standard deviation 0.02 (GPT-2); what writes to the residual stream is scaled by depth."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            if parameter.ndim < 2:
-                continue
-            writes_to_residual = name.endswith(("attention.output.weight", "mlp.contract.weight"))
-            depth = math.sqrt(2 * self.config.blocks) if writes_to_residual else 1.0
-            parameter.normal_(std=0.02 / depth)
+            elif parameter.ndim == 2:
+                writes_to_residual = name.endswith(("attention.output.weight", "mlp.contract.weight"))
+                parameter.normal_(std=0.02 / (math.sqrt(2 * self.config.blocks) if writes_to_residual else 1.0))
 
     def forward(
         self,
@@ -246,7 +242,7 @@ class GPT(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states after the last norm, [..., C], in the compute dtype.
+        """Return hidden states after the last norm, [..., C], in the compute dtype.
 
         tokens: int64 [B, T]; or [N] with cu_seqlens int32 [sequences + 1], sequences no longer than max_seqlen (by
         default the context). With a cache, [B, T] continues what the cache holds; the caller advances the cache
@@ -265,12 +261,12 @@ class GPT(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every token as the next one: [..., V], fp32."""
+        """Return the scores of every token as the next one: [..., V], fp32."""
         return linear_scores(hidden, self.head.weight)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
-        """Sum over the targets (-100 does not count) of the cross-entropy in nats. fp32, no dimensions."""
+        """Return the sum of the cross-entropy over the targets (-100 does not count), in nats. fp32, no dimensions."""
         hidden = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return linear_cross_entropy(hidden, self.head.weight, targets, reduction="sum")

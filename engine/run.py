@@ -124,11 +124,8 @@ class Run:
             raise InputError(f"{self.path} is a reward model: it scores texts and writes none; name {recipe.base}")
         found = self.find_checkpoint(which, notice)
         tokenizer = Tokenizer.load(self.tokenizer)
-        if tokenizer.vocab_size != recipe.model.vocab_size:
-            raise InputError(
-                f"{self.tokenizer} has {tokenizer.vocab_size} tokens; the model of this run was built for "
-                f"{recipe.model.vocab_size}"
-            )
+        if (tokens := tokenizer.vocab_size) != (built := recipe.model.vocab_size):
+            raise InputError(f"{self.tokenizer} has {tokens} tokens; the model of this run was built for {built}")
         model = GPT(recipe.model)
         try:
             model.load_state_dict(found.tensors("model"))
@@ -162,7 +159,7 @@ def _found_from(folders: tuple[Path, ...], path: str) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether the path leads to something. A glob does where the folder exists in which it looks."""
+    """Return whether the path leads to something. A glob does where the folder exists in which it looks."""
     while glob.has_magic(str(path)) and not path.exists():
         path = path.parent
     return path.exists()

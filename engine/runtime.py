@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a model runs and what it multiplies in. Weights are kept in fp32 while training, whatever `dtype` is."""
+    """The device that a model runs on, and what it multiplies in. While training, weights are kept in fp32."""
 
     device: torch.device
     precision: str
@@ -90,7 +90,7 @@ def native_precision(device: torch.device) -> str:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 matrix units (AMX or AVX512-BF16). Without them bf16 is emulated, 90 times slower."""
+    """Return whether this CPU multiplies bf16 (AMX or AVX512-BF16). Without that it is emulated, 90 times slower."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -125,16 +125,20 @@ def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
 def measured_peak(runtime: Runtime, seconds: float = 0.2) -> float:
     """Measure one large matrix product: the most that this machine can do, in FLOP/s (a multiply-add counts two)."""
     size = 8192 if runtime.device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
-    b = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
+    a, b = (torch.randn(size, size, device=runtime.device).to(runtime.dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        synchronize(runtime.device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(runtime.device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, wall_seconds(lambda: torch.mm(a, b), runtime.device))
     return 2 * size**3 / best
+
+
+def wall_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how long one call takes, to the end of what it leaves the device to do."""
+    synchronize(device)
+    begin = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def synchronize(device: torch.device) -> None:
@@ -163,7 +167,7 @@ class ToHost:
 
 @contextlib.contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients within the block; afterwards the model is in its mode again."""
+    """Set evaluation mode, without gradients, within the block; afterwards the model is in its mode again."""
     was_training = model.training
     # Changing the mode visits all modules, which takes longer than a small model needs for its next token.
     if was_training:

@@ -30,7 +30,7 @@ class Sampling:
     seed: int | None = None
 
     def of_row(self, index: int) -> "Sampling":
-        """The same for one text of several, whose seeds lie far apart: not those of the next seed, shifted by one."""
+        """Return the same for one of several texts. Their seeds lie far apart, so that those of two runs differ."""
         if self.seed is None or index == 0:
             return self
         return replace(self, seed=(self.seed + index * 0x9E3779B97F4A7C15) % 2**62)
@@ -50,7 +50,7 @@ class Sampling:
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """Probabilities of the next token, fp32 [B, V], temperature above 0. seen_BV: bool, tokens in the text so far.
+    """Return probabilities of the next token, fp32 [B, V], temperature above 0. seen_BV: bool, tokens so far.
 
     The order matters: the penalty changes logits, temperature divides them, top_k cuts them; min_p and then top_p cut
     the probabilities that come of it, and what is left is made to sum to 1.
@@ -76,7 +76,7 @@ def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
 
 
 def _likeliest_first(probabilities_BV: Tensor, enough_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order and their tokens: all, or on a CPU as many as hold `enough` in every row."""
+    """Return falling probabilities and their tokens: all, or on a CPU as many as hold `enough` in every row."""
     if probabilities_BV.device.type == "cpu" and probabilities_BV.shape[-1] > FEW:
         ordered, order = probabilities_BV.topk(FEW, dim=-1)
         if (ordered.sum(dim=-1, keepdim=True) > enough_B1).all():
@@ -85,7 +85,7 @@ def _likeliest_first(probabilities_BV: Tensor, enough_B1: Tensor) -> tuple[Tenso
 
 
 def penalise(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> Tensor:
-    """The logits after the repetition penalty on the tokens that the text holds already."""
+    """Return the logits after the repetition penalty on the tokens that the text holds already."""
     penalty = sampling.repetition_penalty
     if penalty == 1 or seen_BV is None:
         return logits_BV
@@ -96,7 +96,7 @@ def penalise(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> T
 def choose(
     logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen_BV: Tensor | None = None
 ) -> Tensor:
-    """The next token of each sequence, int64 [B]. Each draws one number from its own generator."""
+    """Return the next token of each sequence, int64 [B]. Each draws one number from its own generator."""
     if sampling.temperature == 0:
         return penalise(logits_BV, sampling, seen_BV).argmax(dim=-1)
     if torch.are_deterministic_algorithms_enabled():
@@ -109,10 +109,6 @@ def choose(
 
 
 def make_generator(seed: int | None) -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same on every device."""
+    """Return a generator on the CPU, so that a seed means the same on every device. None draws a seed."""
     generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return generator.manual_seed(generator.seed() if seed is None else seed)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -41,9 +41,22 @@ SENTENCE_BYTES = 4192
 
 
 def tokenizer_file(folder: str | os.PathLike[str]) -> Path:
-    """Where a run, or prepared data, keeps its tokenizer: tokenizer.json if it is an imported one, tokenizer.model."""
+    """Return the file where a run, or prepared data, keeps its tokenizer: tokenizer.json where it was imported."""
     imported = Path(folder) / JsonTokenizer.file_name
     return imported if imported.exists() else Path(folder) / SentencePieceTokenizer.file_name
+
+
+Made = TypeVar("Made")
+
+
+def read_tokenizer(path: Path, make: Callable[[bytes], Made]) -> Made:
+    """Return what `make` makes of a tokenizer file. Raises InputError, which names the file."""
+    try:
+        return make(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 class Tokenizer(ABC):
@@ -59,14 +72,9 @@ class Tokenizer(ABC):
     def load(path: str | os.PathLike[str]) -> "Tokenizer":
         """Read a tokenizer file of either kind, or the one in a folder. Raises InputError where it is not one."""
         path = tokenizer_file(path) if Path(path).is_dir() else Path(path)
-        try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
-        try:
-            return JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        return read_tokenizer(
+            path, lambda model: JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         Path(path).write_bytes(self.model)
@@ -85,11 +93,11 @@ class Tokenizer(ABC):
         return self.special[END_OF_DOCUMENT]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Never a special token, whatever the text spells."""
+        """Return the token ids of a text. None of them is a special token, whatever the text spells."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, in one call into the library. Raises InputError for what UTF-8 cannot spell."""
+        """Return the ids of many texts, by one call into the library. Raises InputError for what UTF-8 cannot spell."""
         for text in texts:
             _check_unicode(text)
         return self._encode(list(texts))
@@ -99,7 +107,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the vocabulary calls a token, such as <|user|>."""
+        """Return what the vocabulary calls a token, such as <|user|>."""
 
     @property
     @abstractmethod
@@ -108,16 +116,15 @@ class Tokenizer(ABC):
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """How many UTF-8 bytes each id stands for. [vocab], int64. What bits per byte are counted with."""
+        """The number of UTF-8 bytes that each id stands for, int64 [vocab]. Bits per byte are counted with it."""
         return np.array([len(spelled) for spelled in self.token_bytes], dtype=np.int64)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids spell. Special tokens spell nothing."""
-        spelled = self.token_bytes
-        return b"".join(spelled[index] for index in ids)
+        """Return the bytes that the ids spell. Special tokens spell nothing."""
+        return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
+        """Return the text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
 
@@ -213,7 +220,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def open_json(model: bytes) -> Any:
-    """The tokenizer of a tokenizer.json, as the `tokenizers` package has it. Raises InputError where it is not one."""
+    """Return a tokenizer.json's tokenizer from the `tokenizers` package. Raises InputError where it is not one."""
     try:
         import tokenizers
     except ImportError:
@@ -228,7 +235,7 @@ def open_json(model: bytes) -> Any:
 
 
 def json_speller(content: dict[str, Any]) -> Callable[[str], bytes]:
-    """What turns a token's name in this tokenizer.json into its bytes. Raises InputError for an unknown family."""
+    """Return what turns a token's name in this tokenizer.json into its bytes. Raises InputError for another family."""
     model, decoder = content["model"], content["decoder"]
     kinds = [each["type"] for each in (decoder or {}).get("decoders", [decoder]) if each]
     if model["type"] == "BPE" and "ByteLevel" in kinds:
@@ -236,8 +243,8 @@ def json_speller(content: dict[str, Any]) -> Callable[[str], bytes]:
         # the others counted from U+0100 on.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
-        byte_of = {chr(byte): bytes([byte]) for byte in printable}
-        byte_of |= {chr(0x100 + number): bytes([byte]) for number, byte in enumerate(others)}
+        characters = [*map(chr, printable), *(chr(0x100 + number) for number in range(len(others)))]
+        byte_of = {character: bytes([byte]) for character, byte in zip(characters, [*printable, *others], strict=True)}
         return lambda name: b"".join(byte_of.get(character) or character.encode() for character in name)
     if model["type"] == "BPE" and model.get("byte_fallback"):
         space = SPACE_MARK if SPACE_MARK in str(decoder) else " "
@@ -262,14 +269,12 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """Train a byte-pair tokenizer on the first `sample_bytes` of the documents.
 
-    A corpus too small for `vocab_size` tokens gets the largest vocabulary that it supports, and `notice` is told.
+    Where there is too little text for `vocab_size` tokens, it makes as many as it can, and `notice` is told.
     Raises InputError where there is no text, or where vocab_size leaves no room for bytes and special tokens.
     """
     fixed = 256 + len(SPECIAL_TOKENS) + 1
     if vocab_size <= fixed:
-        raise InputError(
-            f"a vocabulary of {vocab_size} tokens is too small: bytes and special tokens alone take {fixed}"
-        )
+        raise InputError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone take {fixed}")
     sample = list(_sample(documents, sample_bytes))
     if not sample:
         raise InputError(
@@ -278,7 +283,7 @@ def train_tokenizer(
     try:
         return _train(sample, vocab_size)
     except RuntimeError as error:
-        # The trainer says how many tokens the corpus supports, or needs at least, and only in words.
+        # The trainer says how many tokens the text supports, or needs at least, and only in words.
         supported = re.search(r"value <= (\d+)", str(error))
         needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
         if needed is not None:
@@ -304,7 +309,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _sample(documents: Iterable[str], sample_bytes: int) -> Iterator[str]:
-    """Stretches of text that the trainer accepts: not too long, and with nothing in them that it reserves."""
+    """Yield stretches of text that the trainer accepts: not too long, and with nothing in them that it reserves."""
     taken = 0
     for document in documents:
         _check_unicode(document)

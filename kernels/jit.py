@@ -1,4 +1,4 @@
-"""What every Triton kernel here begins with: two decorators, tanh, and a probe that shows whether kernels run at all.
+"""The start of every Triton kernel here: two decorators, tanh, and a probe that shows whether kernels run at all.
 
 `@kernel` marks a function that is launched, `@jit` one that kernels call.
 """

@@ -1,4 +1,4 @@
-"""What the attention kernels share: how a tile is read, which keys a query sees, and how a launch is prepared.
+"""The attention kernels share this: how a tile is read, which keys a query sees, and how a launch is prepared.
 
 Positions are counted so that the last query stands at the last key: position = row + keys - queries.
 """

@@ -1,7 +1,8 @@
 """Generation: the cache changes nothing, every sequence minds its own business, and text comes in whole characters."""
 
 import codecs
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batcher import Batcher, Chosen, Running
 from engine.errors import InputError
 from engine.generate import Completion, TextStream, document_prompt, generate, stream
 from engine.model import GPT
-from engine.runtime import ToHost
 from engine.sampling import Sampling, penalise
 from engine.tokenizer import Tokenizer
 
@@ -113,17 +112,17 @@ class Script:
     def play(self, *sequences: Sequence[int], **options: Any) -> tuple[list[Completion], list[list[str]]]:
         """The completions, and the text of each chunk that was streamed."""
 
-        def choose(batcher: Batcher, logits: Tensor, first: int, running: list[Running]) -> Chosen:
-            # What a sequence would write after its end must not be heard of.
-            scripts = [sequences[each.number] for each in running]
-            tokens = [
-                script[min(each.produced, len(script) - 1)] for script, each in zip(scripts, running, strict=True)
-            ]
-            for each in running:
-                each.produced += 1
-            return Chosen(running, ToHost(torch.tensor(tokens)), None, None)
+        # Each sequence has a generator of its own, and they begin in their order. What a sequence would write after its
+        # end must not be heard of.
+        scripts: dict[torch.Generator, Iterator[int]] = {}
 
-        self.monkeypatch.setattr(Batcher, "_choose", choose)
+        def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: object) -> Tensor:
+            for generator in generators:
+                script = sequences[len(scripts) % len(sequences)]
+                scripts.setdefault(generator, itertools.chain(script, itertools.repeat(script[-1])))
+            return torch.tensor([next(scripts[generator]) for generator in generators])
+
+        self.monkeypatch.setattr("engine.batcher.choose", choose)
         arguments = (self.gpt, self.tokenizer, [[self.tokenizer.eod]] * len(sequences), GREEDY)
         chunks: list[list[str]] = [[] for _ in sequences]
         for chunk in stream(*arguments, **options):
