@@ -218,18 +218,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * 4 * numbers / copy_seconds(numbers, device)
 
 
-def added_memory(ready: Callable[[], Callable[[], Any]], runtime: Runtime, *, fresh: bool = True) -> int:
+def added_memory(
+    ready: Callable[[], Callable[[], Any]], runtime: Runtime, *, fresh: bool = True, threads: int | None = None
+) -> int:
     """Return the most bytes that a call of what `ready` returns holds beyond what was held when it was ready.
 
     `fresh`: in a process of its own, where nothing is left of what ran before; a CPU's peak cannot be reset.
     """
-    if not fresh:
-        return _added_memory(ready, runtime, torch.get_num_threads())
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_added_memory, (ready, runtime, torch.get_num_threads()))
-
-
-def _added_memory(ready: Callable[[], Callable[[], Any]], runtime: Runtime, threads: int) -> int:
+    threads = threads or torch.get_num_threads()
+    if fresh:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(added_memory, (ready, runtime), {"fresh": False, "threads": threads})
     torch.set_num_threads(threads)
     work = ready()
     synchronize(runtime.device)

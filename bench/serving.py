@@ -130,11 +130,6 @@ def rate(streams: list[Stream], begin: float, end: float) -> float:
     return sum(begin <= each < end for stream in streams for each in stream.times) / (end - begin)
 
 
-def resident_bytes(process: int) -> int:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
-
-
 @contextlib.contextmanager
 def serving(run: Path, options: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Run `gpt serve`, for its port and process number. Raises InputError where it does not begin or end well."""
@@ -168,7 +163,8 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
     memory = []
     while not running.done():
         await asyncio.sleep(seconds / 30)
-        memory.append(resident_bytes(process))
+        status = Path(f"/proc/{process}/status").read_text()
+        memory.append(1024 * int(status.partition("VmRSS:")[2].split()[0]))
     streams = await running
     together = rate(streams, begin + seconds / 6, begin + seconds)
 

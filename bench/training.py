@@ -53,8 +53,7 @@ def our_step(
 ) -> Step:
     model = GPT(recipe.model).to(runtime.device)
     model.compute_dtype = runtime.dtype
-    config = dataclasses.replace(OptimizerConfig(), kind=kind)
-    optimizer = Optimizer(model, config, matmul_dtype=muon_dtype(runtime))
+    optimizer = Optimizer(model, OptimizerConfig(kind=kind), matmul_dtype=muon_dtype(runtime))
     batch = packed_batch(recipe, runtime.device)
 
     def loss(model: GPT, batch: Batch) -> Tensor:

@@ -46,10 +46,8 @@ def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[Figures]:
     for head_dim, kernel in itertools.product(head_dims, DIRECTION):
         key = (kernel, family, head_dim)
         now = tiles.TABLE[key][0]
-        checked, clocked = (
-            partial(tried, check, key, runtime, 512, 1),
-            partial(tried, timed, key, runtime, LENGTH, BATCH),
-        )
+        checked = partial(tried, check, key, runtime, 512, 1)
+        clocked = partial(tried, timed, key, runtime, LENGTH, BATCH)
         lines = sorted(try_all(candidates(key), checked, clocked), key=lambda line: line.get("seconds", float("inf")))
         result["tuned"].append({"kernel": kernel, "head_dim": head_dim, "row": row(key, lines, now), "timings": lines})
         yield result

@@ -20,7 +20,6 @@ IMPORTED = "imported"
 # Settings that may name a place on a disk.
 PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
 
-
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 # A type with bounds: where a value is not None, all of them hold.
 Count = Annotated[int, "at least 1"]

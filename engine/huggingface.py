@@ -106,7 +106,10 @@ def import_(folder: Path, out: Path) -> Recipe:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     tokenizer = read_tokenizer(folder / "tokenizer.json", partial(with_special_tokens, rows=recipe.model.vocab_size))
     for name in ("embedding.weight", "head.weight"):
-        tensors[name] = _grow(tensors[name], tokenizer.vocab_size)
+        # A new token's row is the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
+        # embeddings for pretrained language models").
+        old = tensors[name]
+        tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(old), -1)])
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
     run = Run(out)
     run.write_recipe(recipe)
@@ -204,13 +207,6 @@ def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 def _restack(tensor: Tensor, outer: int, inner: int) -> Tensor:
     """Return the outputs of the qkv layer, stacked [outer, inner, D], as [inner, outer, D]."""
     return tensor.view(outer, inner, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-
-
-def _grow(tensor: Tensor, rows: int) -> Tensor:
-    """Add rows for new tokens: the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
-    embeddings for pretrained language models").
-    """
-    return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - len(tensor), -1)])
 
 
 def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:

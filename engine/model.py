@@ -136,8 +136,6 @@ class Linear(nn.Linear):
     """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.dtype == input.dtype:
-            return F.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 

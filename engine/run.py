@@ -91,7 +91,6 @@ class Run:
         self, which: str = "latest", notice: Callable[[str], None] = lambda message: None
     ) -> checkpoint.Checkpoint:
         """Return the checkpoint called "latest" or "best", or by its step. Raises InputError where there is none."""
-        found: checkpoint.Checkpoint | None
         if which == "latest":
             found = checkpoint.latest(self.checkpoints, notice)
         elif which == "best":

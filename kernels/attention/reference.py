@@ -4,7 +4,6 @@ attention_reference holds the whole [T, S] score matrix, works in any floating d
 differentiable: every other implementation is compared with it.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -112,8 +111,7 @@ def attention_reference(
 def packed_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Return what dense_torch does, of each sequence by itself."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
-    lengths_q = [end - start for start, end in pairwise(call.cu_seqlens_q.tolist())]
-    lengths_k = [end - start for start, end in pairwise(call.cu_seqlens_k.tolist())]
+    lengths_q, lengths_k = call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist()
     # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size
     # gradient per sequence.
     parts = zip(torch.split(q, lengths_q), torch.split(k, lengths_k), torch.split(v, lengths_k), strict=True)
