@@ -5,9 +5,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from engine.chat_template import Message, answer_prompt, text_ends, trim
-from engine.config import override
+from engine.config import Count, override
 from engine.errors import InputError
 from engine.generate import document_prompt, stream
 from engine.model import GPT
@@ -19,12 +20,7 @@ from engine.tokenizer import Tokenizer
 class Settings(Sampling):
     """How to draw an answer, and how long it may get."""
 
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+    max_tokens: Annotated[Count | None, "The longest answer."] = None
 
     def changed(self, setting: str) -> "Settings":
         """A copy with one `name=value` changed. Raises InputError for an unknown name or a value out of its bounds."""

@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from engine.errors import InputError
@@ -28,9 +28,11 @@ Weight = Annotated[float, "at least 0"]
 Positive = Annotated[float, "above 0"]
 Share = Annotated[float, "at least 0 and at most 1"]
 Decay = Annotated[float, "at least 0 and below 1"]
+Seed = Annotated[int, "at least 0 and below 4611686018427387904"]  # 2**62
 FINITE = "above 0 and below inf"
 
 
+@cache
 def _annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
     """Return each field's type, and what it is annotated with: bounds, and last a sentence."""
 
@@ -51,8 +53,9 @@ class Settings:
             for bound in bounds if value is not None else ():
                 limits = re.findall(r"(at least|above|at most|below) (\S+)", bound)
                 if not all(COMPARISONS[how](value, float(limit)) for how, limit in limits):
-                    group = type(self).__name__.removesuffix("Config").lower()
-                    raise InputError(f"{group}.{name} is {value}; it must be {bound}")
+                    group, config, _ = type(self).__name__.partition("Config")
+                    where = f"{group.lower()}.{name}" if config else name
+                    raise InputError(f"{where} is {value}; it must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,7 @@ class LoopConfig(Settings):
     shard: Annotated[bool | None, "Each process holds a share of the model (FSDP); none decides by memory."] = None
     checkpoint_activations: Annotated[bool, "Compute blocks again in the backward pass: less memory, slower."] = False
     timeout_minutes: Annotated[Positive, "Minutes that a process waits for another one."] = 10.0
-    # Below 2**62.
-    seed: Annotated[int, "at least 0 and below 4611686018427387904", "Seed of all that is drawn at random."] = 0
+    seed: Annotated[Seed, "Seed of all that is drawn at random."] = 0
     deterministic: Annotated[bool, "Refuse operations that vary from run to run, as some do on GPUs."] = False
 
     def __post_init__(self) -> None:

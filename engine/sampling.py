@@ -2,51 +2,36 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
+from engine.config import Count, Decay, Seed, Settings
 
 # Tokens that nearly always hold top_p of the probability. To sort them all takes a CPU as long as a small model's pass.
 FEW = 512
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. The defaults change nothing but the temperature.
+class Sampling(Settings):
+    """How to choose the next token. The defaults change nothing but the temperature."""
 
-    temperature 0 takes the likeliest; top_k keeps the k likeliest; top_p the smallest set that holds this share of the
-    probability (Holtzman et al., arXiv:1904.09751); min_p drops what is less likely than this share of the likeliest
-    (Nguyen et al., arXiv:2407.01082); repetition_penalty above 1 makes tokens already in the text less likely (Keskar
-    et al., arXiv:1909.05858). The same seed gives the same text.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: Annotated[float, "at least 0 and at most 100", "0 takes the likeliest token."] = 1.0
+    top_k: Annotated[Count | None, "Keep the k likeliest tokens."] = None
+    # top_p: Holtzman et al., arXiv:1904.09751; min_p: Nguyen et al., 2407.01082; the penalty: Keskar et al., 1909.05858
+    top_p: Annotated[float, "above 0 and at most 1", "Keep the fewest tokens that hold this share."] = 1.0
+    min_p: Annotated[Decay, "Drop what is less likely than this share of the likeliest."] = 0.0
+    repetition_penalty: Annotated[float, "above 0 and at most 100", "Above 1, tokens in the text get less likely."] = (
+        1.0
+    )
+    seed: Annotated[Seed | None, "The same seed gives the same text."] = None
 
     def of_row(self, index: int) -> "Sampling":
         """Return the same for one of several texts. Their seeds lie far apart, so that those of two runs differ."""
         if self.seed is None or index == 0:
             return self
         return replace(self, seed=(self.seed + index * 0x9E3779B97F4A7C15) % 2**62)
-
-    def __post_init__(self) -> None:
-        good = {
-            "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**62, "at least 0 and below 2**62"),
-        }
-        for name, (holds, expected) in good.items():
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}")
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:

@@ -204,7 +204,7 @@ def test_a_base_model_lengthens_one_document_until_it_ends_it(
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("temperature=-1", "between 0 and 100"),
+        ("temperature=-1", "at least 0 and at most 100"),
         ("top_k=many", "of type int"),
         ("top_p=2", "at most 1"),
         ("max_tokens=0", "at least 1"),
