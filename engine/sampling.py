@@ -22,9 +22,7 @@ class Sampling(Settings):
     # top_p: Holtzman et al., arXiv:1904.09751; min_p: Nguyen et al., 2407.01082; the penalty: Keskar et al., 1909.05858
     top_p: Annotated[float, "above 0 and at most 1", "Keep the fewest tokens that hold this share."] = 1.0
     min_p: Annotated[Decay, "Drop what is less likely than this share of the likeliest."] = 0.0
-    repetition_penalty: Annotated[float, "above 0 and at most 100", "Above 1, tokens in the text get less likely."] = (
-        1.0
-    )
+    repetition_penalty: Annotated[float, "above 0 and at most 100", "Above 1, the text repeats less."] = 1.0
     seed: Annotated[Seed | None, "The same seed gives the same text."] = None
 
     def of_row(self, index: int) -> "Sampling":
