@@ -8,7 +8,7 @@ import math
 import operator
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal, TypeVar
@@ -32,8 +32,7 @@ Seed = Annotated[int, "at least 0 and below 4611686018427387904"]  # 2**62
 FINITE = "above 0 and below inf"
 
 
-@cache
-def _annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
+def _read_annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
     """Return each field's type, and what it is annotated with: bounds, and last a sentence."""
 
     def marks(hint: Any) -> list[str]:
@@ -44,6 +43,17 @@ def _annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
     return {name: (hint, marks(hints[name])) for name, hint in typing.get_type_hints(kind).items()}
 
 
+@cache
+def _limits(bound: str) -> list[tuple[Callable[[float, float], bool], float]]:
+    """Return the comparisons that a bound asks for, each with its number."""
+    found = re.findall(r"(at least|above|at most|below) (\S+)", bound)
+    return [(COMPARISONS[how], float(limit)) for how, limit in found]
+
+
+# Every request has settings of its own: to read the annotations each time would take as long as a small model's step.
+_annotations: Callable[[Any], dict[str, tuple[Any, list[str]]]] = cache(_read_annotations)
+
+
 class Settings:
     """A group of settings, which holds its values to their bounds."""
 
@@ -51,8 +61,7 @@ class Settings:
         for name, (_, (*bounds, _)) in _annotations(type(self)).items():
             value = getattr(self, name)
             for bound in bounds if value is not None else ():
-                limits = re.findall(r"(at least|above|at most|below) (\S+)", bound)
-                if not all(COMPARISONS[how](value, float(limit)) for how, limit in limits):
+                if not all(holds(value, limit) for holds, limit in _limits(bound)):
                     group, config, _ = type(self).__name__.partition("Config")
                     where = f"{group.lower()}.{name}" if config else name
                     raise InputError(f"{where} is {value}; it must be {bound}")
