@@ -90,7 +90,7 @@ def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Itera
             yield Launch(name, rows_kernel, dtype, constants, {"vocab": vocab}, warps)
 
 
-# By family: its launches for an architecture, sizes and a dtype; and the sizes that are looked at.
+# Each family has a function to its launches for an architecture, sizes and a dtype, and the sizes that are looked at.
 FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Launch]], tuple[int, ...]]] = {
     "attention": (attention, (32, 64, 128, 256)),
     "cross_entropy": (cross_entropy, (4096, 28000, 128256)),

@@ -1,5 +1,5 @@
 """Generation, ours and transformers' in one process and on the same weights: time to the first token, and tokens per
-second from there on. Greedy, all sequences of a batch equally long. The weights are drawn, not trained: speed does not
+second from there on. Greedy, all sequences of a batch equally long. The weights are random, not trained: speed does not
 depend on them, but the tokens have to be the same.
 """
 
@@ -22,7 +22,7 @@ from engine.runtime import Runtime, wall_seconds
 from engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]  # [B, T]
-# From prompts to new tokens, as many as are asked for.
+# It turns prompts into new tokens, as many as are asked for.
 Generate = Callable[[Prompts, int], list[list[int]]]
 
 
@@ -85,7 +85,7 @@ def bench_decoding(
 
         clocks = {name: partial(clock, generate, prompts, new, runtime) for name, generate in made.items()}
         taken = in_turn(clocks, rounds)
-        # What a step reads, at the least: all weights, and the keys and values of half a sequence more than the prompt.
+        # A step reads at least all weights, and the keys and values of half a sequence more than the prompt.
         cached = 2 * config.blocks * config.width * batch * (prompt + new // 2)
         read = (config.matmul_parameters + cached) * model.embedding.weight.element_size()
         point: Figures = {"batch": batch, "prompt": prompt, "new": new, "bytes_per_step": read}

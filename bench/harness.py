@@ -139,7 +139,7 @@ def check(case: Case, name: str, direction: str, runtime: Runtime) -> Figures:
     arranged = [[case.arrange(name, each) for each in group] for group in inputs]
     with case.providers[name]() as function:
         found = case.prepare(function, *arranged, direction)()
-    # What is kept in fp32 is multiplied in the precision of the run: what that leaves of it is what is exact.
+    # A weight that is kept in fp32 is multiplied in the precision of the run: exact results begin with it rounded so.
     wide = [[each.to(runtime.dtype).double() if each.is_floating_point() else each for each in g] for g in inputs]
     exact = case.prepare(case.exact, *wide, direction)()
     pairs = [(found, exact)] if isinstance(exact, Tensor) else list(zip(found, exact, strict=True))

@@ -20,9 +20,9 @@ from kernels.attention.reference import attention_reference
 
 WIDTH = 2048  # heads times head dim
 BLOCK = 16  # keys, of the paged cache
-# What is read between two readings of the same cache, at least: several times what the nearer memories hold.
+# So much is read, at least, between two readings of the same cache: several times what the nearer memories hold.
 BYTES_BETWEEN = 2**28
-# What is measured unless something else is asked for. A CPU gets through less in the two or three minutes of a run.
+# These are measured unless others are asked for. A CPU gets through less in the two or three minutes of a run.
 LENGTHS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (128, 256, 512, 1024)}
 TOKENS = {"cuda": 16384, "cpu": 1024}  # batch times length
 BATCHES = {"cuda": (1, 8, 64), "cpu": (1, 8)}
@@ -47,7 +47,7 @@ def random_tensors(runtime: Runtime, *sizes: tuple[int, ...]) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def compiled(function: Function, *case: Any) -> Function:
-    # For one case alone: dynamic shapes are slower, and torch compiles one function only so many times.
+    # It is compiled for one case alone: dynamic shapes are slower, and torch compiles a function only so many times.
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 

@@ -89,7 +89,7 @@ def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Ca
     if runtime.precision != "fp32":
         found["ours, fp32"] = partial(our_step, recipe, fp32)
     if compile:
-        # As nanoGPT is trained: compiled, SDPA, mixed precision, fused AdamW.
+        # nanoGPT is trained so: compiled, SDPA, mixed precision, fused AdamW.
         found["plain, compiled"] = partial(plain_step, recipe, runtime, compile=True)
         found["ours, compiled"] = partial(our_step, recipe, runtime, compile=True)
     return found
@@ -125,7 +125,7 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
                 "against_plain": seconds["plain"] / seconds[name],
                 "mfu": tokens * recipe.model.flops_per_token / seconds[name] / peak,
                 "start_up_seconds": start_up[name],
-                # What two steps add to a process that has done nothing else. Nothing is made ready before them.
+                # Two steps run in a process that has done nothing else: nothing is made ready before them.
                 "peak_memory_bytes": added_memory(partial(partial, take_two, build), runtime),
             }
             for name, build in builds.items()

@@ -24,7 +24,7 @@ from kernels.tiles import Tile
 
 DIRECTION = {"forward": "forward", "keys": "backward", "queries": "backward"}
 LENGTH, BATCH = 4096, 4
-# For one candidate, the start of its process included. A kernel that takes so long is of no use.
+# One candidate may take so long, the start of its process included. A kernel that takes longer is of no use.
 COMPILE_SECONDS, TIMING_SECONDS = 90, 30
 # The server imports torch once and never touches the GPU: its children start in no time.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -104,7 +104,7 @@ def in_processes(task: Task, rows: Sequence[Tile], seconds: float) -> Iterator[F
 
 
 def serve(sender: Connection, task: Task, rows: Sequence[Tile]) -> None:
-    # What the compiler prints when it gives up fills screens.
+    # When the compiler gives up, it prints screens full of text.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for tile in rows:
         sender.send(outcome(task, tile))

@@ -114,10 +114,10 @@ class Batcher:
         ahead: bool | None = None,
         graphs: bool | None = None,
     ) -> None:
-        """`queue` bounds how many requests may wait; `chunk` how many tokens of prompts a step reads.
+        """Make a batcher. At most `queue` requests wait, and a step reads at most `chunk` tokens of prompts.
 
-        ahead: a step returns what the step before it chose, and the host works while the device does. graphs: a CUDA
-        graph for each size of batch. Both are for a GPU, where they are the default.
+        With `ahead` a step returns what the step before it chose, and the host works while the device does; with
+        `graphs` each size of batch has a CUDA graph. Both are for a GPU, where they are the default.
         """
         self.model, self.slots, self.queue, self.chunk = model, slots, queue, chunk
         weight = model.embedding.weight

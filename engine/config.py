@@ -119,7 +119,7 @@ class ModelConfig(Settings):
     def parameters(self) -> int:
         vectors = 2 * self.blocks + 1
         if self.biases:
-            # Of the norms, and of four linear layers with outputs 3 + 1 + 4 + 1 times the width.
+            # The norms have biases, and so have four linear layers with outputs 3 + 1 + 4 + 1 times the width.
             vectors += vectors + 9 * self.blocks
         return self.matmul_parameters + (self.vocab_size + vectors) * self.width
 

@@ -11,7 +11,7 @@ from engine.model import GPT
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 
-# How many prompts of a batch are continued at once; the others wait.
+# So many prompts of a batch are continued at once; the others wait.
 SLOTS = 64
 
 

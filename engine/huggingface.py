@@ -294,7 +294,7 @@ def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    # One file, or the numbered parts of one.
+    # The weights are in one file, or in numbered parts.
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)

@@ -16,7 +16,7 @@ from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]
 GIB = 2**30
-# What CUDA, NCCL and the allocator hold of a GPU's memory beyond what tensors take.
+# CUDA, NCCL and the allocator hold so much of a GPU's memory beyond what tensors take.
 RESERVED = 2 * GIB
 GB, TERA = 10**9, 10**12
 # The share of the data sheet's FLOP/s, where none was measured. Llama 3: 38-43% on H100s (arXiv:2407.21783, table 4).
@@ -89,7 +89,7 @@ def step_memory(setup: Setup) -> dict[str, Parts]:
     resident = gradients if setup.accumulate or (setup.ranks > 1 and not setup.shard) else 0
     block_weights, embedding = 12 * model.width**2, model.vocab_size * model.width
     head = model.outputs * model.width
-    # In the dtype of the products: autograd keeps each weight's copy, but where it is FSDP that makes them.
+    # Autograd keeps a copy of each weight in the dtype of the products, except where FSDP makes these copies.
     copies = block_weights * size if size < 4 and not setup.shard else 0
     # FSDP keeps embedding and head whole to the end of the backward pass; of the blocks, this one and the next.
     tables, ahead = ((embedding + head) * size, 2 * block_weights * size) if setup.shard else (0, 0)
@@ -99,8 +99,8 @@ def step_memory(setup: Setup) -> dict[str, Parts]:
     around = setup.wide_row + row + setup.tokens * (8 + 8 * model.rotary_dim + 16)
     once = (2 * model.blocks - 1) * row if setup.checkpointing else model.blocks * block
     again, blocks_copied = (block, 1) if setup.checkpointing else (0, model.blocks)
-    # In the last MLP, beside what was kept: gradients by its output (1 row) and by its hidden state before and after
-    # GELU (8), less what is gone by then (4, and around the last norm 2); and by a matrix, in both dtypes.
+    # The last MLP holds, beside what was kept, the gradients by its output (1 row) and by its hidden state before and
+    # after GELU (8), less what is gone by then (4, and around the last norm 2); and that by a matrix, in both dtypes.
     flowing = 3 * row + 4 * model.width**2 * (4 if size == 4 else 4 + size)
 
     loss = {

@@ -27,7 +27,7 @@ class Runtime:
     device: torch.device
     precision: str
     processes: Processes = ALONE
-    # What the devices of all processes can do at best, in FLOP/s; 0 until it was measured.
+    # The devices of all processes together reach so many FLOP/s at best; 0 until it was measured.
     peak_flops: float = 0.0
 
     @property

@@ -99,7 +99,7 @@ def backward_kernel(
         b_rstd = tl.load(stats_ptr + rows + o_row, mask=o_row < rows, other=0.0)
         b_first = tl.zeros([ROWS], tl.float32)  # sum of g over the row
         b_second = tl.zeros([ROWS], tl.float32)  # sum of g * xhat over the row
-        # Of the columns that belong to other programs, only these two sums are needed.
+        # The columns that belong to other programs count in these two sums only.
         for other in tl.static_range(1, SPLITS):
             o_other = (tl.program_id(1) + other) % SPLITS * BLOCK_N + tl.arange(0, BLOCK_N)
             b_other = tl.load(weight_ptr + o_other, mask=o_other < WIDTH, other=0.0).to(tl.float32)
