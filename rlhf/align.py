@@ -33,7 +33,9 @@ from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open
 from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
 from train.data.sources import StoryRequests, open_conversations
 from train.finetune import load_base
-from train.stage import Amounts, Console, Outcome, Stage, run_stage
+from train.loop import Amounts, Outcome, Stage
+from train.stage import run_stage
+from train.tracking import Console
 
 # Learning rates that worked on a nano model.
 RATES = {"ppo": 3e-5, "grpo": 5e-5, "dpo": 3e-5, "ipo": 3e-5}

@@ -29,12 +29,14 @@ from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 from train.data.encoded import Encoded
 from train.data.formats import Conversation, are_turns, asked, turns_of, unwanted
+from train.data.hub import HubSource
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, column_names, peek, text_of
-from train.data.sources import HubSource, Source, WrittenSource, open_source
-from train.data.splits import hash_of, prompt_key
+from train.data.sources import WrittenSource, open_source
+from train.data.splits import Source, hash_of, prompt_key
 from train.data.stories import AskedFacts, StoryRequest, forms, score_story, story_requests, storybook
-from train.stage import Amounts, Console
+from train.loop import Amounts
+from train.tracking import Console
 
 STORIES_PREFERENCES = "stories-preferences"
 HUB_SETS = {
@@ -318,13 +320,7 @@ def read_pairs(
     context = recipe.model.context
     if recipe.tokens_per_pass < 2 * context:
         raise InputError("a pair takes up to two rows: --batch and loop.micro_batch must be 2 or more")
-    source = open_preferences(recipe.data)
-    console.say(source.describe())
-    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
-    train, validation = (
-        Pairs(tokenizer, context, source).read_split(split, most, console.preparing(split))
-        for split, most in limits.items()
-    )
+    train, validation = Pairs.read_splits(recipe, tokenizer, open_preferences(recipe.data), console)
     batches = PairLoader(
         train, recipe.tokens_per_pass, 2 * context, seed=recipe.loop.seed, processes=runtime.processes, whole=True
     )

@@ -11,8 +11,8 @@ from engine.tokenizer import Tokenizer
 from train.data.encoded import Encoded
 from train.data.formats import Conversation, prompt_of
 from train.data.loader import IGNORE_INDEX, Permutation
-from train.data.sources import STORIES_INSTRUCT, Source, StoryRequests, open_conversations
-from train.data.splits import hash_of, prompt_key
+from train.data.sources import STORIES_INSTRUCT, StoryRequests, open_conversations
+from train.data.splits import Source, hash_of, prompt_key
 from train.data.stories import AskedFacts
 
 

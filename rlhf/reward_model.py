@@ -28,7 +28,9 @@ from train.data.loader import Batch
 from train.data.stories import StoryScore, score_story
 from train.evaluation import Case, Scorer
 from train.finetune import finetuning_recipe, load_base
-from train.stage import Console, Outcome, Stage, run_stage
+from train.loop import Outcome, Stage
+from train.stage import run_stage
+from train.tracking import Console
 
 PROGRAM = "program"
 # How many tokens are scored at a time, unless one sequence alone is longer.
@@ -45,7 +47,7 @@ Reward = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Tensor]
 
 
 class ProgramReward:
-    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/stories/score.py."""
+    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/stories/requests.py."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.ends = tokenizer, answer_ends(tokenizer)

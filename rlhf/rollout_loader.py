@@ -122,7 +122,7 @@ class Method:
 
 
 class RolloutLoader:
-    """The batches of a policy that learns from its own answers (train.loop.Batches), `micro` answers at a time.
+    """The batches of a policy that learns from its own answers (train.data.loader.Batches), `micro` answers at a time.
 
     A round: the policy as it is draws answers, they are scored, and all of them are handed out `passes` times, each
     time in another order. Then the next round begins.

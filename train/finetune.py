@@ -14,9 +14,12 @@ from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 from train.data.encoded import Conversations
 from train.data.loader import PackedLoader
-from train.data.sources import Source, open_conversations
+from train.data.sources import open_conversations
+from train.data.splits import Source
+from train.loop import Outcome, Stage
 from train.pretrain import read_documents, say, text_stage
-from train.stage import Console, Outcome, Stage, run_stage
+from train.stage import run_stage
+from train.tracking import Console
 
 # The share of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
 RATE = 0.3
@@ -123,12 +126,7 @@ def read_conversations(
     recipe: Recipe, source: Source, tokenizer: Tokenizer, runtime: Runtime, console: Console
 ) -> Stage:
     """Return the stage that learns the assistant's part of conversations."""
-    console.say(source.describe())
-    limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
-    train, validation = (
-        Conversations(tokenizer, recipe.model.context, source).read_split(split, limit, console.preparing(split))
-        for split, limit in limits.items()
-    )
+    train, validation = Conversations.read_splits(recipe, tokenizer, source, console)
     size = (recipe.tokens_per_pass, recipe.model.context)
     batches = PackedLoader(train, *size, seed=recipe.loop.seed, processes=runtime.processes, whole=True)
     sample = partial(answer_held_out, tokenizer=tokenizer, held_out=validation, count=recipe.loop.samples)

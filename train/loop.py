@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from engine.processes import Coordinator
 from engine.run import Run
 from engine.runtime import Runtime, random_state, set_random_state, synchronize
 from train import parallel
-from train.data.loader import IGNORE_INDEX, Batch
+from train.data.loader import IGNORE_INDEX, Batch, Batches
 from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
 from train.tracking import RunningMetrics, Tracker
 
@@ -41,28 +41,6 @@ LONG_RUN_SECONDS = 3600
 
 class TrainingError(Exception):
     """The run cannot go on. The message says why, and which checkpoint is good."""
-
-
-class Batches(Protocol):
-    """An endless stream of micro-batches, of each the part for this process. Its state is how far it has come."""
-
-    @property
-    def epoch(self) -> float:
-        """How many times all data has been handed out, fractions included where they are known."""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens have been handed out to all processes together, without padding."""
-
-    def batches_per_epoch(self) -> float: ...
-
-    def __next__(self) -> Batch: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,17 @@ from engine.run import Run
 from engine.runtime import Runtime
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
-from train.data.loader import PackedLoader
+from train.data.encoded import Encoded
+from train.data.hub import HubUnreachable
+from train.data.loader import Batches, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
-from train.data.sources import HubUnreachable, Source, open_source
+from train.data.sources import open_source
+from train.data.splits import Source
 from train.data.stream import StreamLoader
 from train.evaluation import evaluate_loss
-from train.stage import Amounts, Batches, Console, Outcome, Stage, TokenDataset, run_stage
+from train.loop import Amounts, Outcome, Stage
+from train.stage import run_stage
+from train.tracking import Console
 
 # From more text than this per token of its vocabulary, a tokenizer learns little.
 SAMPLE_BYTES_PER_TOKEN = 1000
@@ -29,6 +34,8 @@ SAMPLE_BYTES_PER_TOKEN = 1000
 FALLBACK_STORIES = 100_000
 SPLITS_USED = ("train", "validation")
 SAMPLE_TOKENS = 200
+
+TokenDataset = TokenShards | Encoded
 
 
 def pretrain(

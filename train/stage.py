@@ -1,45 +1,24 @@
 """From a recipe to a finished run: what all stages of training share, in the order in which it happens.
 
-A stage is what `Stage` holds. It is defined beside the loop, which uses all of it, and imported from here.
+What a stage brings is `Stage`, beside the loop, which uses all of it.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 from engine.checkpoint import Checkpoint
 from engine.config import Recipe, override
 from engine.errors import InputError
 from engine.run import Run
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
-from train.data.loader import TokenSource
-from train.data.shards import Progress
-from train.loop import Amounts, Batches, Loop, Outcome, Stage, TrainingError
+from train.loop import Loop, Outcome, Stage
 from train.parallel import should_compile
 from train.report import write_report
-from train.tracking import MetricsFile, Tracker, Trackers, Wandb, read_metrics, require_wandb
-
-__all__ = ["Amounts", "Batches", "Console", "Outcome", "Stage", "TokenDataset", "TrainingError", "run_stage"]
+from train.tracking import Console, MetricsFile, Tracker, Trackers, Wandb, read_metrics, require_wandb
 
 # Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
 LEAST_TOKENS = 1_000_000
-
-
-class Console(Tracker, Protocol):
-    """A tracker that can also show how far the preparation of data has come."""
-
-    def preparing(self, what: str) -> Progress: ...
-
-
-class TokenDataset(TokenSource, Protocol):
-    """Documents of token ids that a loader can pack, and how much text they hold."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def bytes(self) -> int: ...
 
 
 # Reads the data and makes the stage of a recipe.

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from engine.checkpoint import write_atomically
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
+from train.data.shards import Progress
 
 Metrics = Mapping[str, Any]
 
@@ -85,6 +86,12 @@ class Tracker(Protocol):
         return
 
     def close(self) -> None: ...
+
+
+class Console(Tracker, Protocol):
+    """A tracker that can also show how far the preparation of data has come."""
+
+    def preparing(self, what: str) -> Progress: ...
 
 
 class MetricsFile(Tracker):

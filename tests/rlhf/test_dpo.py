@@ -3,8 +3,8 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +16,10 @@ from engine.runtime import choose
 from engine.tokenizer import Tokenizer
 from rlhf.align import align, alignment_recipe
 from rlhf.dpo import DPO
-from rlhf.preferences import PairBatch, PairLoader, Pairs, Preference
+from rlhf.preferences import PairBatch, Pairs, Preference
 from tests.train.conftest import Recorder
 from tests.train.team import train_on
+from train.data.loader import IGNORE_INDEX, pack
 from train.tracking import read_metrics
 
 TALK = (Message("user", "say fox"), Message("assistant", "bear"), Message("user", "no"))
@@ -30,9 +31,8 @@ def batch(tokenizer: Tokenizer, gpt: GPT) -> PairBatch:
     pairs = Pairs(tokenizer, gpt.config.context)
     for prompt, chosen, rejected in ((TALK[:1], "a fox", "a bear there"), (TALK, "fox", "so"), (TALK[:1], "b", "a")):
         pairs.add(Preference(prompt, chosen, rejected))
-    size = int(pairs.lengths.sum()) + 5
-    loader = PairLoader(pairs, size, size, seed=0, shuffle=False, epochs=1, whole=True, prefetch=0)
-    return cast(PairBatch, next(loader))
+    padding = (np.zeros(5, np.int64), np.full(5, IGNORE_INDEX))
+    return PairBatch.of(pack([*map(pairs.whole, range(3)), padding], int(pairs.lengths.sum()) + 5))
 
 
 @pytest.mark.parametrize(("method", "start"), [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.2**2))])

@@ -25,8 +25,7 @@ from rlhf.preferences import (
 )
 from train.data.loader import IGNORE_INDEX
 from train.data.rows import Skipped
-from train.data.sources import SPLITS
-from train.data.stories import is_held_out_pair, score_story, story_requests
+from train.data.stories import SPLITS, is_held_out_pair, score_story, story_requests
 
 ASKED = (Message("user", "2 + 2?"),)
 SUM = Preference(ASKED, "4", "5")

@@ -13,12 +13,14 @@ from typing import Any, Self
 import numpy as np
 
 from engine.chat_template import END, render
+from engine.config import Recipe
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
 from train.data.formats import Conversation, has_answer
 from train.data.loader import IGNORE_INDEX
 from train.data.shards import Progress, no_progress
 from train.data.splits import Source, hash_of, prompt_key
+from train.tracking import Console
 
 
 class Encoded:
@@ -57,6 +59,17 @@ class Encoded:
                 "shorter ones, or a longer context (--set model.context=N)"
             )
         return self
+
+    @classmethod
+    def read_splits(cls, recipe: Recipe, tokenizer: Tokenizer, source: Source, console: Console) -> tuple[Self, Self]:
+        """Encode what a recipe trains on and what it validates on, up to its limits, and say where it is read."""
+        console.say(source.describe())
+        limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
+        train, validation = (
+            cls(tokenizer, recipe.model.context, source).read_split(split, limit, console.preparing(split))
+            for split, limit in limits.items()
+        )
+        return train, validation
 
     def _append(self, inputs: list[int], targets: list[int]) -> None:
         self._inputs.extend(inputs)

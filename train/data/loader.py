@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, takewhile
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from engine.errors import InputError
 from engine.processes import ALONE, Processes
 
 IGNORE_INDEX = -100
-Item = TypeVar("Item")
 Sequences = Sequence[tuple[np.ndarray, np.ndarray]]  # inputs and targets of each
 # So many segments are looked up at a time: numpy's calls cost little then, and a resume wastes little.
 LOOKAHEAD = 1024
@@ -127,25 +126,31 @@ class Permutation:
         return (left << self.half) | right
 
 
-class Prefetcher(Iterator[Item]):
-    """Runs an iterator ahead in a thread. Its exceptions, and its end, reach whoever asks for the next item."""
+class Batches(Protocol):
+    """An endless stream of micro-batches, of each the part for this process. Its state is how far it has come."""
 
-    def __init__(self, items: Iterator[Item], depth: int) -> None:
-        self.items, self.pool = items, ThreadPoolExecutor(1)
-        self.ahead: deque[Future[Item]] = deque(self.pool.submit(next, items) for _ in range(depth))
+    @property
+    def epoch(self) -> float:
+        """How many times all data has been handed out, fractions included where they are known."""
 
-    def __next__(self) -> Item:
-        item = self.ahead[0].result()  # an exception stays where it is, and is raised again
-        self.ahead.append(self.pool.submit(next, self.items))
-        self.ahead.popleft()
-        return item
+    @property
+    def tokens(self) -> int:
+        """How many tokens have been handed out to all processes together, without padding."""
 
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+    def batches_per_epoch(self) -> float:
+        """Return how many batches deal the data once, padding included."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
-class Loader(Iterator[Batch]):
-    """An iterator of `Batch`, this process's part of each, that reads ahead and can resume: what all loaders share.
+class Loader(Batches, Iterator[Batch]):
+    """Batches that a thread reads `prefetch` ahead, and that resume to the bit: what all loaders of data share.
 
     `cursor` is the place after the batch that was handed out last. A loader adds how its cursor is saved and found
     again (state_dict and `cursor_of`), and which batches come after one, each with the cursor after it (`batches`).
@@ -153,7 +158,8 @@ class Loader(Iterator[Batch]):
 
     def __init__(self, cursor: Any, prefetch: int) -> None:
         self.cursor, self.prefetch = cursor, prefetch
-        self._producer: Iterator[tuple[Batch, Any]] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[tuple[Batch, Any]]] = deque()
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same where a run goes on."""
@@ -166,17 +172,19 @@ class Loader(Iterator[Batch]):
         raise NotImplementedError
 
     def __next__(self) -> Batch:
-        if self._producer is None:
-            batches = self.batches(self.cursor)
-            self._producer = Prefetcher(batches, self.prefetch) if self.prefetch else batches
-        batch, self.cursor = next(self._producer)
+        if self._pool is None:
+            self._pool, self._batches = ThreadPoolExecutor(1), self.batches(self.cursor)
+        while len(self._ahead) <= self.prefetch:
+            self._ahead.append(self._pool.submit(next, self._batches))
+        batch, self.cursor = self._ahead[0].result()  # an exception stays where it is, and is raised again
+        self._ahead.popleft()
         return batch
 
     def close(self) -> None:
-        """Stop prefetching. Iterating again goes on after the batch handed out last."""
-        if isinstance(self._producer, Prefetcher):
-            self._producer.close()
-        self._producer = None
+        """Stop reading ahead. Iterating again goes on after the batch handed out last."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool, self._ahead = None, deque()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises InputError where the state belongs to other data or another order of it."""
@@ -207,9 +215,8 @@ Part = tuple[int, int, int]  # document, offset, length
 class PackedLoader(Loader):
     """The batches of documents of known lengths, the same stream for any number of processes.
 
-    Endless without `epochs`; with them the last batch is smaller where the tokens do not come out even.
-    `shuffle=False, epochs=1` is for evaluation. `whole` leaves a document that would be cut by the end of a batch to
-    the next one: what then stays free is padding, a sequence of which nothing is learnt.
+    `whole` leaves a document that would be cut by the end of a batch to the next one: what then stays free is padding,
+    a sequence of which nothing is learnt.
     """
 
     def __init__(
@@ -221,16 +228,15 @@ class PackedLoader(Loader):
         seed: int,
         processes: Processes = ALONE,
         shuffle: bool = True,
-        epochs: int | None = None,
         whole: bool = False,
         prefetch: int = 2,
     ) -> None:
         super().__init__(Cursor(), prefetch)
         self.source, self.tokens_per_batch, self.context, self.seed = source, tokens_per_batch, context, seed
-        self.processes, self.shuffle, self.epochs, self.whole = processes, shuffle, epochs, whole
+        self.processes, self.shuffle, self.whole = processes, shuffle, whole
         self._lengths = source.lengths
         self.tokens_per_epoch = int(self._lengths.sum())
-        if self.tokens_per_epoch < (tokens_per_batch if shuffle or epochs is None else 1):
+        if self.tokens_per_epoch < tokens_per_batch:
             raise InputError(
                 f"the data has {self.tokens_per_epoch:,} tokens, too few for one batch of {tokens_per_batch:,}; "
                 "give more data with --data, or choose a smaller batch"
@@ -240,16 +246,13 @@ class PackedLoader(Loader):
 
     @property
     def epoch(self) -> float:
-        """The number of times that the data has been handed out, fractions included."""
         return self.cursor.tokens / self.tokens_per_epoch
 
     @property
     def tokens(self) -> int:
-        """The tokens that all processes have been handed out, without padding."""
         return self.cursor.tokens
 
     def batches_per_epoch(self) -> float:
-        """Return how many batches deal the data once, padding included."""
         if not self.whole:
             return self.tokens_per_epoch / self.tokens_per_batch
         first = takewhile(lambda cursor: cursor.epoch == 0, (cursor for _, cursor in self._plans(Cursor())))
@@ -300,14 +303,12 @@ class PackedLoader(Loader):
                 place = (epoch, position, offset) if offset < length else (epoch, position + 1, 0)
                 if not room:
                     yield finish(*place)
-        if plan:
-            yield finish(*place)
 
     def segments(self, cursor: Cursor) -> Iterator[tuple[int, int, int, Part]]:
         """Yield epoch, position, offset and segment from the cursor on. The offset is what is used of the first one."""
         count = int(self._first[-1])
         epoch, position, offset = cursor.epoch, cursor.position, cursor.offset
-        while self.epochs is None or epoch < self.epochs:
+        while True:
             order = Permutation(count, self.seed, epoch) if self.shuffle else np.asarray
             for begin in range(position, count, LOOKAHEAD):
                 numbers = order(np.arange(begin, min(begin + LOOKAHEAD, count)))

@@ -27,7 +27,7 @@ import numpy as np
 from engine.checkpoint import sync, write_atomically
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, tokenizer_file
-from train.data.encoding import encode_documents
+from train.data.workers import encode_documents
 
 if TYPE_CHECKING:
     from train.data.splits import Source

@@ -15,24 +15,13 @@ from typing import Any, ClassVar
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
-from train.data import encoding
+from train.data import workers
 from train.data.files import EXTENSIONS, FileSource, find_files
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
-from train.data.hub import HubSource, HubUnreachable
+from train.data.hub import HubSource
 from train.data.shards import is_prepared
-from train.data.splits import SPLITS, Key, Pick, Source, prompt_key, require_split, text_key
+from train.data.splits import Key, Pick, Source, prompt_key, require_split, text_key
 from train.data.stories import StoryRequest, stories, story_requests, write_story
-
-__all__ = [
-    "SPLITS",
-    "FileSource",
-    "HubSource",
-    "HubUnreachable",
-    "Source",
-    "WrittenSource",
-    "open_conversations",
-    "open_source",
-]
 
 HUB_TEXTS = {
     "tinystories": ("roneneldan/TinyStories", "text"),
@@ -152,7 +141,7 @@ class StoriesSource(WrittenSource):
         return (story.text for story in stories(split, start))
 
     def chunks(self, split: str, start: int = 0) -> Iterator[Sequence[str]]:
-        size, numbers = max(1, encoding.CHUNK_CHARACTERS // STORY_CHARACTERS), self.numbers(split, start)
+        size, numbers = max(1, workers.CHUNK_CHARACTERS // STORY_CHARACTERS), self.numbers(split, start)
         return (StoryRange(split, numbers[at : at + size]) for at in range(0, len(numbers), size))
 
     def every(self, start: int, step: int) -> Iterator[str]:

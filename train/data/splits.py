@@ -15,10 +15,10 @@ from typing import Any
 
 from engine.chat_template import Message
 from engine.errors import InputError
-from train.data.encoding import in_chunks
 from train.data.formats import read_texts
 from train.data.rows import PEEKED, Row, Skipped
 from train.data.stories import SPLITS
+from train.data.workers import in_chunks
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),

@@ -5,6 +5,7 @@ Each process reads a share of its own, so the stream of batches follows from the
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,17 +65,14 @@ class StreamLoader(Loader):
 
     @property
     def epoch(self) -> float:
-        """The number of times that the data has been read to its end."""
         return float(self.cursor.passes)
 
     @property
     def tokens(self) -> int:
-        """The tokens that all processes have been handed out."""
         return self.cursor.tokens * self.processes.count
 
     def batches_per_epoch(self) -> float:
-        """Return infinity: nobody knows the length of a stream."""
-        return float("inf")
+        return math.inf  # nobody knows the length of a stream
 
     def identity(self) -> dict[str, Any]:
         return {"data": self._data, "context": self.context, "number of processes": self.processes.count}

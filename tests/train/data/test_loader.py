@@ -75,11 +75,11 @@ def test_an_epoch_trains_every_token_once_within_its_document(
 ) -> None:
     documents = Documents(lengths)
     tokens = min(tokens, sum(lengths))
-    batches = list(loader(documents, tokens, context, epochs=1, shuffle=shuffle))
-    seen = torch.cat([batch.tokens for batch in batches]).tolist()
+    batches = list(islice(loader(documents, tokens, context, shuffle=shuffle), -(-sum(lengths) // tokens)))
+    seen = torch.cat([batch.tokens for batch in batches]).tolist()[: sum(lengths)]
     assert sorted(seen) == list(range(1, sum(lengths) + 1))
     assert shuffle or seen == sorted(seen)
-    assert all(len(batch.tokens) == tokens for batch in batches[:-1])
+    assert all(len(batch.tokens) == tokens for batch in batches)
     ends = set(documents.ends.tolist())
     for batch in batches:
         expected = torch.tensor([0 if token in ends else token + 1 for token in batch.tokens.tolist()])
@@ -175,14 +175,12 @@ def test_a_state_of_something_else_is_refused_by_name() -> None:
 def test_too_little_data_is_said_with_numbers() -> None:
     with pytest.raises(InputError, match="the data has 50 tokens, too few for one batch of 64; give more data"):
         loader(Documents([20, 30]), tokens=64)
-    assert len(list(loader(Documents([20, 30]), tokens=64, shuffle=False, epochs=1))) == 1
 
 
-def test_prefetching_changes_nothing_and_ends_as_it_should() -> None:
+def test_prefetching_changes_nothing() -> None:
     documents = Documents([5, 9, 3, 17, 8, 20, 1, 30])
-    plain, ahead = list(loader(documents, epochs=2)), loader(documents, epochs=2, prefetch=1)
+    plain, ahead = list(islice(loader(documents), 12)), loader(documents, prefetch=1)
     assert all(map(equal, plain, ahead))
-    assert list(ahead) == []
     ahead.close()
 
 
@@ -199,13 +197,13 @@ def test_what_goes_wrong_ahead_reaches_the_consumer() -> None:
 
 
 def test_closing_never_hangs_and_leaves_no_thread() -> None:
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     for taken in range(20):
         closing = loader(Documents([40] * 10), prefetch=1 + taken % 3)
         list(islice(closing, taken % 5 + 1))
         closing.close()
         closing.close()
-    assert threading.active_count() == before
+    assert {*threading.enumerate()} <= before
 
 
 @given(LENGTHS, st.integers(1, 1200))

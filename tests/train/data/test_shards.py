@@ -15,10 +15,12 @@ import pytest
 
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, train_tokenizer
-from train.data import encoding, shards
+from train.data import shards, workers
+from train.data.files import FileSource
 from train.data.loader import Cursor, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
-from train.data.sources import FileSource, Source, open_source
+from train.data.sources import open_source
+from train.data.splits import Source
 from train.data.stories import write_story
 
 ROOT = Path(__file__).parents[3]
@@ -38,8 +40,8 @@ def source(tmp_path: Path) -> Source:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 2000)
-    monkeypatch.setattr(encoding, "SMALL_CHARACTERS", 4000)
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(workers, "SMALL_CHARACTERS", 4000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -125,10 +127,10 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, tokenizer:
 KILLED = """
 import os
 from engine.tokenizer import Tokenizer
-from train.data import encoding
+from train.data import workers
 from train.data.shards import prepare
 from train.data.sources import open_source
-encoding.CHUNK_CHARACTERS, encoding.SMALL_CHARACTERS = 2000, 4000
+workers.CHUNK_CHARACTERS, workers.SMALL_CHARACTERS = 2000, 4000
 def progress(documents, tokens, size):
     if tokens > 5000:
         os._exit(9)
@@ -269,10 +271,10 @@ import os
 from pathlib import Path
 from engine.errors import InputError
 from engine.tokenizer import SentencePieceTokenizer
-from train.data import encoding
+from train.data import workers
 from train.data.shards import prepare
 from train.data.sources import open_source
-encoding.CHUNK_CHARACTERS, encoding.SMALL_CHARACTERS = 2000, 4000
+workers.CHUNK_CHARACTERS, workers.SMALL_CHARACTERS = 2000, 4000
 class Failing(SentencePieceTokenizer):
     def encode_batch(self, texts):
         if Path("bad").read_text() in texts:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from train.data import hub as hub_module
-from train.data.sources import SPLITS, HubUnreachable, open_source
-from train.data.splits import is_held_out
+from train.data.hub import HubUnreachable
+from train.data.sources import open_source
+from train.data.splits import SPLITS, is_held_out
 
 Hub = Callable[..., None]
 

@@ -16,7 +16,8 @@ from tests.train.data.conftest import Hub
 from train.data import sources, stream
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import prepare
-from train.data.sources import Source, open_source
+from train.data.sources import open_source
+from train.data.splits import Source
 from train.data.stories import Story, write_story
 from train.data.stream import StreamLoader
 
