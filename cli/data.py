@@ -89,7 +89,7 @@ def show_data(
 
     if is_prepared(data):
         tokenizer = Tokenizer.load(data)
-        shards = TokenShards.open(data, split, tokenizer.fingerprint)
+        shards = TokenShards(data, split, tokenizer.fingerprint)
         if verify:
             shards.verify()
         print(f"{data}, {split}: {describe(shards)}{', every checksum right' if verify else ''}")

@@ -77,7 +77,7 @@ def train(
         if prepared is None:
             raise InputError(f"--verify checks prepared data, and {recipe.data.source} is not: gpt data prepare --help")
         for split in SPLITS_USED:
-            TokenShards.open(prepared, split).verify()
+            TokenShards(prepared, split).verify()
             typer.echo(f"{prepared}, {split}: every checksum right")
 
     def check() -> None:

@@ -1,6 +1,6 @@
-"""How good a model is on text that it has not seen: its loss, and what it writes beside what came next there.
+"""The evaluation of models on text that they have not seen: their loss, and what they write beside what came next.
 
-First comes the loss, which training measures as well; then held-out documents, and what there is to complete in them;
+First comes the loss, which training evaluates as well; then held-out documents, and what there is to complete in them;
 then the whole of `gpt evaluate`, of one run alone or of two against each other.
 """
 
@@ -31,6 +31,7 @@ from train.data.loader import IGNORE_INDEX, Batch, TokenSource, pack
 from train.data.shards import TokenShards, is_prepared
 from train.data.sources import StoryRequests, open_conversations, open_source
 from train.data.stories import AskedFacts, score_story
+from train.loop import packed_loss
 from train.report import write_evaluations
 from train.text_metrics import Estimate, mean
 
@@ -42,24 +43,20 @@ WORD_BEGINS = re.compile(rf"(?<=\S)\s+(?=\S)|(?<=[{text_metrics.UNSPACED}])(?=[{
 def evaluate_loss(
     model: GPT, documents: TokenSource, byte_lengths: np.ndarray, *, tokens: int, tokens_per_batch: int
 ) -> dict[str, float]:
-    """Loss over the first documents that hold `tokens` tokens, each read from its start, whole.
+    """Return the loss over the first documents that hold `tokens` tokens, each read from its start, whole.
 
     A document longer than the context is read in segments that do not see one another. Bits per byte count the UTF-8
     bytes that the targets spell (byte_lengths [vocab]); unlike the loss, they compare across tokenizers. The result
     does not depend on tokens_per_batch, which bounds what is read at a time (a segment at least).
     """
     device = model.embedding.weight.device
-    nats = 0.0
-    targets = text_bytes = 0
+    nats, targets, text_bytes = 0.0, 0, 0
     with inference(model):
         for batch in batches_in_order(documents, model.config.context, tokens, tokens_per_batch):
             learnt = batch.targets[batch.targets != IGNORE_INDEX].numpy()
             text_bytes += int(byte_lengths[learnt].sum())
             targets += len(learnt)
-            batch = batch.to(device)
-            nats += float(
-                model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-            )
+            nats += float(packed_loss(model, batch.to(device)))
     loss_per_token = nats / targets
     return {
         "loss": loss_per_token,
@@ -71,7 +68,7 @@ def evaluate_loss(
 
 
 def batches_in_order(documents: TokenSource, context: int, tokens: int, tokens_per_batch: int) -> Iterator[Batch]:
-    """The first documents that hold `tokens` tokens, cut only where they exceed the context, in their order."""
+    """Yield the first documents that hold `tokens` tokens, in order, cut only where they exceed the context."""
     lengths = documents.lengths
     count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1
     held: list[tuple[np.ndarray, np.ndarray]] = []
@@ -100,7 +97,7 @@ class HeldOut:
 
 
 def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOut:
-    """The documents of a split, as text: of prepared data (the source, or else in `prepared`), or of the source.
+    """Open the documents of a split, as text: of prepared data (the source, or else in `prepared`), or of the source.
 
     Raises InputError where `data` names nothing or has no such split.
     """
@@ -109,7 +106,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
     folders = (folder for folder in (Path(data.source), prepared) if folder and is_prepared(folder, split))
     if folder := next(folders, None):
         tokenizer = Tokenizer.load(folder)
-        shards = TokenShards.open(folder, split, tokenizer.fingerprint)
+        shards = TokenShards(folder, split, tokenizer.fingerprint)
         documents = (tokenizer.decode(shards.document(number).tolist()) for number in range(shards.documents))
         name = shards.index["source"]
     else:
@@ -128,7 +125,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int | None = None
 ) -> tuple[list[Document], Encoded]:
-    """The first documents that hold `tokens` tokens, or all there are, and the same as token ids."""
+    """Return the first documents that hold `tokens` tokens, or all there are, and the same as token ids."""
     taken, texts, conversations = [], Documents(tokenizer, context), Conversations(tokenizer, context)
     for number, document in enumerate(documents):
         taken.append(document)
@@ -143,7 +140,7 @@ def encode(
 
 @dataclass(frozen=True)
 class Case:
-    """What to go on from, a text or a conversation, and what came next.
+    """A text or conversation to go on from, and what came next.
 
     `facts` are what the whole, a story, has to meet; None where it need not be a story.
     """
@@ -154,7 +151,7 @@ class Case:
 
 
 def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer, context: int) -> Case | None:
-    """The second half of a text after its first, or the first answer of a conversation; None where there is neither.
+    """Make a case of the second half of a text, or of the first answer of a conversation; None without either.
 
     A text is cut to the context, and halved before the first word that begins past its middle.
     """
@@ -172,7 +169,7 @@ Scorer = Callable[[Sequence[Case], Sequence[str]], list[float]]
 
 
 def story_score(cases: Sequence[Case], texts: Sequence[str]) -> list[float]:
-    """How good a story each makes, the facts it was asked for included: the program's own score."""
+    """Return the program's own score of each story, the facts that it was asked for included."""
     return [
         score_story(case.facts or AskedFacts(), case.prompt + text if isinstance(case.prompt, str) else text).total
         for case, text in zip(cases, texts, strict=True)
@@ -181,7 +178,7 @@ def story_score(cases: Sequence[Case], texts: Sequence[str]) -> list[float]:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A run, loaded."""
+    """A run that is loaded."""
 
     name: str
     step: int
@@ -195,7 +192,7 @@ class Contestant:
         return cls(str(run.path), step, *run.load_model(runtime, str(step)), run.read_recipe().chat)
 
     def prompt(self, before: Document) -> list[int]:
-        """The ids to go on from. A run that has learnt no conversations reads one as plain text."""
+        """Return the ids to go on from. A run that has learnt no conversations reads one as plain text."""
         if isinstance(before, str):
             return document_prompt(self.tokenizer, before)
         if self.chat:
@@ -214,7 +211,7 @@ class Contestant:
 def choose_cases(
     contestants: Sequence[Contestant], documents: Sequence[Document], held_out: HeldOut, count: int
 ) -> list[Case]:
-    """The first `count` cases in these documents that fit into the context of every contestant.
+    """Return the first `count` cases in these documents that fit into the context of every contestant.
 
     Raises InputError where there is none, although some were asked for.
     """

@@ -31,7 +31,7 @@ from train.tracking import RunningMetrics, Tracker
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
-# How many evaluations a run makes where nothing else was asked for, and the share of its time that they may take.
+# A run makes so many evaluations where nothing else was asked for; they may take this share of its time.
 EVALUATIONS = 10
 EVALUATION_SHARE = 0.05
 # The most tokens that an evaluation reads at a time.
@@ -45,27 +45,23 @@ class TrainingError(Exception):
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much a stage learns, counted in what it learns from: for the lines that a run prints before it starts."""
+    """The amounts that a stage learns, in its own units: for the lines that a run prints before it starts."""
 
-    # What there is to train on and to validate.
-    data: str
-    # What is learnt in this many steps, which are this many epochs.
-    steps: Callable[[int, float], str]
-    # What a step learns. None stands for the rows of the batch.
-    step: str | None = None
+    data: str  # what there is to train on and to validate
+    steps: Callable[[int, float], str]  # what is learnt in so many steps, which are so many epochs
+    step: str | None = None  # what a step learns; None stands for the rows of the batch
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of training brings to `run_stage` and to the loop."""
+    """A stage of training: all that it brings to `run_stage` and to the loop."""
 
     # The recipe, completed by what the data decides, such as the vocabulary.
     recipe: Recipe
     batches: Batches
-    # Measures a model on the first `tokens` held out, `tokens_per_batch` at a time: {"loss": ...} and more.
+    # Evaluates a model on the first `tokens` held out, `tokens_per_batch` at a time: {"loss": ...} and more.
     evaluate: Callable[..., dict[str, float]]
-    # Lets a model write a few texts, for samples.md.
-    sample: Callable[[Any], list[str]]
+    sample: Callable[[Any], list[str]]  # lets a model write a few texts, for samples.md
     amounts: Amounts
     # Makes the model, which then takes the weights of `base` if there is one.
     model: Callable[[ModelConfig], GPT] = GPT
@@ -78,8 +74,7 @@ class Stage:
     metrics: RunningMetrics = field(default_factory=RunningMetrics)
     # A second model that the loss trains, PPO's critic. It is saved beside the first one.
     critic: nn.Module | None = None
-    # More lines for the console before the run starts.
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # more lines for the console before the run starts
 
     @cached_property
     def budget(self) -> Budget:
@@ -91,14 +86,13 @@ class Stage:
 @dataclass(frozen=True)
 class Outcome:
     step: int
-    # The signal that stopped the run before its end, if one did.
-    stopped_by: signal.Signals | None
+    stopped_by: signal.Signals | None  # the signal that stopped the run before its end, if one did
     evaluation: dict[str, float]
     checkpoint: checkpoint.Checkpoint
 
 
 def packed_loss(model: GPT, batch: Batch) -> Tensor:
-    """Next-token loss of packed sequences, summed, in nats."""
+    """Return the next-token loss of packed sequences, summed, in nats."""
     return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
 
 
@@ -143,7 +137,7 @@ class Loop:
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
 
     def on_step(self, step: int) -> None:
-        """Called after each optimizer step with its number. Does nothing: it is for whoever watches or stops a run."""
+        """Do nothing after each optimizer step: this is for whoever watches or stops a run."""
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the next steps are the same as in a run that never stopped."""
@@ -163,12 +157,12 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far: evaluations and checkpoints included, over all resumes."""
+        """Return the seconds of training so far: evaluations and checkpoints included, over all resumes."""
         return self.earlier_seconds + (self.coordinator.now() - self.began)
 
     @property
     def progress(self) -> float:
-        """The share of the budget that is spent."""
+        """Return the share of the budget that is spent."""
         return self.budget.progress(self.step, self.seconds)
 
     def train(self) -> Outcome:
@@ -210,7 +204,7 @@ class Loop:
         return Outcome(self.step, stop, evaluation, self._saved())
 
     def _evaluation_due(self, before: float, after: float) -> bool:
-        """Whether to evaluate: at the steps that were asked for, or else EVALUATIONS times, if the time allows."""
+        """Return whether to evaluate: at the steps asked for, or else EVALUATIONS times, if the time allows."""
         if self.recipe.loop.evaluate_every is not None:
             return self.step % self.recipe.loop.evaluate_every == 0
         due = math.floor(after * EVALUATIONS) > math.floor(before * EVALUATIONS)
@@ -280,7 +274,7 @@ class Loop:
                         # From here on each process is as fast as the slowest.
                         synchronize(self.runtime.device)
                         self.busy_seconds += time.perf_counter() - begin
-                    self.optimizer.backward(loss)
+                    self.optimizer.scaler.scale(loss).backward()
                     total += loss.detach()
         except RuntimeError as error:
             # One of several processes cannot begin again alone: the others wait for its gradients.
@@ -384,7 +378,7 @@ class Loop:
 
     def _save(self) -> None:
         state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "seconds", "skipped", "parts")}
-        state |= {"batches": self.stage.batches.state_dict(), "scaler": self.optimizer.scaler_state()}
+        state |= {"batches": self.stage.batches.state_dict(), "scaler": self.optimizer.scaler.state_dict()}
         tensors = {name: parallel.whole_on_host(each, self.processes) for name, each in self.modules.items()}
         tensors["random"] = random_state(self.runtime.device)
         self.saver.start(self.step, tensors, {"state": state}, parallel.shares_on_host(self.optimizer.state()))
@@ -396,7 +390,7 @@ class Loop:
         return saved
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
-        """Return what the main process measures on the checkpoint that was saved last."""
+        """Return the main process's evaluation of the checkpoint that was saved last."""
         begin = self.coordinator.now()
         self.processes.at("evaluation")
         evaluation = self.processes.from_main(lambda: self._measure(self._saved(), final))

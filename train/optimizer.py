@@ -13,11 +13,11 @@ from train.parallel import exchange_rows, local, share_like
 
 
 class Budget:
-    """How long a run lasts: steps, or time. The share that is over drives the schedule and the evaluations."""
+    """The length of a run in steps or in time. The share that is over drives the schedule and the evaluations."""
 
     def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self.seconds = 0.0 if config.minutes is None else 60 * config.minutes
+        self.seconds = 60 * (config.minutes or 0.0)
         self.steps: int | None = None
         if config.steps is not None:
             self.steps = config.steps
@@ -53,7 +53,7 @@ def rate_factor(config: ScheduleConfig, progress: float) -> float:
 
 
 def muon_dtype(runtime: Runtime) -> torch.dtype:
-    """What Muon multiplies in: bf16 where it is native, as it is meant to; fp16 would overflow."""
+    """Return the type in which Muon multiplies: bf16 where that is native, as it is meant to; fp16 would overflow."""
     return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 
 
@@ -94,13 +94,8 @@ class Muon(torch.optim.Muon):
         like, parts = parameters[0], group.get("parts", 1)
         rows, columns = like.shape[0] // parts, like.shape[1]
         matrices = exchange_rows(torch.stack(updates), like, len(updates))
-        directions = orthogonalise(
-            matrices.view(len(matrices) * parts, rows, columns),
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-            self.dtype,
-        )
+        iteration = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
+        directions = orthogonalise(matrices.view(len(matrices) * parts, rows, columns), *iteration)
         directions = exchange_rows(directions.view_as(matrices), like, len(updates), back=True)
 
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -125,7 +120,7 @@ def orthogonalise(
 
 
 class Optimizer:
-    """All optimizers of a model: one step, one learning-rate factor, and a state that a checkpoint can hold.
+    """The optimizers of a model as one, with a state that a checkpoint can hold.
 
     In half precision a `scaler` multiplies the loss, so that small gradients do not vanish. Where one overflows, it
     leaves the step out and lowers its scale; so it finds its level. Without a scaler nothing is multiplied.
@@ -145,13 +140,10 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             groups[_role(name, parameter)].append(parameter)
         matrices = groups.pop("matrix") if config.kind == "muon" else []
+        # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
+        decays = dict.fromkeys(groups, 0.0) | {"matrix": config.weight_decay}
         adam = [
-            # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
-            {
-                "params": parameters,
-                "lr": getattr(config, f"{role}_rate"),
-                "weight_decay": config.weight_decay if role == "matrix" else 0.0,
-            }
+            {"params": parameters, "lr": getattr(config, f"{role}_rate"), "weight_decay": decays[role]}
             for role, parameters in groups.items()
             if parameters
         ]
@@ -159,12 +151,12 @@ class Optimizer:
             torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         ]
         if matrices:
-            stacked = [parameter for parameter in matrices if self.names[parameter].endswith("qkv.weight")]
-            single = [parameter for parameter in matrices if not self.names[parameter].endswith("qkv.weight")]
+            stacked, single = [], []
+            for parameter in matrices:
+                (stacked if self.names[parameter].endswith("qkv.weight") else single).append(parameter)
             parts = [{"params": stacked, "parts": 3}, {"params": single, "parts": 1}]
-            self.optimizers.append(
-                Muon(parts, dtype=matmul_dtype, lr=config.matrix_rate, weight_decay=config.weight_decay)
-            )
+            options = {"lr": config.matrix_rate, "weight_decay": config.weight_decay}
+            self.optimizers.append(Muon(parts, dtype=matmul_dtype, **options))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
@@ -175,9 +167,6 @@ class Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients down to a norm of `limit` where it is larger. Return the norm that they had."""
         for optimizer in self.optimizers:
@@ -186,7 +175,7 @@ class Optimizer:
 
     @property
     def scaling(self) -> bool:
-        """Is the loss scaled, and can the scale still be lowered?"""
+        """Return whether the loss is scaled, and the scale can still be lowered."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def step(self, *, skip: bool = False) -> None:
@@ -208,10 +197,6 @@ class Optimizer:
             for parameter, entries in optimizer.state.items()
             for entry, tensor in entries.items()
         }
-
-    def scaler_state(self) -> dict[str, Any]:
-        """Return the state of the scaler, JSON-able; empty where nothing is scaled."""
-        return self.scaler.state_dict()
 
     def load_state(self, state: dict[str, Tensor], scaler: dict[str, Any] | None = None) -> None:
         if scaler:

@@ -21,7 +21,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Whether each process holds a share of the model or all of it, and in how many parts it takes a micro-batch."""
+    """The layout of training: a share of the model on each process or all of it, and the parts of a micro-batch."""
 
     shard: bool = False
     parts: int = 1
@@ -29,7 +29,7 @@ class Layout:
 
 
 def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
-    """Choose what fits by estimate: the whole model where that was not asked otherwise, and as few parts as can be.
+    """Choose a layout that should fit: the whole model unless asked otherwise, and as few parts as possible.
 
     Decided before training: one process that runs out of memory would leave the others waiting. Raises InputError for
     what cannot be done.
@@ -61,14 +61,14 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
 
 
 def device_memory(runtime: Runtime) -> int:
-    """Bytes that one process can count on."""
+    """Return the bytes that one process can count on."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory - RESERVED
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def should_compile(recipe: Recipe, runtime: Runtime) -> bool:
-    """Whether to use torch.compile. Unless told, on a GPU: on a CPU the minute that it takes to start does not pay."""
+    """Return whether to use torch.compile; unless told, on a GPU. On a CPU the minute to start it does not pay."""
     return runtime.device.type == "cuda" if recipe.loop.compile is None else recipe.loop.compile
 
 
@@ -87,7 +87,7 @@ def compile_loss(loss: Loss, trained: nn.Module, processes: Processes) -> Loss:
 
 
 class Objective(nn.Module):
-    """All that is trained as one module whose forward, from a batch to its summed loss, DDP and FSDP can follow."""
+    """A module of all that is trained. DDP and FSDP can follow its forward, from a batch to its summed loss."""
 
     def __init__(self, trained: nn.Module, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -125,12 +125,12 @@ def shard(module: nn.Module, mesh: Any, dtype: torch.dtype = torch.float32) -> N
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The Transformer blocks of all models in a module."""
+    """Return the Transformer blocks of all models in a module."""
     return [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """One forward and backward: `now` exchanges the gradients; else they are added up for a later pass that does."""
+    """Frame one forward and backward: `now` exchanges the gradients; else they add up for a later pass that does."""
     if isinstance(objective, nn.parallel.DistributedDataParallel) and not now:
         return objective.no_sync()
     if sync := getattr(objective, "set_requires_gradient_sync", None):
@@ -139,7 +139,7 @@ def synchronised(objective: nn.Module, now: bool) -> contextlib.AbstractContextM
 
 
 def missing_parts(own: int, processes: Processes) -> int:
-    """How many parts this process has fewer than the one with the most. Called by all of them at once.
+    """Return how many parts this process has fewer than the one with the most. All must call it at once.
 
     The weights of a sharded model travel from process to process for every part, forward and backward. One that
     took fewer parts than the others would not be there for the last exchanges, and they would wait for it for ever.
@@ -148,7 +148,7 @@ def missing_parts(own: int, processes: Processes) -> int:
 
 
 def sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. This does not import the class, which takes a second."""
+    """Return whether a tensor is a DTensor, without importing the class, which takes a second."""
     return hasattr(tensor, "placements")
 
 

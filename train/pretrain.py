@@ -113,7 +113,7 @@ def prepare_documents(recipe: Recipe, run: Run, console: Console) -> tuple[Recip
         tokenizer.save(run.path / tokenizer.file_name)
     elif Tokenizer.load(run.tokenizer).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder} has another tokenizer than {run.path} began with; choose other --data")
-    train, validation = (TokenShards.open(folder, split, tokenizer.fingerprint) for split in SPLITS_USED)
+    train, validation = (TokenShards(folder, split, tokenizer.fingerprint) for split in SPLITS_USED)
     for each in (train, validation):
         each.check(tokenizer.eod)
     return recipe, tokenizer, train, validation
@@ -156,7 +156,7 @@ def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
     data = recipe.data
     try:
         source = open_source(data.source, column=data.column, holdout=data.holdout, limit=data.documents)
-        source.check()
+        source.documents("train")  # reads the first one
     except HubUnreachable as error:
         if data.fallback is None:
             raise

@@ -56,7 +56,7 @@ def write_evaluations(run: Run) -> None:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row per metric, a column per run, and one for the references where there were any."""
+    """Return a heading and a row per metric, with a column per run, and one for the references where there were any."""
     columns = {f"{Path(each['run']).name}, step {each['step']:,}": each["measures"] for each in result["runs"]}
     columns |= {"reference": result["reference"]} if "reference" in result else {}
     names = result["runs"][0]["measures"]
@@ -65,7 +65,7 @@ def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def evaluation_notes(result: Mapping[str, Any]) -> list[str]:
-    """How it was measured, and who wins."""
+    """Say how it was evaluated, and who wins."""
     return [*result["notes"]] + [
         f"By {name.replace('_', ' ')} {result['runs'][0]['run']} wins {own['wins']:,}, ties {own['ties']:,} and loses "
         f"{own['losses']:,}: win rate {own['win_rate']}, p = {own['p']:.2g} by a two-sided sign test."
@@ -83,13 +83,15 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib import pyplot
 
     # A loss that was not finite is null.
-    names = ("loss", "validation_loss")
-    trained, validated = ([line for line in metrics if line.get(name) is not None] for name in names)
+    trained = [line for line in metrics if line.get("loss") is not None]
+    validated = [line for line in metrics if line.get("validation_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    curve, dots = {"color": "#9db4d0", "lw": 0.8}, {"color": "#c2410c", "marker": "o", "ms": 4}
-    styles: list[dict[str, Any]] = [{"label": "training", **curve}, {"label": "validation", **dots}]
-    for name, lines, style in zip(names, (trained, validated), styles, strict=True):
-        axes.plot([line["tokens"] for line in lines], [line[name] for line in lines], **style)
+
+    def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+        return [line["tokens"] for line in lines], [line[name] for line in lines]
+
+    axes.plot(*points(trained, "loss"), color="#9db4d0", lw=0.8, label="training")
+    axes.plot(*points(validated, "validation_loss"), color="#c2410c", marker="o", ms=4, label="validation")
     if validated:
         axes.set_title("validation " + ", ".join(evaluation_parts(validated[-1], "validation_")[:2]), fontsize=11)
     if losses := sorted(line["loss"] for line in trained):

@@ -114,7 +114,7 @@ def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, 
 
 
 def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
-    """Whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
+    """Return whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
     state = found.values("state")
     spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
     if spent and stage.recipe.budget != run.read_recipe().budget:

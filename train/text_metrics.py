@@ -23,7 +23,7 @@ UNSPACED = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and the bounds of its 95% confidence interval; None where it has no such interval."""
+    """The value of a metric and the bounds of its 95% confidence interval; None where it has no such interval."""
 
     value: float
     low: float | None = None
@@ -41,23 +41,23 @@ def _figures(number: float, digits: int) -> str:
 def bootstrap(
     statistics_NK: np.ndarray, metric: Callable[[np.ndarray], float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """metric(sum of the N texts' statistics), with its percentile interval over resampled texts.
+    """Return metric(sum of the N texts' statistics), with its percentile interval over resampled texts.
 
     Efron, "Bootstrap methods: another look at the jackknife" (1979); for BLEU: Koehn, W04-3250.
     """
     texts = len(statistics_NK)
-    drawn_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
-    low, high = np.quantile([metric(sums_K) for sums_K in drawn_RN @ statistics_NK], (0.025, 0.975))
+    counts_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    low, high = np.quantile([metric(sums_K) for sums_K in counts_RN @ statistics_NK], (0.025, 0.975))
     return Estimate(float(metric(statistics_NK.sum(axis=0))), float(low), float(high))
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean over texts."""
+    """Return the mean over texts."""
     return bootstrap(np.array(values, np.float64)[:, None], lambda sums: float(sums[0] / len(values)))
 
 
 def bleu_metric(tokenizer: str) -> Any:
-    """sacrebleu's metric with one of its tokenizers. Raises InputError where it has none such, or cannot load it."""
+    """Return sacrebleu's metric with one of its tokenizers. Raises InputError where it cannot be had."""
     from sacrebleu.metrics.bleu import BLEU
 
     if tokenizer not in BLEU.TOKENIZERS:
@@ -70,7 +70,7 @@ def bleu_metric(tokenizer: str) -> Any:
 
 
 def bleu(texts: Sequence[str], *references: Sequence[str], tokenizer: str = "13a") -> tuple[Estimate, str]:
-    """Corpus BLEU, 0 to 100, and sacrebleu's signature of it. Each of `references` has one for every text.
+    """Return corpus BLEU, 0 to 100, and sacrebleu's signature of it. Each of `references` has one for every text.
 
     Papineni et al., P02-1040, as Post, arXiv:1804.08771, defines it.
     """
@@ -89,7 +89,7 @@ def bleu(texts: Sequence[str], *references: Sequence[str], tokenizer: str = "13a
 
 
 def rouge_scorer(tokenizer: str) -> Any:
-    """rouge-score's scorer: "default" compares stemmed words of a-z and 0-9, "words" those of any script."""
+    """Return rouge-score's scorer: "default" compares stemmed words of a-z and 0-9, "words" those of any script."""
     from rouge_score.rouge_scorer import RougeScorer
 
     tokenizers = {"default": None, "words": AnyScript()}
@@ -99,7 +99,7 @@ def rouge_scorer(tokenizer: str) -> Any:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "default") -> dict[str, list[float]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over words. Lin, W04-1013."""
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L of each text, 0 to 1: F1 over words. Lin, W04-1013."""
     scorer = rouge_scorer(tokenizer)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {kind: [score[kind].fmeasure for score in scores] for kind in ROUGE}
@@ -115,7 +115,7 @@ class AnyScript:
 
 
 def overlooked(references: Sequence[str], bleu_tokenizer: str, rouge_tokenizer: str) -> list[str]:
-    """What BLEU and ROUGE do not see in these texts with these tokenizers, in sentences; none where they read all."""
+    """Say in sentences what BLEU and ROUGE do not see in these texts with these tokenizers, if there is anything."""
     letters = [letter for reference in references for letter in reference.lower() if letter.isalpha()]
     foreign = sum(letter > "z" for letter in letters) / max(len(letters), 1)
     unspaced = len(re.findall(f"[{UNSPACED}]", "".join(letters))) / max(len(letters), 1)
@@ -136,7 +136,7 @@ def overlooked(references: Sequence[str], bleu_tokenizer: str, rouge_tokenizer: 
 
 
 def words(text: str) -> list[str]:
-    """What stands between white space, in lower case; in a script without spaces each character is a word."""
+    """Return what stands between white space, in lower case; in a script without spaces each character is a word."""
     return re.sub(f"[{UNSPACED}]", r" \g<0> ", text.lower()).split()
 
 
@@ -146,19 +146,19 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """The share of different ones among all n-grams of words in all texts. Li et al., arXiv:1510.03055."""
+    """Return the share of different ones among all n-grams of words in all texts. Li et al., arXiv:1510.03055."""
     found = [ngram for text in texts for ngram in ngrams(text, n)]
     return len(set(found)) / max(len(found), 1)
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """The share of a text's n-grams of words that it has said before. Welleck et al., arXiv:1908.04319."""
+    """Return the share of a text's n-grams of words that it has said before. Welleck et al., arXiv:1908.04319."""
     found = ngrams(text, n)
     return (len(found) - len(set(found))) / max(len(found), 1)
 
 
 def summary(texts: Sequence[str], scores: Mapping[str, Sequence[float]]) -> dict[str, Estimate]:
-    """The mean scores, and how varied and how long the texts are."""
+    """Return the mean scores, and how varied and how long the texts are."""
     return {
         **{name: mean(values) for name, values in scores.items()},
         **{f"distinct{n}": Estimate(distinct(texts, n)) for n in (1, 2, 3)},
@@ -168,7 +168,7 @@ def summary(texts: Sequence[str], scores: Mapping[str, Sequence[float]]) -> dict
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """How often we are better, a tie counting half, and how likely chance alone would be as uneven."""
+    """Return how often we are better, a tie counting half, and how likely chance alone would be as uneven."""
     signs = [(a > b) - (a < b) for a, b in zip(ours, theirs, strict=True)]
     wins, losses = signs.count(1), signs.count(-1)
     rate = mean([(sign + 1) / 2 for sign in signs])
@@ -176,7 +176,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """The probability of a split at least this uneven, either way, were both sides as good. Exact; ties left out."""
+    """Return the exact probability of a split at least this uneven were both sides as good; ties are left out."""
     games = wins + losses
     # The binomial coefficients of as few wins, or fewer: each from the one before.
     ways = accumulate(range(1, min(wins, losses) + 1), lambda ways, k: ways * (games - k + 1) // k, initial=1)

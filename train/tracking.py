@@ -104,11 +104,8 @@ class MetricsFile(Tracker):
 
     def log(self, metrics: Metrics) -> None:
         # JSON knows no NaN and no infinity; null stands for them.
-        values = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
-        self.file.write(json.dumps(values) + "\n")
+        lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+        self.file.write(json.dumps({**metrics, **lost}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -149,17 +146,9 @@ class Wandb(Tracker):
         identity = folder / "wandb-id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
-        self.run = wandb.init(
-            project="gpt",
-            name=name,
-            dir=str(folder),
-            id=identity.read_text().strip(),
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
+        about: dict[str, Any] = {"name": name, "dir": str(folder), "id": identity.read_text().strip(), "mode": mode}
+        settings = wandb.Settings(silent=True, console="off")
+        self.run = wandb.init(project="gpt", resume="allow", config=dict(config), settings=settings, **about)
         # wandb's own steps only grow, and it drops what is logged at an earlier one, as after a resume. So they count
         # lines here, and every metric is drawn over the step that its line holds.
         self.run.define_metric("*", step_metric="step")
@@ -186,7 +175,7 @@ def _has_login() -> bool:
 
 
 class Trackers(Tracker):
-    """Several trackers as one."""
+    """Several trackers that are used as one."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = trackers

@@ -108,7 +108,7 @@ def test_conversations_that_all_exceed_the_context_are_refused(tokenizer: Tokeni
 
 def test_prepared_text_is_encoded_as_it_was(prepared: Path) -> None:
     held_out = open_held_out(DataConfig(source=str(prepared)), "validation", None)
-    tokenizer, shards = Tokenizer.load(prepared / "tokenizer.model"), TokenShards.open(prepared, "validation")
+    tokenizer, shards = Tokenizer.load(prepared / "tokenizer.model"), TokenShards(prepared, "validation")
     documents, encoded = encode(held_out.documents, tokenizer, 32, shards.tokens // 2)
     assert held_out.name == "stories, validation" and next(held_out.facts) == AskedFacts()
     assert encoded.lengths.tolist() == shards.lengths[: len(documents)].tolist()

@@ -21,7 +21,7 @@ def tokenizer(prepared: Path) -> Tokenizer:
 
 @pytest.fixture
 def shards(prepared: Path) -> TokenShards:
-    return TokenShards.open(prepared, "validation")
+    return TokenShards(prepared, "validation")
 
 
 def small_model(vocab_size: int, context: int) -> GPT:

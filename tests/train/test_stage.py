@@ -15,7 +15,7 @@ from train.finetune import finetune, finetuning_recipe
 
 def test_pretraining_counts_tokens_and_epochs(small: Recipe, train: Train) -> None:
     _, recorder = train(override(small, "loop.micro_batch", 2))
-    tokens = {split: TokenShards.open(small.data.source, split).tokens for split in ("train", "validation")}
+    tokens = {split: TokenShards(small.data.source, split).tokens for split in ("train", "validation")}
     (data,) = (line for line in recorder.said if line.startswith("data"))
     assert data.startswith(
         f"data       {small.data.source}: {tokens['train']:,} tokens to train on, {tokens['validation']:,} tokens to "

@@ -148,14 +148,11 @@ def cut_text(lines: Iterable[str], cut: int) -> Iterator[str]:
     size = 0
     for line in lines:
         for part in [line] if len(line) <= cut else re.findall(rf"(?s).{{1,{cut - 1}}}(?:\s|$)|.{{1,{cut}}}", line):
-            if size + len(part) > 2 * cut:
+            if size + len(part) > 2 * cut or (size >= cut and document[-1].isspace()):
                 yield "".join(document)
                 document, size = [], 0
             document.append(part)
             size += len(part)
-            if size >= cut and part.isspace():
-                yield "".join(document)
-                document, size = [], 0
     if document:
         yield "".join(document)
 

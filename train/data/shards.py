@@ -83,7 +83,7 @@ def prepare(
                     f"{place} holds data made with another {', '.join(different)}; delete it or choose another folder"
                 )
             if name == INDEX:
-                return TokenShards.open(root, split)
+                return TokenShards(root, split)
     place.mkdir(parents=True, exist_ok=True)
     saved = tokenizer_file(root)
     if saved.exists() and hashlib.sha256(saved.read_bytes()).hexdigest() != tokenizer.fingerprint:
@@ -100,7 +100,7 @@ def prepare(
         raise InputError(
             f"the disk of {place} is full; make room and run the same command again: it goes on from here"
         ) from None
-    return TokenShards.open(root, split)
+    return TokenShards(root, split)
 
 
 def _write_shards(
@@ -185,13 +185,23 @@ def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:
 
 
 class TokenShards:
-    """The token files of one split. `documents`, `tokens` and `bytes` (of text) count all shards.
+    """The token files of one split, FOLDER/SPLIT. `documents`, `tokens` and `bytes` (of text) count all shards.
 
-    A file is mapped when something in it is read, the most recent MAPPED_FILES at a time.
+    A file is mapped when something in it is read, the most recent MAPPED_FILES at a time. Raises InputError where the
+    split is missing, unfinished, damaged or of another tokenizer.
     """
 
-    def __init__(self, place: Path, index: dict[str, Any]) -> None:
-        self.place, self.index = place, index
+    def __init__(self, folder: str | os.PathLike[str], split: str, tokenizer_fingerprint: str | None = None) -> None:
+        self.place = place = Path(folder) / split
+        if not (place / INDEX).exists():
+            if (place / UNFINISHED).exists():
+                raise InputError(
+                    f"{place} is not finished; run the command that prepared it again: it goes on where it stopped"
+                )
+            raise InputError(f"{place} holds no prepared data; make it with `gpt data prepare`")
+        self.index = index = _read_index(place / INDEX)
+        if tokenizer_fingerprint not in (None, index["tokenizer_fingerprint"]):
+            raise InputError(f"{place} was made with another tokenizer; prepare the data again, in another folder")
         shards = index["shards"]
         self.documents, self.tokens, self.bytes = (sum(shard[key] for shard in shards) for key in COUNTS)
         self.vocab_size: int = index["vocab_size"]
@@ -200,26 +210,9 @@ class TokenShards:
         # The number of each shard's first document, and of all documents. [shards + 1]
         self.first = np.cumsum([0, *(shard["documents"] for shard in shards)], dtype=np.int64)
         for number in range(len(shards)):
-            self._check_size(number, "tokens")
-            self._check_size(number, "starts")
+            for kind in ("tokens", "starts"):
+                self._check_size(number, kind)
         self._map = lru_cache(MAPPED_FILES)(self._map_file)
-
-    @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], split: str, tokenizer_fingerprint: str | None = None
-    ) -> "TokenShards":
-        """Open FOLDER/SPLIT. Raises InputError where it is missing, unfinished, damaged or of another tokenizer."""
-        place = Path(folder) / split
-        if not (place / INDEX).exists():
-            if (place / UNFINISHED).exists():
-                raise InputError(
-                    f"{place} is not finished; run the command that prepared it again: it goes on where it stopped"
-                )
-            raise InputError(f"{place} holds no prepared data; make it with `gpt data prepare`")
-        index = _read_index(place / INDEX)
-        if tokenizer_fingerprint not in (None, index["tokenizer_fingerprint"]):
-            raise InputError(f"{place} was made with another tokenizer; prepare the data again, in another folder")
-        return cls(place, index)
 
     def _path(self, number: int, kind: str) -> Path:
         return self.place / f"{number:05d}.{kind}"
@@ -268,7 +261,7 @@ class TokenShards:
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens that every document trains on. int64 [documents], made anew each time."""
+        """Return the tokens that every document trains on. int64 [documents], made anew each time."""
         found = []
         for number, shard in enumerate(self.index["shards"]):
             starts = self._map(number, "starts")

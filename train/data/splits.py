@@ -16,7 +16,7 @@ from typing import Any
 from engine.chat_template import Message
 from engine.errors import InputError
 from train.data.formats import read_texts
-from train.data.rows import PEEKED, Row, Skipped
+from train.data.rows import Row, Skipped, peek
 from train.data.stories import SPLITS
 from train.data.workers import in_chunks
 
@@ -140,10 +140,6 @@ class Source:
         parts = [SPLIT_RULE, type(self).__name__, self.column, self.holdout, self.limit, *self.identity()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def check(self) -> None:
-        """Raise what is wrong with this source, if anything, by reading its first document."""
-        self.documents("train")
-
     def documents(self, split: str, start: int = 0) -> Iterator[Any]:
         """Read the documents of a split from number `start` on. Raises InputError where the split has none."""
         documents = islice(self._split(split), start, None)
@@ -176,8 +172,7 @@ class Source:
 
     def peek(self) -> list[object]:
         """Return the first rows to train on, as they are."""
-        rows = chain.from_iterable(self.streams()["train"]())
-        return [row for _, row in islice(rows, PEEKED)]
+        return peek(chain.from_iterable(self.streams()["train"]()))[0]
 
     def describe_read(self, documents: int) -> str:
         """Say how many documents came of how many rows in the latest pass, and what it left out."""
@@ -202,11 +197,9 @@ class Source:
         require_split(split)
         streams = self.streams()
         brings, texts = "validation" in streams, self.key is text_key
-        if brings:
-            self.held_out_by = f"the data's own validation split{self.split_rule()}"
-        else:
-            rule = "documents, equal ones on one side" if texts else "prompts, with all answers to them"
-            self.held_out_by = f"{self._held_out_share()} of the {rule}"
+        rule = "documents, equal ones on one side" if texts else "prompts, with all answers to them"
+        own = f"the data's own validation split{self.split_rule()}"
+        self.held_out_by = own if brings else f"{self._held_out_share()} of the {rule}"
         if brings if split == "train" else split in streams:
             return self._present(streams[split])
         if split == "test":
@@ -231,12 +224,10 @@ class Source:
 
         A key that has been met before is known by its hash; the number of a new one decides.
         """
-        first: list[Any] = []
-        keys: set[int] = set()
+        first = list(islice(documents, 1))
         for document in documents:
             first.append(document)
-            keys.add(hash_of(self.key(document)))
-            if len(keys) > 1:
+            if hash_of(self.key(document)) != hash_of(self.key(first[0])):
                 break
         else:
             # Nothing tells the documents apart. Some are held out all the same, and it is said.

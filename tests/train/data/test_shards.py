@@ -15,7 +15,7 @@ import pytest
 
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, train_tokenizer
-from train.data import shards, workers
+from train.data import shards
 from train.data.files import FileSource
 from train.data.loader import Cursor, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
@@ -40,8 +40,8 @@ def source(tmp_path: Path) -> Source:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 2000)
-    monkeypatch.setattr(workers, "SMALL_CHARACTERS", 4000)
+    monkeypatch.setattr("train.data.workers.CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr("train.data.workers.SMALL_CHARACTERS", 4000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_to_the_same_files(
     assert len(json.loads(Path("out/train/unfinished.json").read_text())["shards"]) >= 4
     assert not is_prepared("out")
     with pytest.raises(InputError, match="is not finished; run the command that prepared it again"):
-        TokenShards.open("out", "train")
+        TokenShards("out", "train")
     prepare(open_source("texts.jsonl"), tokenizer, "out", "train", workers=1, shard_tokens=1000)
     prepare(open_source("texts.jsonl"), tokenizer, "whole", "train", workers=1, shard_tokens=1000)
     assert content(Path("out")) == content(Path("whole"))
@@ -203,20 +203,20 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, source: Source, tok
 
     tokens = (tmp_path / "good/train/00001.tokens").read_bytes()
     with pytest.raises(InputError, match=r"00001.tokens is damaged: .* bytes long where the index says .*; delete"):
-        TokenShards.open(damaged("00001.tokens", tokens[:-7]), "train")
+        TokenShards(damaged("00001.tokens", tokens[:-7]), "train")
     with pytest.raises(InputError, match=r"00001.starts is missing; delete"):
-        TokenShards.open(damaged("00001.starts", None), "train")
-    changed = TokenShards.open(damaged("00001.tokens", bytes([tokens[0] ^ 1]) + tokens[1:]), "train")
+        TokenShards(damaged("00001.starts", None), "train")
+    changed = TokenShards(damaged("00001.tokens", bytes([tokens[0] ^ 1]) + tokens[1:]), "train")
     with pytest.raises(InputError, match=r"00001.tokens is damaged: its SHA-256"):
         changed.verify()
     with pytest.raises(InputError, match=r"index.json is damaged"):
-        TokenShards.open(damaged("index.json", b'{"format": 1, "sha'), "train")
+        TokenShards(damaged("index.json", b'{"format": 1, "sha'), "train")
     with pytest.raises(InputError, match=r"has format 2, this program reads 1"):
-        TokenShards.open(damaged("index.json", b'{"format": 2, "shards": []}'), "train")
+        TokenShards(damaged("index.json", b'{"format": 2, "shards": []}'), "train")
     with pytest.raises(InputError, match=r"made with another tokenizer"):
-        TokenShards.open(tmp_path / "good", "train", "0" * 64)
+        TokenShards(tmp_path / "good", "train", "0" * 64)
     with pytest.raises(InputError, match=r"validation holds no prepared data; make it with `gpt data prepare`"):
-        TokenShards.open(tmp_path / "good", "validation", tokenizer.fingerprint)
+        TokenShards(tmp_path / "good", "validation", tokenizer.fingerprint)
 
 
 def test_damage_is_seen_before_training_and_while_it_reads(
@@ -229,7 +229,7 @@ def test_damage_is_seen_before_training_and_while_it_reads(
         numbers = np.fromfile(folder / f"00001.{kind}", "<i8" if kind == "starts" else "<u2")
         numbers[place] = value
         numbers.tofile(folder / f"00001.{kind}")
-        return TokenShards.open(tmp_path / "out", "train")
+        return TokenShards(tmp_path / "out", "train")
 
     damaged("tokens", 0, tokenizer.eod).check(tokenizer.eod)
     with pytest.raises(InputError, match=r"00001.tokens is damaged: its SHA-256"):
@@ -330,7 +330,7 @@ def test_no_more_files_are_open_than_are_being_read(
     def opened() -> int:
         return sum(str(tmp_path) in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
 
-    prepared = TokenShards.open(tmp_path, "train")
+    prepared = TokenShards(tmp_path, "train")
     assert len(prepared.index["shards"]) > 50 and opened() == 0
     read = [prepared.read(document, 0, 1) for document in range(prepared.documents)]
     assert opened() <= 6
@@ -349,7 +349,7 @@ def test_positions_beyond_32_bits_are_read_right(tmp_path: Path) -> None:
     entry = {"documents": count, "tokens": count * length, "bytes": 1, "sha256": {}}
     index = {"format": 1, "dtype": "<u2", "vocab_size": 300, "tokenizer_fingerprint": "", "shards": [entry]}
     (place / "index.json").write_text(json.dumps(index))
-    prepared = TokenShards.open(tmp_path, "train")
+    prepared = TokenShards(tmp_path, "train")
     assert prepared.lengths.tolist() == [length] * count
     assert [int(prepared.read(document, 0, 1)[0][0]) for document in range(count)] == [7, 8, 9]
     assert int(prepared.read(2, length - 1, 1)[1][0]) == 10

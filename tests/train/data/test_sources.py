@@ -430,7 +430,7 @@ def test_what_the_hub_refuses_is_said_plainly(hub: Hub, suffix: str, error: Exce
 def test_a_network_that_fails_is_told_apart(hub: Hub) -> None:
     hub("roneneldan/TinyStories", ConnectionError("Couldn't reach the Hub"))
     with pytest.raises(HubUnreachable, match=r"cannot be reached .*HF_ENDPOINT .*built-in data .* or a local file"):
-        open_source("tinystories").check()
+        open_source("tinystories").documents("train")
 
 
 def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,4 +444,4 @@ def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub_module, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(HubUnreachable, match=r"tinystories: .* cannot be reached \(no answer in 0.1 s\)"):
-        open_source("tinystories").check()
+        open_source("tinystories").documents("train")
