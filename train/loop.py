@@ -27,7 +27,7 @@ from engine.runtime import Runtime, random_state, set_random_state, synchronize
 from train import parallel
 from train.data.loader import IGNORE_INDEX, Batch, Batches
 from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
-from train.tracking import RunningMetrics, Tracker
+from train.tracking import Metrics, RunningMetrics
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
@@ -37,6 +37,10 @@ EVALUATION_SHARE = 0.05
 # The most tokens that an evaluation reads at a time.
 EVALUATION_BATCH_TOKENS = 8192
 LONG_RUN_SECONDS = 3600
+
+# Take the numbers of a step or an evaluation, and tell a person something.
+Log = Callable[[Metrics], None]
+Say = Callable[[str], None]
 
 
 class TrainingError(Exception):
@@ -104,10 +108,10 @@ def spelled_bytes(targets: Tensor, byte_lengths: Tensor) -> int:
 class Loop:
     """Trains `model` as its stage says until the budget is spent. Resumes to the bit from what it saved."""
 
-    def __init__(self, model: GPT, stage: Stage, run: Run, runtime: Runtime, tracker: Tracker) -> None:
+    def __init__(self, model: GPT, stage: Stage, run: Run, runtime: Runtime, log: Log, say: Say) -> None:
         recipe = stage.recipe
         self.model, self.stage, self.recipe, self.budget = model, stage, recipe, stage.budget
-        self.run, self.runtime, self.tracker, self.processes = run, runtime, tracker, runtime.processes
+        self.run, self.runtime, self.processes, self.log, self.say = run, runtime, runtime.processes, log, say
         self.layout = parallel.lay_out(recipe, runtime)
         # A share of a model cannot be evaluated: the main process fills this one with the weights it has just saved.
         self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
@@ -196,7 +200,7 @@ class Loop:
         self._log_step()
         stop = self.coordinator.stop
         if stop is not None:
-            self.tracker.say(f"{stop.name}: stopping after step {self.step:,}, saving")
+            self.say(f"{stop.name}: stopping after step {self.step:,}, saving")
         saved = self.saver.collect()
         if saved is None or saved.step != self.step:
             self._save()
@@ -305,7 +309,7 @@ class Loop:
                 f"out of memory even with {tokens:,} tokens at a time, which cannot be cut further; use a smaller "
                 "model (--set model.width=N) or a shorter context (--set model.context=N)"
             )
-        self.tracker.say(
+        self.say(
             f"out of memory: from now on up to {tokens:,} tokens at a time instead of {before:,}; "
             "the step is repeated and the batch stays the same"
         )
@@ -320,7 +324,7 @@ class Loop:
             # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow. That
             # step is lost, but the run is well. So a step counts as a failure only if the scale cannot come down.
             self.skipped_in_a_row += 0 if self.optimizer.scaling else 1
-            self.tracker.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
+            self.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
         self.optimizer.step(skip=not finite)
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= NONFINITE_LIMIT:
@@ -365,13 +369,13 @@ class Loop:
             metrics["process_tokens_per_second"] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
             # 1 if no process is slower than the typical one; the others wait for the slowest.
             metrics["straggling"] = max(busy) / statistics.median(busy)
-        self.tracker.log(metrics)
+        self.log(metrics)
 
     def _announce_long_run(self) -> None:
         self.announced = True
         left = self.budget.seconds_left(self.step, self.seconds, statistics.median(self.step_seconds))
         if self.budget.steps is not None and left > LONG_RUN_SECONDS:
-            self.tracker.say(
+            self.say(
                 f"the whole recipe takes about {left / 3600:,.1f} hours on this machine; "
                 "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
             )
@@ -412,14 +416,14 @@ class Loop:
                 evaluation = self.stage.evaluate(model, tokens=tokens, tokens_per_batch=at_a_time)
                 saved.record_evaluation(evaluation)
                 metrics = {f"validation_{name}": value for name, value in evaluation.items()}
-                self.tracker.log({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
+                self.log({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
                 if self.recipe.loop.samples:
                     self.run.add_samples(self.step, self.stage.sample(model))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             evaluation = {}
-            self.tracker.say("out of memory while evaluating: left out; the checkpoint is saved")
+            self.say("out of memory while evaluating: left out; the checkpoint is saved")
         if self.layout.shard:
             model.to("cpu")
         return evaluation

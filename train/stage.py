@@ -15,7 +15,7 @@ from engine.runtime import Runtime, measured_peak, random_state, seed_everything
 from train.loop import Loop, Outcome, Stage
 from train.parallel import should_compile
 from train.report import write_report
-from train.tracking import Console, MetricsFile, Tracker, Trackers, Wandb, read_metrics, require_wandb
+from train.tracking import Console, Metrics, MetricsFile, Tracker, Wandb, read_metrics, require_wandb
 
 # Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
 LEAST_TOKENS = 1_000_000
@@ -58,8 +58,13 @@ def run_stage(
     at_its_end = found is not None and require_budget(stage, run, found)
     if processes.main:
         run.write_recipe(recipe)
-    tracker = open_trackers(recipe, run, runtime, console, found, wandb=wandb)
-    loop = Loop(model, stage, run, runtime, tracker)
+    trackers = open_trackers(recipe, run, runtime, console, found, wandb=wandb)
+
+    def log(metrics: Metrics) -> None:
+        for tracker in trackers:
+            tracker.log(metrics)
+
+    loop = Loop(model, stage, run, runtime, log, console.say if processes.main else lambda message: None)
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")
@@ -77,7 +82,8 @@ def run_stage(
         return outcome
     finally:
         stage.batches.close()
-        tracker.close()
+        for tracker in trackers:
+            tracker.close()
 
 
 def most_tokens(recipe: Recipe, peak: float) -> int | None:
@@ -127,15 +133,15 @@ def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
 
 def open_trackers(
     recipe: Recipe, run: Run, runtime: Runtime, console: Console, found: Checkpoint | None, *, wandb: bool
-) -> Tracker:
+) -> list[Tracker]:
     """Return what takes the run's numbers; nothing does in any but the main process."""
     if not runtime.processes.main:
-        return Trackers([])
+        return []
     trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
     if wandb:
         earlier = read_metrics(run.metrics)
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))
-    return Trackers(trackers)
+    return trackers
 
 
 def describe(stage: Stage, runtime: Runtime) -> list[str]:

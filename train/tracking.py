@@ -81,20 +81,18 @@ class Tracker(Protocol):
 
     def log(self, metrics: Metrics) -> None: ...
 
-    def say(self, message: str) -> None:
-        """Tell a person something. A tracker that takes only numbers leaves this as it is."""
-        return
-
     def close(self) -> None: ...
 
 
 class Console(Tracker, Protocol):
-    """A tracker that can also show how far the preparation of data has come."""
+    """A tracker that also tells a person things, and shows how far the preparation of data has come."""
+
+    def say(self, message: str) -> None: ...
 
     def preparing(self, what: str) -> Progress: ...
 
 
-class MetricsFile(Tracker):
+class MetricsFile:
     """Writes one JSON line per logged step. Resuming at `step` drops the lines that the run will write again."""
 
     def __init__(self, path: Path, step: int) -> None:
@@ -127,7 +125,7 @@ def require_wandb() -> None:
         raise InputError("--wandb needs the wandb package: pip install wandb")
 
 
-class Wandb(Tracker):
+class Wandb:
     """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later.
 
     `earlier` is what the run has logged before this process. What a killed process has not sent of it is sent now.
@@ -172,22 +170,3 @@ def _has_login() -> bool:
         return any("wandb" in host for host in netrc.netrc().hosts)
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-class Trackers(Tracker):
-    """Several trackers that are used as one."""
-
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self.trackers = trackers
-
-    def log(self, metrics: Metrics) -> None:
-        for tracker in self.trackers:
-            tracker.log(metrics)
-
-    def say(self, message: str) -> None:
-        for tracker in self.trackers:
-            tracker.say(message)
-
-    def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()

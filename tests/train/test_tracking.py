@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from engine.config import Recipe
+from tests.train.conftest import Train
 from tests.train.wandb_server import serve
-from train.tracking import MetricsFile, RunningMetrics, Trackers, Wandb, read_metrics
+from train.tracking import MetricsFile, RunningMetrics, Wandb, read_metrics
 
 
 def test_lines_are_on_disk_as_they_are_logged(tmp_path: Path) -> None:
@@ -37,24 +39,9 @@ def test_means_do_not_depend_on_how_many_were_measured_at_a_time() -> None:
     assert parts.take() == {"loss": 2.0, "kl": 1.0, "rounds": 4.0} and parts.take() == {}
 
 
-def test_several_trackers_are_one() -> None:
-    heard: list[Any] = []
-
-    class Ear:
-        def log(self, metrics: Any) -> None:
-            heard.append(metrics)
-
-        def say(self, message: str) -> None:
-            heard.append(message)
-
-        def close(self) -> None:
-            heard.append("closed")
-
-    both = Trackers([Ear(), Ear()])
-    both.log({"step": 1})
-    both.say("hello")
-    both.close()
-    assert heard == [{"step": 1}, {"step": 1}, "hello", "hello", "closed", "closed"]
+def test_every_tracker_takes_the_same_numbers(small: Recipe, train: Train, tmp_path: Path) -> None:
+    _, recorder = train(small)
+    assert recorder.logged and read_metrics(tmp_path / "run" / "metrics.jsonl") == recorder.logged
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

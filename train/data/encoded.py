@@ -18,7 +18,7 @@ from engine.errors import InputError
 from engine.tokenizer import Tokenizer
 from train.data.formats import Conversation, has_answer
 from train.data.loader import IGNORE_INDEX
-from train.data.shards import Progress, no_progress
+from train.data.shards import Progress
 from train.data.splits import Source, hash_of, prompt_key
 from train.tracking import Console
 
@@ -42,7 +42,7 @@ class Encoded:
         """Encode one more. Raises InputError, with `where` it stands, if there is nothing in it to learn."""
         raise NotImplementedError
 
-    def read_split(self, split: str, max_tokens: int | None = None, progress: Progress = no_progress) -> Self:
+    def read_split(self, split: str, max_tokens: int | None = None, progress: Progress = lambda *counts: None) -> Self:
         """Encode a split of the source, up to the document that reaches max_tokens. Raises InputError if none fits."""
         assert self.source is not None
         self.source = source = dataclasses.replace(self.source)  # a copy, which counts what this split skips

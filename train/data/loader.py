@@ -58,7 +58,11 @@ class Batch:
         """
         if parts == 1:
             return [self]
-        cuts = even_cuts(self.cu_seqlens[:: self.group].tolist(), parts)
+        # Sequences that belong together are a unit, and go to the part in which the middle of the unit lies: two are
+        # always cut, and no part exceeds its share of the tokens by more than the longest unit.
+        bounds = self.cu_seqlens[:: self.group].tolist()
+        owners = [(start + end) * parts // (2 * bounds[-1]) for start, end in pairwise(bounds)]
+        cuts = [number for number, (left, right) in enumerate(pairwise([-1, *owners, parts + 1])) if left != right]
         # A batch of nothing but padding is one part: every process needs one.
         return [self.part(self.group * first, self.group * last) for first, last in pairwise(cuts)] or [self]
 
@@ -75,16 +79,6 @@ class Batch:
             return pinned.to(device, non_blocking=True)
 
         return replace(self, tokens=move(self.tokens), targets=move(self.targets), cu_seqlens=move(self.cu_seqlens))
-
-
-def even_cuts(bounds: Sequence[int], parts: int) -> list[int]:
-    """Return where to cut units into at most so many parts. Unit n holds the tokens bounds[n] to bounds[n + 1].
-
-    The result counts units, from 0 to how many there are. A unit belongs to the part in which its middle lies: two are
-    always cut, and no part exceeds its share of the tokens by more than the longest unit.
-    """
-    owners = [(start + end) * parts // (2 * bounds[-1]) for start, end in pairwise(bounds)]
-    return [number for number, (left, right) in enumerate(pairwise([-1, *owners, parts + 1])) if left != right]
 
 
 def pack(sequences: Sequences, context: int) -> Batch:

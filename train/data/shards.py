@@ -46,10 +46,6 @@ COUNTS = ("documents", "tokens", "bytes")
 Progress = Callable[[int, int, int], None]
 
 
-def no_progress(documents: int, tokens: int, text_bytes: int) -> None:
-    """Tell nobody."""
-
-
 def prepare(
     source: "Source",
     tokenizer: Tokenizer,
@@ -59,7 +55,7 @@ def prepare(
     workers: int | None = None,
     max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    progress: Progress = no_progress,
+    progress: Progress = lambda *counts: None,
 ) -> "TokenShards":
     """Tokenize a split into FOLDER/SPLIT, or go on where an interrupted run stopped, or open what is already there.
 

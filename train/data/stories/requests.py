@@ -182,14 +182,8 @@ def _ramp(value: float, low: float, high: float) -> float:
 
 def _classed(words: list[str]) -> list[str]:
     """Return the words in lower case, with all names as one word and all kinds as another."""
-    classes = _classes()
+    classes = storybook().classes
     return [classes.get(word) or classes.get(word.lower()) or word.lower() for word in words]
-
-
-@cache
-def _classes() -> dict[str, str]:
-    heroes = storybook().heroes
-    return dict.fromkeys(heroes["kind"], "Kind") | dict.fromkeys(heroes["name"], "Name")
 
 
 @cache

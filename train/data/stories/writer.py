@@ -86,6 +86,7 @@ class Storybook:
             "kind": sorted({kind for row in self.tables["kinds"] for kind in row["kind"]}),
             "trait": [trait for trait, _ in self.tempers],
         }
+        self.classes = dict.fromkeys(self.heroes["kind"], "Kind") | dict.fromkeys(self.heroes["name"], "Name")
         self.rank = {word: rank for words in self.heroes.values() for rank, word in enumerate(words)}
         slots = [row for plot in self.plots for rows in plot.slots for row in rows]
         # The forms of each word that a story can be asked to use.
