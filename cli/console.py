@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from train.tracking import evaluation_parts, measure_parts
+from train.tracking import evaluation_parts, metric_parts
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -48,7 +48,7 @@ class Console:
             self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))
         else:
             if "round" in metrics:
-                self.say(f"round {metrics['round']:.0f}  " + "  ".join(measure_parts(metrics)))
+                self.say(f"round {metrics['round']:.0f}  " + "  ".join(metric_parts(metrics)))
             self.progress(training_line(metrics), metrics["progress"])
 
     def preparing(self, what: str) -> Callable[[int, int, int], None]:

@@ -15,7 +15,7 @@ from rlhf.advantages import k1, k3
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
 from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
-from train.tracking import measure_parts
+from train.tracking import metric_parts
 
 # The names of the best answers by the reward and by the program: plot_reward_vs_kl draws these curves as lines.
 BEST_OF_N, BEST_OF_N_GOLD = "best of n", "best of n by gold"
@@ -139,7 +139,7 @@ class PolicyMonitor:
         """Say before the training begins what the policy is measured beside, and where it begins."""
         return (
             f"reference  {self.recipe.base}, step {self.recipe.base_step}",
-            f"begins at  {'  '.join(measure_parts(self.begin))}, on held-out prompts",
+            f"begins at  {'  '.join(metric_parts(self.begin))}, on held-out prompts",
         )
 
 

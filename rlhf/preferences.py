@@ -29,10 +29,9 @@ from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 from train.data.encoded import Encoded
 from train.data.formats import Conversation, are_turns, asked, turns_of, unwanted
-from train.data.hub import HubSource
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, column_names, peek, text_of
-from train.data.sources import WrittenSource, open_source
+from train.data.sources import HubSource, WrittenSource, open_source
 from train.data.splits import Source, hash_of, prompt_key
 from train.data.stories import AskedFacts, StoryRequest, forms, score_story, story_requests, storybook
 from train.loop import Amounts

@@ -17,10 +17,9 @@ from engine.runtime import Runtime
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data.encoded import Encoded
-from train.data.hub import HubUnreachable
 from train.data.loader import Batches, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
-from train.data.sources import open_source
+from train.data.sources import HubUnreachable, open_source
 from train.data.splits import Source
 from train.data.stream import StreamLoader
 from train.evaluation import evaluate_loss

@@ -1,4 +1,4 @@
-"""What remains of a run for a person to look at: loss.png and report.md."""
+"""The report of a run, for a person to look at: loss.png and report.md."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -37,23 +37,23 @@ METRICS = {
 
 
 def evaluation_parts(metrics: Metrics, prefix: str = "") -> list[str]:
-    """Return what was measured in words, the loss first."""
+    """Return the metrics of an evaluation in words, the loss first."""
     values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    return [f"loss {values['loss']:.4f}", *measure_parts(values)]
+    return [f"loss {values['loss']:.4f}", *metric_parts(values)]
 
 
-def measure_parts(values: Metrics) -> list[str]:
-    """Return in words what was measured beside the loss."""
+def metric_parts(values: Metrics) -> list[str]:
+    """Return the metrics beside the loss in words."""
     return [
         form.format(*(values[name] for name in names)) for names, form in METRICS.items() if values.keys() >= set(names)
     ]
 
 
 class RunningMetrics:
-    """Means of what was measured since they were last taken.
+    """The means of metrics since they were last taken.
 
-    Sums and counts are kept, and divided last: so a mean depends neither on how many were measured at a time nor on
-    which process measured them.
+    Sums and counts are kept, and divided last: so a mean depends neither on how many were added at a time nor on which
+    process added them.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class RunningMetrics:
             self.held[name] = (total + value, number + count)
 
     def take(self, processes: Processes = ALONE) -> dict[str, float]:
-        """Return the means over what all processes measured. Called by all of them at once."""
+        """Return the means over all processes, which must call it at once."""
         held, self.held = {name: (float(total), count) for name, (total, count) in self.held.items()}, {}
         everyone = processes.collect(held)
         means = {}
@@ -77,7 +77,7 @@ class RunningMetrics:
 
 
 class Tracker(Protocol):
-    """Takes what a run reports. `metrics` always holds "step"; loss is in nats per token, times in seconds."""
+    """A tracker takes the numbers of a run, among them "step"; loss is in nats per token, times are in seconds."""
 
     def log(self, metrics: Metrics) -> None: ...
 

@@ -171,11 +171,11 @@ def refuse(row: Mapping[str, Any], where: str) -> None:
 
 def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> bool:
     for name in names:
-        if (weight := part.get(name)) is not None:
-            if weight not in (0, 1):
-                raise InputError(f"{where}: {name} is {weight!r}; a turn is learnt (1) or not (0), nothing between")
-            if not weight:
-                return False
+        weight = part.get(name)
+        if weight not in (None, 0, 1):
+            raise InputError(f"{where}: {name} is {weight!r}; a turn is learnt (1) or not (0), nothing between")
+        if weight == 0:
+            return False
     return True
 
 

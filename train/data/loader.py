@@ -26,18 +26,18 @@ LOOKAHEAD = 1024
 
 
 class TokenSource(Protocol):
-    """What a loader packs: documents of known lengths. A target may be IGNORE_INDEX: nothing is to be learnt there."""
+    """The documents that a loader packs, of known lengths. Where a target is IGNORE_INDEX, nothing is learnt."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the documents hold."""
+        """Return a hash of what the documents hold."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per document. int64 [documents]"""
+        """Return the tokens per document. int64 [documents]"""
 
     def read(self, document: int, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a part of a document. [length] each"""
+        """Return inputs and targets of a part of a document. [length] each"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Permutation:
         self.keys = np.random.SeedSequence(key).generate_state(self.ROUNDS, np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n] -> int64 [n]"""
+        """Return the images of these positions. int64 [n] -> int64 [n]"""
         values = self._encrypt(positions.astype(np.uint64))
         while len(outside := np.flatnonzero(values >= self.size)):
             values[outside] = self._encrypt(values[outside])
@@ -125,11 +125,11 @@ class Batches(Protocol):
 
     @property
     def epoch(self) -> float:
-        """How many times all data has been handed out, fractions included where they are known."""
+        """Return how many times all data has been handed out, fractions included where they are known."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens have been handed out to all processes together, without padding."""
+        """Return how many tokens have been handed out to all processes together, without padding."""
 
     def batches_per_epoch(self) -> float:
         """Return how many batches deal the data once, padding included."""

@@ -1,17 +1,33 @@
-"""Rows, whatever they were read from: what their columns are called, and what stands in a cell.
+"""Rows: what stands in a cell, and how local files (.txt .jsonl .json .csv .parquet) are read row by row.
 
 One policy for all readers. A cell that is empty makes its row `Skipped`, counted with the reason; what is malformed, or
 means something that cannot be heeded, is refused with the place where it stands. Nothing is dropped without a word.
+A new format of files is a reader in READERS: a function from a file to its rows, each with the place where it stands.
 """
 
+import contextlib
+import csv
+import glob
+import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
+from pathlib import Path, PurePath
 from typing import Any
 
 from engine.errors import InputError
+from engine.tokenizer import END_OF_DOCUMENT
 
+# A document of a text file is long enough to fill a context many times, and short enough that one file gives several.
+CUT_CHARACTERS = 8192
+SAMPLE_BYTES = 1 << 20
+MOST_DIGITS = sys.int_info.default_max_str_digits
+# So many rows of a Parquet file are read at a time.
+BLOCK = 1024
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question")
 # So many rows together say what a file's columns hold: in the first one a cell may be empty.
@@ -29,7 +45,7 @@ class Skipped:
 
 
 class Columns:
-    """What the columns of some rows are called, in order, and what they hold."""
+    """The columns of some rows: their names, in order, and what they hold."""
 
     def __init__(self, rows: Iterable[object]) -> None:
         self.rows = [row for row in rows if isinstance(row, Mapping)]
@@ -95,3 +111,240 @@ def list_of(value: object) -> list[Any] | None:
 def column_names(row: object) -> str:
     """Return the columns of a row, for a message."""
     return (isinstance(row, Mapping) and ", ".join(map(str, row))) or "none"
+
+
+def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
+    """Find the files that a path, folder or glob means, sorted, and the folder from which their names are read.
+
+    Hidden ones are left out unless they are named themselves. Raises InputError where there are none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found, root = list(path.rglob("*")), path
+    elif path.exists() or not glob.has_magic(name):
+        found, root = [path], path.parent
+    else:
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+        if not found:
+            raise InputError(f"no file matches {name}; check the pattern and the folder it starts from")
+    if found == [path] and not path.exists():
+        raise InputError(f"no such file: {name}")
+    asked = is_hidden(path, root)
+    readable = (file for file in found if file.is_file() and file.suffix.lower() in EXTENSIONS)
+    files = tuple(sorted(file for file in readable if asked or not is_hidden(file, root)))
+    if not files:
+        raise InputError(f"{name}: nothing to read there; text comes as {' '.join(EXTENSIONS)}: rename or convert it")
+    return files, root
+
+
+def is_hidden(file: Path, root: Path) -> bool:
+    """Return whether a program keeps this for itself: .ipynb_checkpoints, .git, __MACOSX and what is in them."""
+    return any(part.startswith((".", "__")) for part in PurePath(file).relative_to(root).parts)
+
+
+def sample_hash(file: Path) -> str:
+    """Return the SHA-256 of a whole file of up to 64 MB, or of 64 evenly spaced parts of a larger one."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as stream:
+        for at in range(0, size, max(SAMPLE_BYTES, size // 64)):
+            stream.seek(at)
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def read_rows(file: Path, cut: int = CUT_CHARACTERS) -> Iterator[Row]:
+    """Read the rows of one file. The rows of a text file are its documents."""
+    if file.suffix.lower() == ".txt":
+        return ((f"{file}, document {number}", text) for number, text in enumerate(_read_text(file, cut), 1))
+    return READERS[file.suffix.lower()](file)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their ends. Raises InputError with line and byte where it is not UTF-8."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                if 0 in line:
+                    raise UnicodeDecodeError("utf-8", line, line.index(0), line.index(0) + 1, "zero byte")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                where = f"{file}, line {number}, byte {error.start + 1}"
+                raise InputError(
+                    f"{where}: not UTF-8 text ({error.reason}); convert the file, or leave it out if it is binary"
+                ) from None
+
+
+def _read_text(file: Path, cut: int) -> Iterator[str]:
+    """Yield the documents between lines of <|endoftext|>, or, without such lines, the text cut into documents."""
+    with file.open("rb") as stream:
+        separated = any(line.strip() == END_OF_DOCUMENT.encode() for line in stream)
+    if not separated:
+        yield from cut_text(_lines(file), cut)
+        return
+    document: list[str] = []
+    for line in _lines(file):
+        if line.strip() == END_OF_DOCUMENT:
+            yield "".join(document).strip("\n")
+            document = []
+        else:
+            document.append(line)
+    if document:
+        yield "".join(document).strip("\n")
+
+
+def cut_text(lines: Iterable[str], cut: int) -> Iterator[str]:
+    """Cut documents of `cut` to 2 `cut` characters: at a blank line, else at a line, else at a word, else anywhere."""
+    document: list[str] = []
+    size = 0
+    for line in lines:
+        for part in [line] if len(line) <= cut else re.findall(rf"(?s).{{1,{cut - 1}}}(?:\s|$)|.{{1,{cut}}}", line):
+            if size + len(part) > 2 * cut or (size >= cut and document[-1].isspace()):
+                yield "".join(document)
+                document, size = [], 0
+            document.append(part)
+            size += len(part)
+    if document:
+        yield "".join(document)
+
+
+def _read_json_lines(file: Path, lines: Iterable[str] | None = None) -> Iterator[Row]:
+    for number, line in enumerate(lines or _lines(file), 1):
+        if not line.isspace():
+            try:
+                yield f"{file}, line {number}", _parse_json(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{file}, line {number}: broken JSON ({error}); mend or delete the line") from None
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    text = "".join(_lines(file))
+    try:
+        value = _parse_json(text or "[]")
+    except RecursionError as error:
+        raise InputError(f"{file}: broken JSON ({error}); mend the file") from None
+    except json.JSONDecodeError as error:
+        # Many .json files hold JSON lines.
+        if error.msg == "Extra data":
+            return _read_json_lines(file, io.StringIO(text))
+        raise InputError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); mend the file") from None
+    records = value if isinstance(value, list) else [value]
+    return ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
+
+
+def _parse_json(text: str) -> Any:
+    """Return the value. An integer of thousands of digits, which Python refuses to read, becomes infinite."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
+
+
+def _read_csv(file: Path) -> Iterator[Row]:
+    """Read rows by the names in the first. The comma, semicolon or tab that divides the first divides all."""
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        header = stream.readline()
+    parted = max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+    reader = csv.reader(_lines(file), strict=True, delimiter=parted)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise InputError(f"{file}, line 1: two columns have one name, of {', '.join(names)}; rename one")
+        for row in reader:
+            where = f"{file}, line {reader.line_num}"
+            if row and len(row) != len(names):
+                raise InputError(
+                    f"{where}: {len(row)} fields where the first line names {len(names)} ({', '.join(names)}); a text "
+                    f"that holds {parted!r} must stand in quotes"
+                )
+            if row:
+                yield where, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: broken CSV ({error}); mend the line") from None
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"reading {file} needs pyarrow: pip install pyarrow, or convert the file to .jsonl") from None
+    with _plain_errors(file):
+        opened = parquet.ParquetFile(file)
+    columns = {name: ParquetColumn(file, opened, name) for name in opened.schema_arrow.names}
+    yield from ((f"{file}, row {at + 1}", ParquetRow(columns, at)) for at in range(opened.metadata.num_rows))
+
+
+@contextlib.contextmanager
+def _plain_errors(file: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file}: damaged, or no parquet file ({reason}); fetch it again") from None
+
+
+class ParquetColumn:
+    """A column of a Parquet file that is read from the disk, block by block, when a row first asks for it."""
+
+    def __init__(self, file: Path, opened: Any, name: str) -> None:
+        self.file, self.opened, self.name = file, opened, name
+        self.block = -1  # the number of the block in `values`; those after it are in `rest`
+        self.values: Any = None
+        self.rest: Iterator[Any] = iter(())
+
+    def cell(self, number: int) -> Any:
+        """Return Python's value of a cell. Raises InputError with its place where there is none."""
+        block, place = divmod(number, BLOCK)
+        with _plain_errors(self.file):
+            if self.block < 0 or block < self.block:
+                self.block, self.rest = -1, self.opened.iter_batches(BLOCK, columns=[self.name])
+            if block > self.block:
+                self.values = next(islice(self.rest, block - self.block - 1, None)).column(0)
+                self.block = block
+        try:
+            value = self.values[place].as_py()
+            return _from_json(value, self.values.type) if "arrow.json" in str(self.values.type) else value
+        except (ValueError, OverflowError) as error:
+            where = f"{self.file}, row {number + 1}: column {self.name!r}"
+            raise InputError(f"{where} cannot be read ({error}); mend it or choose another") from None
+
+
+class ParquetRow(Mapping[str, Any]):
+    """A row that reads only the columns that are asked for."""
+
+    def __init__(self, columns: Mapping[str, ParquetColumn], number: int) -> None:
+        self.columns, self.number = columns, number
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name].cell(self.number)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """Return the value with all JSON text in it parsed, which `datasets` stores as Arrow's type arrow.json."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [_from_json(each, kind.value_type) for each in value]
+    if types.is_struct(kind):
+        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+    return json.loads(value) if getattr(kind, "extension_name", "") == "arrow.json" else value
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+EXTENSIONS = (".txt", *READERS)

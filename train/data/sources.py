@@ -1,11 +1,14 @@
 """The names of data: the built-in stories, Hugging Face data sets and local files each become a source of documents.
 
 A name is either one of texts (open_source) or one of conversations (open_conversations); both know the same files.
+Below them are the sources of files, of what the program writes, and of the hub's data sets.
 """
 
+import contextlib
 import glob
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,11 +19,21 @@ from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError
 from train.data import workers
-from train.data.files import EXTENSIONS, FileSource, find_files
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
-from train.data.hub import HubSource
+from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, read_rows, sample_hash
 from train.data.shards import is_prepared
-from train.data.splits import Key, Pick, Source, prompt_key, require_split, text_key
+from train.data.splits import (
+    SPLIT_WORDS,
+    Key,
+    Pick,
+    Place,
+    Source,
+    Stream,
+    files_by_split,
+    prompt_key,
+    require_split,
+    text_key,
+)
 from train.data.stories import StoryRequest, stories, story_requests, write_story
 
 HUB_TEXTS = {
@@ -37,6 +50,8 @@ HUB_CONVERSATIONS = {
     "tinystories-instruct": "roneneldan/TinyStoriesInstruct",
 }
 STORIES, STORIES_INSTRUCT, STORIES_BRIEF = "stories", "stories-instruct", "stories-instruct:brief"
+# So long the hub may take to answer. Its own client tries for half a minute or more.
+PROBE_SECONDS = 8
 STORY_CHARACTERS = 800  # in a story, more or less
 
 
@@ -98,6 +113,37 @@ def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | No
     if named or data.source in HUB_CONVERSATIONS:
         return source
     return source if recognise(source.peek(), data, answers=answers) else None
+
+
+@dataclass
+class FileSource(Source):
+    """Local files, sorted, in splits by the names of folders or files: files_by_split."""
+
+    files: tuple[Path, ...] = ()
+    root: Path = Path()
+
+    def describe(self) -> str:
+        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        return f"{self.name}: {len(self.files):,} file{'s' * (len(self.files) > 1)}, {megabytes:,.1f} MB"
+
+    def identity(self) -> list[Any]:
+        files = ([str(file.relative_to(self.root)), file.stat().st_size, sample_hash(file)] for file in self.files)
+        return [CUT_CHARACTERS, *files]
+
+    def streams(self) -> dict[str, Stream]:
+        splits, _ = files_by_split(self.files, self.root)
+        return {split: partial(self._open, files) for split, files in splits.items()}
+
+    def split_rule(self) -> str:
+        splits, rule = files_by_split(self.files, self.root)
+        names = sorted({str(file.relative_to(self.root)) for file in splits.get("validation", ())})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f", by the name of the {rule}: {names[0]}{more}" if names else ""
+
+    def _open(self, files: list[Path]) -> Iterator[Iterator[Row]]:
+        # A lone short text is cut finer: it, too, has to give a document to hold out.
+        alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
+        return (read_rows(file, min(CUT_CHARACTERS, alone)) for file in files)
 
 
 @dataclass
@@ -177,3 +223,125 @@ class StoryRequests(WrittenSource):
     def written(self, split: str, start: int) -> Iterator[Conversation]:
         for request in self.requests(split, start):
             yield [Message("user", request.text), Message("assistant", request.story)]
+
+
+class HubUnreachable(InputError):  # noqa: N818
+    """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
+
+
+@dataclass
+class HubSource(Source):
+    """A data set of the Hugging Face hub, streamed."""
+
+    path: str = ""
+    config: str | None = None
+    # A data set may have splits for several stages, as ultrafeedback has train_sft and train_prefs.
+    stage: str = "sft"
+
+    def describe(self) -> str:
+        return f"{self.name}: {self.path} from the Hugging Face hub, streamed"
+
+    def identity(self) -> list[Any]:
+        return [self.path, self.config]
+
+    def streams(self) -> dict[str, Stream]:
+        return {split: partial(map, self._numbered, [rows]) for split, rows in self._splits().items()}
+
+    def share(self, rank: int, count: int, place: Place, size: int) -> Iterator[tuple[Place, list[Any]]]:
+        if self.limit is not None:
+            # Only counting finds the first so many documents of all, whichever file they are in.
+            yield from super().share(rank, count, place, size)
+            return
+        rows = self._splits()["train"]
+        from datasets import Dataset
+        from datasets.distributed import split_dataset_by_node
+
+        if isinstance(rows, Dataset):
+            rows = rows.to_iterable_dataset()
+        # These are looked at apart, since the place in a stream of rows is that of the last one that was read.
+        head = [] if self.column else list(rows.take(PEEKED))
+        rows = split_dataset_by_node(rows, rank, count)
+        if place:
+            rows.load_state_dict(place)
+        documents = self.pick(self._numbered(rows), head)
+        while chunk := list(islice(documents, size)):
+            yield place, chunk
+            place = dict(rows.state_dict())
+
+    def _splits(self) -> dict[str, Any]:
+        try:
+            import datasets
+            from huggingface_hub import constants
+        except ImportError:
+            raise HubUnreachable(
+                f"{self.name}: the datasets package is missing; pip install datasets, or use built-in data (stories, "
+                "stories-instruct) or a file"
+            ) from None
+        # Offline, only a copy that was downloaded whole will do, and such copies are not streamed.
+        offline = constants.HF_HUB_OFFLINE
+        if not offline and (failure := hub_failure(PROBE_SECONDS)):
+            raise self._unreachable(failure)
+        with self._plain_errors():
+            splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
+        found: dict[str, Any] = {}
+        for name, rows in splits.items():
+            bare = name.removesuffix(f"_{self.stage}")
+            found.setdefault(SPLIT_WORDS.get(bare, bare), rows)
+        if len(found) == 1:
+            return {"train": next(iter(found.values()))}
+        if "train" not in found:
+            raise InputError(f"{self.name} has no training split, only {', '.join(found)}; choose other --data")
+        return found
+
+    def _numbered(self, rows: Iterable[Any]) -> Iterator[Row]:
+        with self._plain_errors():
+            yield from ((f"{self.name}, row {at}", row) for at, row in enumerate(rows, 1))
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Turn what the hub's many layers raise into one message that can be acted on."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            layers = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+            if isinstance(error, FileNotFoundError):
+                message = f"{self.path}: no such data set on the hub, or not for you, and no such file ({reason})"
+            elif "BuilderConfig" in reason or "Config name" in reason:
+                asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
+                names = re.search(r"\[.*\]", str(error))
+                message = f"{self.path} {asked}: choose one of {names and names[0]} as {self.path}:CONFIG"
+            elif isinstance(error, OSError) or layers & {"httpx", "httpx2", "requests", "aiohttp", "urllib3"}:
+                raise self._unreachable(reason) from error
+            else:
+                message = f"{self.path} cannot be read ({reason}); choose other --data"
+            raise InputError(message) from error
+
+    def _unreachable(self, reason: str) -> HubUnreachable:
+        from huggingface_hub import constants
+
+        return HubUnreachable(
+            f"{self.name}: the Hugging Face hub at {constants.ENDPOINT} cannot be reached ({reason}); check the "
+            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or use built-in data (stories, stories-instruct) or a local file"
+        )
+
+
+def hub_failure(seconds: float) -> str | None:
+    """Return why the hub does not answer within so many seconds; None where it does."""
+    from huggingface_hub import constants, get_session
+
+    failure = [f"no answer in {seconds} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+            failure.clear()
+        except Exception as error:
+            failure[0] = str(error) or type(error).__name__
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return failure[0] if failure else None

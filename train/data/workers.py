@@ -46,8 +46,8 @@ def encode_documents(
     # Workers are spawned, not forked: a fork of a process that runs torch's or CUDA's threads may hang.
     spawn = multiprocessing.get_context("spawn")
     # The document that each worker has come to, counted from 1; 0 while it is idle.
-    places, begun = spawn.RawArray("q", workers), spawn.Value("i", 0)
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype, places, begun))
+    positions, begun = spawn.RawArray("q", workers), spawn.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype, positions, begun))
     waiting: deque[Future[Chunk]] = deque()
     try:
         for each in chain(head, numbered):
@@ -57,9 +57,9 @@ def encode_documents(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        # The pool ends the other workers, and they take back their places: what remains is the dead one's.
+        # The pool ends the other workers, and they take back their positions: what remains is the dead one's.
         pool.shutdown()
-        where = " or ".join(f" at {_span(place - 1, GROUP)}" for place in places if place)
+        where = " or ".join(f" at {_span(position - 1, GROUP)}" for position in positions if position)
         raise InputError(
             f"a tokenizing process died{where}, perhaps for want of memory; run again with fewer workers: it goes on "
             "from here"
@@ -116,17 +116,17 @@ def _encode(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: Tokenizer, dtype: str, places: Any, begun: Any) -> None:
+def _start_worker(tokenizer: Tokenizer, dtype: str, positions: Any, begun: Any) -> None:
     with begun.get_lock():
         own = begun.value
         begun.value += 1
-    _worker.update(tokenizer=tokenizer, dtype=dtype, arrive=lambda number: places.__setitem__(own, number + 1))
+    _worker.update(tokenizer=tokenizer, dtype=dtype, arrive=lambda number: positions.__setitem__(own, number + 1))
     # Ctrl-C is the parent's to handle; and a killed parent takes its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def end(*_: object) -> None:
-        places[own] = 0
+        positions[own] = 0
         os._exit(1)
 
     signal.signal(signal.SIGTERM, end)

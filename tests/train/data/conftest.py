@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from train.data import hub as hub_module
+from train.data import sources
 
 Hub = Callable[..., None]
 
@@ -15,7 +15,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Let the hub hold these splits of one data set, or fail with an error."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "hub_failure", lambda seconds: None)
+    monkeypatch.setattr(sources, "hub_failure", lambda seconds: None)
 
     def publish(path: str, error: Exception | None = None, config: str | None = None, **splits: list[Any]) -> None:
         def load_dataset(asked: str, name: str | None = None, *, streaming: bool) -> Any:

@@ -131,7 +131,7 @@ def test_a_loader_resumes_to_the_bit(lengths: list[int], tokens: int, context: i
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
-def test_processes_share_every_batch_by_whole_pieces(count: int, whole: bool) -> None:
+def test_processes_share_every_batch_by_whole_segments(count: int, whole: bool) -> None:
     documents = Documents([5, 9, 3, 17, 8, 20, 1, 30])
     alone = list(islice(loader(documents, whole=whole), 24))
     team = [loader(documents, whole=whole, processes=Processes(rank, count)) for rank in range(count)]

@@ -16,10 +16,9 @@ import pytest
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data import shards
-from train.data.files import FileSource
 from train.data.loader import Cursor, PackedLoader
 from train.data.shards import TokenShards, is_prepared, prepare
-from train.data.sources import open_source
+from train.data.sources import FileSource, open_source
 from train.data.splits import Source
 from train.data.stories import write_story
 

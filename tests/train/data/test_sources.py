@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from train.data import hub as hub_module
-from train.data.hub import HubUnreachable
-from train.data.sources import open_source
+from train.data import sources
+from train.data.sources import HubUnreachable, open_source
 from train.data.splits import SPLITS, is_held_out
 
 Hub = Callable[..., None]
@@ -169,15 +168,15 @@ def test_a_parquet_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("pyarrow")
     from pyarrow import Table, parquet
 
-    from train.data import files
+    from train.data.rows import read_rows
 
-    monkeypatch.setattr(files, "BLOCK", 7)
+    monkeypatch.setattr("train.data.rows.BLOCK", 7)
     rows = [{"id": n, "text": f"text {n}", "late": f"late {n}"} for n in range(100)]
     parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
     assert sorted(read(tmp_path / "a.parquet") + read(tmp_path / "a.parquet", "validation")) == sorted(
         str(row["text"]) for row in rows
     )
-    found = [row for _, row in files.read_rows(tmp_path / "a.parquet")]
+    found = [row for _, row in read_rows(tmp_path / "a.parquet")]
     # A column that is first asked for in the middle, and one that is gone back in.
     assert [found[place]["late"] for place in (50, 99, 3)] == ["late 50", "late 99", "late 3"]  # type: ignore[index]
 
@@ -197,7 +196,7 @@ def test_the_text_column_is_picked_or_given(tmp_path: Path, row: object, column:
 
 @given(st.lists(st.text("ab \n", max_size=300), max_size=30).map("\n\n".join), st.integers(64, 300))
 def test_cutting_a_long_text_loses_nothing_and_keeps_the_bounds(text: str, cut: int) -> None:
-    from train.data.files import cut_text
+    from train.data.rows import cut_text
 
     parts = list(cut_text(text.splitlines(keepends=True), cut))
     assert "".join(parts) == text
@@ -441,7 +440,7 @@ def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(60)
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
-    monkeypatch.setattr(hub_module, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(HubUnreachable, match=r"tinystories: .* cannot be reached \(no answer in 0.1 s\)"):
         open_source("tinystories").documents("train")
