@@ -151,9 +151,8 @@ class Optimizer:
             torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         ]
         if matrices:
-            stacked, single = [], []
-            for parameter in matrices:
-                (stacked if self.names[parameter].endswith("qkv.weight") else single).append(parameter)
+            stacked = [each for each in matrices if self.names[each].endswith("qkv.weight")]
+            single = [each for each in matrices if not self.names[each].endswith("qkv.weight")]
             parts = [{"params": stacked, "parts": 3}, {"params": single, "parts": 1}]
             options = {"lr": config.matrix_rate, "weight_decay": config.weight_decay}
             self.optimizers.append(Muon(parts, dtype=matmul_dtype, **options))

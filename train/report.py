@@ -1,11 +1,11 @@
 """The report of a run, for a person to look at: loss.png and report.md."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import Recipe, to_dict
+from engine.config import Recipe, settings
 from engine.run import Run, versions
 from train.text_metrics import Estimate
 from train.tracking import evaluation_parts, read_metrics
@@ -31,7 +31,7 @@ def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> No
         *(["![loss](loss.png)", ""] if plot_loss(metrics, run.loss_plot) else []),
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _flat(to_dict(recipe)) if value is not None),
+        *(f"| {name} | {value} |" for name, value, _ in settings(recipe) if value is not None),
         *(f"| {name} | {value} |" for name, value in versions().items()),
         "",
         "Samples from each evaluation are in samples.md, all numbers in metrics.jsonl.",
@@ -108,11 +108,3 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from engine.config import DataConfig
 from engine.errors import InputError
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
-from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, read_rows, sample_hash
+from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, peek, read_rows, sample_hash
 from train.data.shards import is_prepared
 from train.data.splits import (
     SPLIT_WORDS,
@@ -112,7 +112,8 @@ def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | No
     source = open_source(name, holdout=data.holdout, limit=data.documents, pick=pick, key=prompt_key)
     if named or data.source in HUB_CONVERSATIONS:
         return source
-    return source if recognise(source.peek(), data, answers=answers) else None
+    head, _ = peek(chain.from_iterable(source.streams()["train"]()))
+    return source if recognise(head, data, answers=answers) else None
 
 
 @dataclass

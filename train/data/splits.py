@@ -16,7 +16,7 @@ from typing import Any
 from engine.chat_template import Message
 from engine.errors import InputError
 from train.data.formats import read_texts
-from train.data.rows import Row, Skipped, peek
+from train.data.rows import Row, Skipped
 from train.data.stories import SPLITS
 from train.data.workers import in_chunks
 
@@ -169,10 +169,6 @@ class Source:
     def every(self, start: int, step: int) -> Iterator[Any]:
         """Read every `step`-th document to train on, held-out and skipped ones included."""
         return islice(self.read(self.streams()["train"]), start, self.limit, step)
-
-    def peek(self) -> list[object]:
-        """Return the first rows to train on, as they are."""
-        return peek(chain.from_iterable(self.streams()["train"]()))[0]
 
     def describe_read(self, documents: int) -> str:
         """Say how many documents came of how many rows in the latest pass, and what it left out."""
