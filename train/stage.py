@@ -58,7 +58,9 @@ def run_stage(
     at_its_end = found is not None and require_budget(stage, run, found)
     if processes.main:
         run.write_recipe(recipe)
-    trackers = open_trackers(recipe, run, runtime, console, found, wandb=wandb)
+    # Only the main process writes down and says what all of them do.
+    step = found.step if found else 0
+    trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
 
     def log(metrics: Metrics) -> None:
         for tracker in trackers:
@@ -131,13 +133,9 @@ def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
     return spent
 
 
-def open_trackers(
-    recipe: Recipe, run: Run, runtime: Runtime, console: Console, found: Checkpoint | None, *, wandb: bool
-) -> list[Tracker]:
-    """Return what takes the run's numbers; nothing does in any but the main process."""
-    if not runtime.processes.main:
-        return []
-    trackers: list[Tracker] = [console, MetricsFile(run.metrics, found.step if found else 0)]
+def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wandb: bool) -> list[Tracker]:
+    """Return what takes the numbers of a run that goes on after `step`."""
+    trackers: list[Tracker] = [console, MetricsFile(run.metrics, step)]
     if wandb:
         earlier = read_metrics(run.metrics)
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))

@@ -38,15 +38,13 @@ def _figures(number: float, digits: int) -> str:
     return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:#.{digits}g}"
 
 
-def bootstrap(
-    statistics_NK: np.ndarray, metric: Callable[[np.ndarray], float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
+def bootstrap(statistics_NK: np.ndarray, metric: Callable[[np.ndarray], float], *, seed: int = 0) -> Estimate:
     """Return metric(sum of the N texts' statistics), with its percentile interval over resampled texts.
 
     Efron, "Bootstrap methods: another look at the jackknife" (1979); for BLEU: Koehn, W04-3250.
     """
     texts = len(statistics_NK)
-    counts_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    counts_RN = np.random.default_rng(seed).multinomial(texts, np.full(texts, 1 / texts), size=RESAMPLES)
     low, high = np.quantile([metric(sums_K) for sums_K in counts_RN @ statistics_NK], (0.025, 0.975))
     return Estimate(float(metric(statistics_NK.sum(axis=0))), float(low), float(high))
 
@@ -151,9 +149,9 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(found)) / max(len(found), 1)
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Return the share of a text's n-grams of words that it has said before. Welleck et al., arXiv:1908.04319."""
-    found = ngrams(text, n)
+def repetition(text: str) -> float:
+    """Return the share of a text's groups of 4 words that it has said before. Welleck et al., arXiv:1908.04319."""
+    found = ngrams(text, 4)
     return (len(found) - len(set(found))) / max(len(found), 1)
 
 

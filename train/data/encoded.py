@@ -146,10 +146,7 @@ class Conversations(Encoded):
     """
 
     what = "conversation"
-
-    def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
-        super().__init__(tokenizer, context, source)
-        self.turns = self.answers = 0
+    turns = answers = 0
 
     def add(self, document: Conversation, where: str) -> None:
         if not has_answer(document):

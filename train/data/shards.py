@@ -129,8 +129,6 @@ def _write_shards(
             shards.append(_write_shard(path, ((ids, size) for _, ids, size in documents), last))
             write_atomically(place / UNFINISHED, json.dumps(index, indent=1).encode())
             sync(place)
-    if not shards:
-        raise InputError(f"{source.name} has no text for the {index['split']} split; choose other --data")
     os.replace(place / UNFINISHED, place / INDEX)
 
 
