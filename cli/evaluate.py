@@ -80,7 +80,6 @@ def evaluate(
     from engine.sampling import Sampling
     from rlhf.reward_model import judge_by
     from train import evaluation
-    from train.report import evaluation_notes, evaluation_table
     from train.tracking import Wandb, require_wandb
 
     def say(message: str) -> None:
@@ -115,7 +114,7 @@ def evaluate(
         say=say,
     )
     written = evaluation.write(run, result)
-    heading, *rows = evaluation_table(result)
+    heading, *rows = evaluation.evaluation_table(result)
     table = Table(title=held_out.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in heading:
         table.add_column(Text(name))
@@ -123,7 +122,7 @@ def evaluate(
         table.add_row(*map(Text, row))
     terminal = Console(highlight=False, soft_wrap=True)
     terminal.print(table)
-    for note in (*evaluation_notes(result), f"written to {written} and {run.report}"):
+    for note in (*evaluation.evaluation_notes(result), f"written to {written} and {run.report}"):
         terminal.print(note, markup=False)
     if wandb:
         tracker = Wandb(run.path, run.path.name, dataclasses.asdict(recipe), say)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.config import DataConfig, Recipe
     from engine.run import Run
-    from train.loop import Outcome
+    from train.stage import Outcome
 
 Config = TypeVar("Config")
 
@@ -164,7 +164,7 @@ def start(
 
     from cli.console import Console
     from engine import processes, runtime
-    from train.loop import TrainingError
+    from train.stage import TrainingError
 
     machine = runtime.choose(options.device, recipe.precision)
     together = processes.join(machine.device, recipe.loop.timeout_minutes)

@@ -33,8 +33,8 @@ from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open
 from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
 from train.data.sources import StoryRequests, open_conversations
 from train.finetune import load_base
-from train.loop import Amounts, Outcome, Stage
-from train.stage import run_stage
+from train.run import run_stage
+from train.stage import Amounts, Outcome, Stage
 from train.tracking import Console
 
 # Learning rates that worked on a nano model.

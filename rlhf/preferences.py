@@ -34,7 +34,7 @@ from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, colu
 from train.data.sources import HubSource, WrittenSource, open_source
 from train.data.splits import Source, hash_of, prompt_key
 from train.data.stories import AskedFacts, StoryRequest, forms, score_story, story_requests, storybook
-from train.loop import Amounts
+from train.stage import Amounts
 from train.tracking import Console
 
 STORIES_PREFERENCES = "stories-preferences"

@@ -28,8 +28,8 @@ from train.data.loader import Batch
 from train.data.stories import StoryScore, score_story
 from train.evaluation import Case, Scorer
 from train.finetune import finetuning_recipe, load_base
-from train.loop import Outcome, Stage
-from train.stage import run_stage
+from train.run import run_stage
+from train.stage import Outcome, Stage
 from train.tracking import Console
 
 PROGRAM = "program"

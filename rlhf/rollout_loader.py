@@ -16,7 +16,7 @@ from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import Reward, RewardModel
 from rlhf.rollout import Rollout, answer_kl, describe_answers, pack_answers, roll_out, rollout_log_probs
 from train.data.loader import IGNORE_INDEX, Batch
-from train.loop import TrainingError
+from train.stage import TrainingError
 from train.tracking import RunningMetrics
 
 # The sum of k1 over an answer may be negative by chance, its mean over many answers hardly.

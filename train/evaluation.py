@@ -32,10 +32,10 @@ from train.data.shards import TokenShards, is_prepared
 from train.data.sources import StoryRequests, open_conversations, open_source
 from train.data.stories import AskedFacts, score_story
 from train.loop import packed_loss
-from train.report import write_evaluations
 from train.text_metrics import Estimate, mean
 
 TOKENS_PER_BATCH = 8192
+EVALUATIONS = "\n## Evaluation\n\n"  # the heading of the report's last part
 # Where the second half of a text may begin: at the white space before a word, or inside a script that has none.
 WORD_BEGINS = re.compile(rf"(?<=\S)\s+(?=\S)|(?<=[{text_metrics.UNSPACED}])(?=[{text_metrics.UNSPACED}])")
 
@@ -240,7 +240,7 @@ def evaluate(
     scorers: Mapping[str, Scorer] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Evaluate a run, or two against each other: what `write` writes as JSON and train.report shows.
+    """Evaluate a run, or two against each other: what `write` writes as JSON and the report shows.
 
     The loss over the first documents that hold `tokens` tokens of the first run; texts for the first `count` of them
     that fit into every context, by BLEU, ROUGE and the scorers, to which the program's own is added for its stories.
@@ -306,3 +306,35 @@ def write(run: Run, result: Mapping[str, Any]) -> Path:
     write_atomically(path, json.dumps(result, indent=1, default=vars).encode())
     write_evaluations(run)
     return path
+
+
+def write_evaluations(run: Run) -> None:
+    """Put what `gpt evaluate` has measured so far at the end of the report."""
+    sections = []
+    for path in sorted(run.path.glob("evaluation-*.json")):
+        result = json.loads(path.read_text(), object_hook=lambda found: Estimate(**found) if "low" in found else found)
+        heading, *rows = evaluation_table(result)
+        sections += [f"### {result['data']}", "", *(f"- {note}" for note in evaluation_notes(result)), ""]
+        sections += ["".join(f"| {cell} " for cell in row) + "|" for row in (heading, ["---"] * len(heading), *rows)]
+        sections += ["", f"The texts are in {path.name}.", ""]
+    report = run.report.read_text() if run.report.exists() else f"# {run.path.name}\n"
+    if sections:
+        run.report.write_text(report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections))
+
+
+def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return a heading and a row per metric, with a column per run, and one for the references where there were any."""
+    columns = {f"{Path(each['run']).name}, step {each['step']:,}": each["measures"] for each in result["runs"]}
+    columns |= {"reference": result["reference"]} if "reference" in result else {}
+    names = result["runs"][0]["measures"]
+    rows = [[name.replace("_", " "), *(str(own.get(name, "")) for own in columns.values())] for name in names]
+    return [["", *columns], *rows]
+
+
+def evaluation_notes(result: Mapping[str, Any]) -> list[str]:
+    """Say how it was evaluated, and who wins."""
+    return [*result["notes"]] + [
+        f"By {name.replace('_', ' ')} {result['runs'][0]['run']} wins {own['wins']:,}, ties {own['ties']:,} and loses "
+        f"{own['losses']:,}: win rate {own['win_rate']}, p = {own['p']:.2g} by a two-sided sign test."
+        for name, own in result.get("comparison", {}).items()
+    ]

@@ -16,9 +16,9 @@ from train.data.encoded import Conversations
 from train.data.loader import PackedLoader
 from train.data.sources import open_conversations
 from train.data.splits import Source
-from train.loop import Outcome, Stage
 from train.pretrain import read_documents, say, text_stage
-from train.stage import run_stage
+from train.run import run_stage
+from train.stage import Outcome, Stage
 from train.tracking import Console
 
 # The share of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.

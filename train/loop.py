@@ -6,28 +6,25 @@ It reads downward: `Loop.train` takes steps until the budget is spent, and `_tra
 import contextlib
 import copy
 import math
-import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.config import ModelConfig, Recipe
 from engine.model import GPT
 from engine.processes import Coordinator
 from engine.run import Run
 from engine.runtime import Runtime, random_state, set_random_state, synchronize
 from train import parallel
-from train.data.loader import IGNORE_INDEX, Batch, Batches
-from train.optimizer import Budget, Optimizer, muon_dtype, rate_factor
-from train.tracking import Metrics, RunningMetrics
+from train.data.loader import IGNORE_INDEX, Batch
+from train.optimizer import Optimizer, muon_dtype, rate_factor
+from train.stage import Log, Outcome, Say, Stage, TrainingError
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
@@ -37,62 +34,6 @@ EVALUATION_SHARE = 0.05
 # The most tokens that an evaluation reads at a time.
 EVALUATION_BATCH_TOKENS = 8192
 LONG_RUN_SECONDS = 3600
-
-# Take the numbers of a step or an evaluation, and tell a person something.
-Log = Callable[[Metrics], None]
-Say = Callable[[str], None]
-
-
-class TrainingError(Exception):
-    """The run cannot go on. The message says why, and which checkpoint is good."""
-
-
-@dataclass(frozen=True)
-class Amounts:
-    """The amounts that a stage learns, in its own units: for the lines that a run prints before it starts."""
-
-    data: str  # what there is to train on and to validate
-    steps: Callable[[int, float], str]  # what is learnt in so many steps, which are so many epochs
-    step: str | None = None  # what a step learns; None stands for the rows of the batch
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of training: all that it brings to `run_stage` and to the loop."""
-
-    # The recipe, completed by what the data decides, such as the vocabulary.
-    recipe: Recipe
-    batches: Batches
-    # Evaluates a model on the first `tokens` held out, `tokens_per_batch` at a time: {"loss": ...} and more.
-    evaluate: Callable[..., dict[str, float]]
-    sample: Callable[[Any], list[str]]  # lets a model write a few texts, for samples.md
-    amounts: Amounts
-    # Makes the model, which then takes the weights of `base` if there is one.
-    model: Callable[[ModelConfig], GPT] = GPT
-    base: checkpoint.Checkpoint | None = None
-    # The loss summed over a batch's targets. None stands for `packed_loss`.
-    loss: Callable[[Any, Any], Tensor] | None = None
-    # For a loss of text: the UTF-8 bytes that each token spells, int64 [vocab], to count bits per byte.
-    byte_lengths: Tensor | None = None
-    # What the loss and the batches measure, for the log.
-    metrics: RunningMetrics = field(default_factory=RunningMetrics)
-    # A second model that the loss trains, PPO's critic. It is saved beside the first one.
-    critic: nn.Module | None = None
-    notes: tuple[str, ...] = ()  # more lines for the console before the run starts
-
-    @cached_property
-    def budget(self) -> Budget:
-        recipe = self.recipe
-        steps_per_epoch = self.batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
-        return Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    step: int
-    stopped_by: signal.Signals | None  # the signal that stopped the run before its end, if one did
-    evaluation: dict[str, float]
-    checkpoint: checkpoint.Checkpoint
 
 
 def packed_loss(model: GPT, batch: Batch) -> Tensor:

@@ -23,8 +23,8 @@ from train.data.sources import HubUnreachable, open_source
 from train.data.splits import Source
 from train.data.stream import StreamLoader
 from train.evaluation import evaluate_loss
-from train.loop import Amounts, Outcome, Stage
-from train.stage import run_stage
+from train.run import run_stage
+from train.stage import Amounts, Outcome, Stage
 from train.tracking import Console
 
 # From more text than this per token of its vocabulary, a tokenizer learns little.

@@ -1,165 +1,99 @@
-"""From a recipe to a finished run: what all stages of training share, in the order in which it happens.
+"""A stage of training: all that differs between pretraining, finetuning and alignment, and how long it lasts."""
 
-What a stage brings is `Stage`, beside the loop, which uses all of it.
-"""
-
-import dataclasses
 import math
+import signal
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
 
 from engine.checkpoint import Checkpoint
-from engine.config import Recipe, override
-from engine.errors import InputError
-from engine.run import Run
-from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
-from train.loop import Loop, Outcome, Stage
-from train.parallel import should_compile
-from train.report import write_report
-from train.tracking import Console, Metrics, MetricsFile, Tracker, Wandb, read_metrics, require_wandb
+from engine.config import BudgetConfig, ModelConfig, Recipe
+from engine.model import GPT
+from train.data.loader import Batches
+from train.tracking import Metrics, RunningMetrics
 
-# Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
-LEAST_TOKENS = 1_000_000
+# Take the numbers of a step or an evaluation, and tell a person something.
+Log = Callable[[Metrics], None]
+Say = Callable[[str], None]
 
 
-# Reads the data and makes the stage of a recipe.
-Prepare = Callable[[Recipe], Stage]
+class TrainingError(Exception):
+    """The run cannot go on. The message says why, and which checkpoint is good."""
 
 
-def run_stage(
-    recipe: Recipe, run: Run, runtime: Runtime, console: Console, prepare: Prepare, *, resume: bool, wandb: bool
-) -> Outcome:
-    """Run the stage that `prepare` makes of the recipe, and leave everything in the run's folder.
+class Budget:
+    """The length of a run in steps or in time. The share that is over drives the schedule and the evaluations."""
 
-    `resume` goes on from the newest checkpoint. Raises InputError for what the user can mend, TrainingError where the
-    loss stays not finite.
-    """
-    if wandb:
-        require_wandb()
-    processes = runtime.processes
-    seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
-    peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
-    runtime = dataclasses.replace(runtime, peak_flops=peak)
-    if not resume:
-        # Settled now, so that a resumed run depends neither on the machine nor on how busy it is.
-        recipe = override(recipe, "precision", runtime.precision)
-        recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
+    def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.seconds = 60 * (config.minutes or 0.0)
+        self.steps: int | None = None
+        if config.steps is not None:
+            self.steps = config.steps
+        elif config.tokens is not None:
+            self.steps = math.ceil(config.tokens / tokens_per_step)
+        elif config.epochs is not None:
+            self.steps = max(1, round(config.epochs * steps_per_epoch))
 
-    stage = prepare_first(recipe, run, runtime, prepare, resume=resume)
-    recipe = stage.recipe
-    model = stage.model(recipe.model)
-    found = processes.from_main(
-        lambda: run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
-    )
-    if stage.base and not found:
-        model.load_state_dict(stage.base.tensors("model"))
-    model.compute_dtype = runtime.dtype
-    model.checkpoint_activations = recipe.loop.checkpoint_activations
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the share of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
+        return seconds / self.seconds if self.steps is None else step / self.steps
 
-    at_its_end = found is not None and require_budget(stage, run, found)
-    if processes.main:
-        run.write_recipe(recipe)
-    # Only the main process writes down and says what all of them do.
-    step = found.step if found else 0
-    trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
+    def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
+        if self.steps is None:
+            return max(0.0, self.seconds - seconds)
+        return max(0, self.steps - step) * seconds_per_step
 
-    def log(metrics: Metrics) -> None:
-        for tracker in trackers:
-            tracker.log(metrics)
-
-    loop = Loop(model, stage, run, runtime, log, console.say if processes.main else lambda message: None)
-    if found:
-        loop.resume(found)
-        console.say(f"resuming {run.path} after step {loop.step:,}")
-        if at_its_end:
-            console.say(f"{run.path} has come to its end: all of its {stage.budget.describe()} are done")
-    elif resume:
-        console.say(f"{run.path} has no checkpoint yet: starting from the first step")
-    layout = [loop.layout.description] if processes.count > 1 else []
-    for line in (*describe(stage, runtime), *layout, *stage.notes):
-        console.say(line)
-    try:
-        outcome = loop.train()
-        if outcome.stopped_by is None and processes.main:
-            write_report(run, recipe, runtime.describe(), runtime.peak_memory())
-        return outcome
-    finally:
-        stage.batches.close()
-        for tracker in trackers:
-            tracker.close()
+    def describe(self) -> str:
+        return f"{self.seconds / 60:g} minutes" if self.steps is None else f"{self.steps:,} steps"
 
 
-def most_tokens(recipe: Recipe, peak: float) -> int | None:
-    """Return how many tokens the run can use at most: no more need to be prepared. None where it reads whole epochs."""
-    budget = recipe.budget
-    if budget.epochs is not None:
-        return None
-    if budget.minutes is not None:
-        # Few training steps reach half the speed of a bare matrix product.
-        needed = 60 * budget.minutes * peak / 2 / recipe.model.flops_per_token
-    else:
-        needed = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
-    # Validation data is held out of the same documents, and the last batch must be full.
-    return max(LEAST_TOKENS, math.ceil(needed) + recipe.tokens_per_step)
+@dataclass(frozen=True)
+class Amounts:
+    """The amounts that a stage learns, in its own units: for the lines that a run prints before it starts."""
+
+    data: str  # what there is to train on and to validate
+    steps: Callable[[int, float], str]  # what is learnt in so many steps, which are so many epochs
+    step: str | None = None  # what a step learns; None stands for the rows of the batch
 
 
-def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, *, resume: bool) -> Stage:
-    """Let the main process prepare the data before the others, who then find it. All go on from the same state."""
-    processes = runtime.processes
-    with processes.first():
-        if processes.main and not resume:
-            run.write_recipe(recipe)
-        try:
-            stage = prepare(recipe)
-        except Exception:
-            # Whatever went wrong: an unfinished folder would make the next try fail.
-            if processes.main and not resume:
-                run.discard_preparation()
-            raise
-    stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
-    # The main process may have drawn random numbers for what the others have only read.
-    set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
-    return stage
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training: all that it brings to `run_stage` and to the loop."""
+
+    # The recipe, completed by what the data decides, such as the vocabulary.
+    recipe: Recipe
+    batches: Batches
+    # Evaluates a model on the first `tokens` held out, `tokens_per_batch` at a time: {"loss": ...} and more.
+    evaluate: Callable[..., dict[str, float]]
+    sample: Callable[[Any], list[str]]  # lets a model write a few texts, for samples.md
+    amounts: Amounts
+    # Makes the model, which then takes the weights of `base` if there is one.
+    model: Callable[[ModelConfig], GPT] = GPT
+    base: Checkpoint | None = None
+    # The loss summed over a batch's targets. None stands for `packed_loss`.
+    loss: Callable[[Any, Any], Tensor] | None = None
+    # For a loss of text: the UTF-8 bytes that each token spells, int64 [vocab], to count bits per byte.
+    byte_lengths: Tensor | None = None
+    # What the loss and the batches measure, for the log.
+    metrics: RunningMetrics = field(default_factory=RunningMetrics)
+    # A second model that the loss trains, PPO's critic. It is saved beside the first one.
+    critic: nn.Module | None = None
+    notes: tuple[str, ...] = ()  # more lines for the console before the run starts
+
+    @cached_property
+    def budget(self) -> Budget:
+        recipe = self.recipe
+        steps_per_epoch = self.batches.batches_per_epoch() * recipe.tokens_per_pass / recipe.tokens_per_step
+        return Budget(recipe.budget, recipe.tokens_per_step, steps_per_epoch)
 
 
-def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
-    """Return whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
-    state = found.values("state")
-    spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
-    if spent and stage.recipe.budget != run.read_recipe().budget:
-        raise InputError(
-            f"{run.path} has done {state['step']:,} steps in {state['seconds'] / 60:.1f} minutes: of a budget of "
-            f"{stage.budget.describe()} nothing is left; give more, all counted from the first step"
-        )
-    return spent
-
-
-def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wandb: bool) -> list[Tracker]:
-    """Return what takes the numbers of a run that goes on after `step`."""
-    trackers: list[Tracker] = [console, MetricsFile(run.metrics, step)]
-    if wandb:
-        earlier = read_metrics(run.metrics)
-        trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))
-    return trackers
-
-
-def describe(stage: Stage, runtime: Runtime) -> list[str]:
-    """Return every derived value of a run, for a person, before it starts."""
-    recipe, budget, peak = stage.recipe, stage.budget, runtime.peak_flops
-    model, loop, optimizer = recipe.model, recipe.loop, recipe.optimizer
-    extent = budget.describe()
-    if budget.steps:
-        extent += f", {stage.amounts.steps(budget.steps, budget.steps / budget.steps_per_epoch)}"
-        hours = budget.steps * recipe.tokens_per_step * model.flops_per_token / peak / 3600
-        extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
-    rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
-    rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
-    return [
-        f"model      {model.parameters / 1e6:,.1f}M parameters: {model.blocks} blocks, {model.width} wide, "
-        f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size:,}",
-        f"data       {recipe.data.source}: {stage.amounts.data}",
-        f"batch      {stage.amounts.step or rows}",
-        f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
-        f"budget     {extent}",
-        f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
-        f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",
-    ]
+@dataclass(frozen=True)
+class Outcome:
+    step: int
+    stopped_by: signal.Signals | None  # the signal that stopped the run before its end, if one did
+    evaluation: dict[str, float]
+    checkpoint: Checkpoint

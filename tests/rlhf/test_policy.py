@@ -27,7 +27,7 @@ from rlhf.rollout import answer_log_probs, pack_answers, roll_out, rollout_log_p
 from rlhf.rollout_loader import KLAlarmError, RolloutBatch, ScoredRollout
 from tests.train.conftest import Recorder, stop_after
 from tests.train.team import train_on
-from train.loop import TrainingError
+from train.stage import TrainingError
 from train.tracking import read_metrics
 
 CPU = choose("cpu", "fp32")

@@ -22,7 +22,7 @@ from rlhf.preferences import PairBatch
 from rlhf.reward_model import ImplicitRewardModel, RewardModel, reward_recipe, train_reward
 from tests.train.conftest import Recorder
 from train.finetune import finetuning_recipe
-from train.loop import Outcome
+from train.stage import Outcome
 from train.tracking import read_metrics
 
 Learn = Callable[..., tuple[Outcome, Recorder]]

@@ -15,8 +15,9 @@ from engine.runtime import Runtime, choose
 from engine.tokenizer import train_tokenizer
 from train.data.shards import prepare
 from train.data.sources import open_source
-from train.loop import Loop, Outcome
+from train.loop import Loop
 from train.pretrain import pretrain
+from train.stage import Outcome
 
 
 class Recorder:

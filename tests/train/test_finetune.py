@@ -18,7 +18,7 @@ from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 from tests.train.conftest import Recorder, Train
 from train.finetune import RATE, finetune, finetuning_recipe, recognise_base
-from train.loop import Outcome
+from train.stage import Outcome
 from train.tracking import read_metrics
 
 Tune = Callable[..., tuple[Outcome, Recorder]]

@@ -23,8 +23,9 @@ from engine.run import Run
 from engine.runtime import Runtime
 from tests.train.conftest import stop_after
 from train import loop, pretrain
-from train.loop import Loop, TrainingError
+from train.loop import Loop
 from train.optimizer import rate_factor
+from train.stage import TrainingError
 from train.tracking import read_metrics
 
 Train = Callable[..., Any]

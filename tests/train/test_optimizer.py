@@ -1,4 +1,4 @@
-"""Muon and AdamW behind one face; the learning rate over a run, and where a run ends."""
+"""Muon and AdamW behind one face; the learning rate over a run."""
 
 import copy
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import BudgetConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from engine.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from engine.model import GPT
-from train.optimizer import Budget, Muon, Optimizer, orthogonalise, rate_factor
+from train.optimizer import Muon, Optimizer, orthogonalise, rate_factor
 
 CONFIG = ModelConfig(vocab_size=50, width=16, blocks=2, heads=2, context=8)
 
@@ -133,26 +133,3 @@ def test_warm_up_stable_decay_stays_and_then_falls_in_a_straight_line() -> None:
 
 def test_no_warm_up_begins_at_the_peak() -> None:
     assert rate_factor(ScheduleConfig(warmup=0.0), 0.0) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("config", "steps"),
-    [
-        (BudgetConfig(steps=7), 7),
-        (BudgetConfig(tokens=1001), 11),
-        (BudgetConfig(epochs=2.5), 25),
-        (BudgetConfig(epochs=0.001), 1),
-    ],
-)
-def test_steps_tokens_and_epochs_become_steps(config: BudgetConfig, steps: int) -> None:
-    budget = Budget(config, tokens_per_step=100, steps_per_epoch=10)
-    assert budget.steps == steps
-    assert budget.progress(steps, 0.0) == 1.0
-    assert budget.seconds_left(0, 0.0, 2.0) == 2.0 * steps
-
-
-def test_minutes_are_a_matter_of_time_alone() -> None:
-    budget = Budget(BudgetConfig(minutes=2), tokens_per_step=100, steps_per_epoch=10)
-    assert budget.steps is None
-    assert budget.progress(10**6, 30.0) == 0.25
-    assert budget.seconds_left(3, 30.0, 99.0) == 90.0

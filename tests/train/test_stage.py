@@ -1,42 +1,29 @@
-"""What a run says before it starts, in the units of its stage; those of pairs and answers stand with their stages."""
-
-import json
-from pathlib import Path
+"""Where a run ends."""
 
 import pytest
 
-from engine.config import DataConfig, Recipe, override
-from engine.run import Run
-from engine.runtime import Runtime
-from tests.train.conftest import Recorder, Train
-from train.data.shards import TokenShards
-from train.finetune import finetune, finetuning_recipe
+from engine.config import BudgetConfig
+from train.stage import Budget
 
 
-def test_pretraining_counts_tokens_and_epochs(small: Recipe, train: Train) -> None:
-    _, recorder = train(override(small, "loop.micro_batch", 2))
-    tokens = {split: TokenShards(small.data.source, split).tokens for split in ("train", "validation")}
-    (data,) = (line for line in recorder.said if line.startswith("data"))
-    assert data.startswith(
-        f"data       {small.data.source}: {tokens['train']:,} tokens to train on, {tokens['validation']:,} tokens to "
-    )
-    assert "batch      4 x 32 = 128 tokens a step, 2 rows at a time" in recorder.said
-    assert f"budget     6 steps, 768 tokens, {768 / tokens['train']:.2f} epochs" in recorder.said
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (BudgetConfig(steps=7), 7),
+        (BudgetConfig(tokens=1001), 11),
+        (BudgetConfig(epochs=2.5), 25),
+        (BudgetConfig(epochs=0.001), 1),
+    ],
+)
+def test_steps_tokens_and_epochs_become_steps(config: BudgetConfig, steps: int) -> None:
+    budget = Budget(config, tokens_per_step=100, steps_per_epoch=10)
+    assert budget.steps == steps
+    assert budget.progress(steps, 0.0) == 1.0
+    assert budget.seconds_left(0, 0.0, 2.0) == 2.0 * steps
 
 
-def test_epochs_of_conversations_are_right_although_they_leave_padding(
-    small: Recipe, train: Train, cpu: Runtime, tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"say {word} {n}", "response": f"{word} {word}!"} for n in range(40) for word in ("fox", "owl")]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    outcome, _ = train(override(small, "model.context", 64), "base")
-    data = DataConfig(source=str(tmp_path / "chats.jsonl"))
-    recipe = finetuning_recipe(Run(tmp_path / "base"), outcome.checkpoint, data)
-    recorder = Recorder()
-    steps = finetune(override(recipe, "loop.batch", 2), Run(tmp_path / "chat"), cpu, recorder).step
-    (budget,) = (line for line in recorder.said if line.startswith("budget"))
-    said, _, epochs = budget.removesuffix(" epochs").rpartition(", ")
-    assert said == f"budget     {steps} steps, up to {128 * steps:,} tokens"
-    learnt = [line["epoch"] for line in recorder.logged if "epoch" in line]
-    # One epoch was asked for, and comes out even to half a step.
-    assert float(epochs) == pytest.approx(learnt[-1], abs=0.02) == pytest.approx(1, abs=0.5 / steps + 0.01)
+def test_minutes_are_a_matter_of_time_alone() -> None:
+    budget = Budget(BudgetConfig(minutes=2), tokens_per_step=100, steps_per_epoch=10)
+    assert budget.steps is None
+    assert budget.progress(10**6, 30.0) == 0.25
+    assert budget.seconds_left(3, 30.0, 99.0) == 90.0

@@ -1,0 +1,42 @@
+"""What a run says before it starts, in the units of its stage; those of pairs and answers stand with their stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.config import DataConfig, Recipe, override
+from engine.run import Run
+from engine.runtime import Runtime
+from tests.train.conftest import Recorder, Train
+from train.data.shards import TokenShards
+from train.finetune import finetune, finetuning_recipe
+
+
+def test_pretraining_counts_tokens_and_epochs(small: Recipe, train: Train) -> None:
+    _, recorder = train(override(small, "loop.micro_batch", 2))
+    tokens = {split: TokenShards(small.data.source, split).tokens for split in ("train", "validation")}
+    (data,) = (line for line in recorder.said if line.startswith("data"))
+    assert data.startswith(
+        f"data       {small.data.source}: {tokens['train']:,} tokens to train on, {tokens['validation']:,} tokens to "
+    )
+    assert "batch      4 x 32 = 128 tokens a step, 2 rows at a time" in recorder.said
+    assert f"budget     6 steps, 768 tokens, {768 / tokens['train']:.2f} epochs" in recorder.said
+
+
+def test_epochs_of_conversations_are_right_although_they_leave_padding(
+    small: Recipe, train: Train, cpu: Runtime, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {word} {n}", "response": f"{word} {word}!"} for n in range(40) for word in ("fox", "owl")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome, _ = train(override(small, "model.context", 64), "base")
+    data = DataConfig(source=str(tmp_path / "chats.jsonl"))
+    recipe = finetuning_recipe(Run(tmp_path / "base"), outcome.checkpoint, data)
+    recorder = Recorder()
+    steps = finetune(override(recipe, "loop.batch", 2), Run(tmp_path / "chat"), cpu, recorder).step
+    (budget,) = (line for line in recorder.said if line.startswith("budget"))
+    said, _, epochs = budget.removesuffix(" epochs").rpartition(", ")
+    assert said == f"budget     {steps} steps, up to {128 * steps:,} tokens"
+    learnt = [line["epoch"] for line in recorder.logged if "epoch" in line]
+    # One epoch was asked for, and comes out even to half a step.
+    assert float(epochs) == pytest.approx(learnt[-1], abs=0.02) == pytest.approx(1, abs=0.5 / steps + 0.01)

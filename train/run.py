@@ -1,0 +1,229 @@
+"""From a recipe to a finished run and its report: what all stages of training share, in the order of its happening."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import Checkpoint
+from engine.config import Recipe, override, settings
+from engine.errors import InputError
+from engine.run import Run, versions
+from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
+from train.evaluation import write_evaluations
+from train.loop import Loop
+from train.parallel import should_compile
+from train.stage import Outcome, Stage
+from train.tracking import Console, Metrics, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
+
+# Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
+LEAST_TOKENS = 1_000_000
+
+# Reads the data and makes the stage of a recipe.
+Prepare = Callable[[Recipe], Stage]
+
+
+def run_stage(
+    recipe: Recipe, run: Run, runtime: Runtime, console: Console, prepare: Prepare, *, resume: bool, wandb: bool
+) -> Outcome:
+    """Run the stage that `prepare` makes of the recipe, and leave everything in the run's folder.
+
+    `resume` goes on from the newest checkpoint. Raises InputError for what the user can mend, TrainingError where the
+    loss stays not finite.
+    """
+    if wandb:
+        require_wandb()
+    processes = runtime.processes
+    seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
+    peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
+    runtime = dataclasses.replace(runtime, peak_flops=peak)
+    if not resume:
+        # Settled now, so that a resumed run depends neither on the machine nor on how busy it is.
+        recipe = override(recipe, "precision", runtime.precision)
+        recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
+
+    stage = prepare_first(recipe, run, runtime, prepare, resume=resume)
+    recipe = stage.recipe
+    model = stage.model(recipe.model)
+    found = processes.from_main(
+        lambda: run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
+    )
+    if stage.base and not found:
+        model.load_state_dict(stage.base.tensors("model"))
+    model.compute_dtype = runtime.dtype
+    model.checkpoint_activations = recipe.loop.checkpoint_activations
+
+    at_its_end = found is not None and require_budget(stage, run, found)
+    if processes.main:
+        run.write_recipe(recipe)
+    # Only the main process writes down and says what all of them do.
+    step = found.step if found else 0
+    trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
+
+    def log(metrics: Metrics) -> None:
+        for tracker in trackers:
+            tracker.log(metrics)
+
+    loop = Loop(model, stage, run, runtime, log, console.say if processes.main else lambda message: None)
+    if found:
+        loop.resume(found)
+        console.say(f"resuming {run.path} after step {loop.step:,}")
+        if at_its_end:
+            console.say(f"{run.path} has come to its end: all of its {stage.budget.describe()} are done")
+    elif resume:
+        console.say(f"{run.path} has no checkpoint yet: starting from the first step")
+    layout = [loop.layout.description] if processes.count > 1 else []
+    for line in (*describe(stage, runtime), *layout, *stage.notes):
+        console.say(line)
+    try:
+        outcome = loop.train()
+        if outcome.stopped_by is None and processes.main:
+            write_report(run, recipe, runtime.describe(), runtime.peak_memory())
+        return outcome
+    finally:
+        stage.batches.close()
+        for tracker in trackers:
+            tracker.close()
+
+
+def most_tokens(recipe: Recipe, peak: float) -> int | None:
+    """Return how many tokens the run can use at most: no more need to be prepared. None where it reads whole epochs."""
+    budget = recipe.budget
+    if budget.epochs is not None:
+        return None
+    if budget.minutes is not None:
+        # Few training steps reach half the speed of a bare matrix product.
+        needed = 60 * budget.minutes * peak / 2 / recipe.model.flops_per_token
+    else:
+        needed = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
+    # Validation data is held out of the same documents, and the last batch must be full.
+    return max(LEAST_TOKENS, math.ceil(needed) + recipe.tokens_per_step)
+
+
+def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, *, resume: bool) -> Stage:
+    """Let the main process prepare the data before the others, who then find it. All go on from the same state."""
+    processes = runtime.processes
+    with processes.first():
+        if processes.main and not resume:
+            run.write_recipe(recipe)
+        try:
+            stage = prepare(recipe)
+        except Exception:
+            # Whatever went wrong: an unfinished folder would make the next try fail.
+            if processes.main and not resume:
+                run.discard_preparation()
+            raise
+    stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
+    # The main process may have drawn random numbers for what the others have only read.
+    set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
+    return stage
+
+
+def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
+    """Return whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
+    state = found.values("state")
+    spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
+    if spent and stage.recipe.budget != run.read_recipe().budget:
+        raise InputError(
+            f"{run.path} has done {state['step']:,} steps in {state['seconds'] / 60:.1f} minutes: of a budget of "
+            f"{stage.budget.describe()} nothing is left; give more, all counted from the first step"
+        )
+    return spent
+
+
+def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wandb: bool) -> list[Tracker]:
+    """Return what takes the numbers of a run that goes on after `step`."""
+    trackers: list[Tracker] = [console, MetricsFile(run.metrics, step)]
+    if wandb:
+        earlier = read_metrics(run.metrics)
+        trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))
+    return trackers
+
+
+def describe(stage: Stage, runtime: Runtime) -> list[str]:
+    """Return every derived value of a run, for a person, before it starts."""
+    recipe, budget, peak = stage.recipe, stage.budget, runtime.peak_flops
+    model, loop, optimizer = recipe.model, recipe.loop, recipe.optimizer
+    extent = budget.describe()
+    if budget.steps:
+        extent += f", {stage.amounts.steps(budget.steps, budget.steps / budget.steps_per_epoch)}"
+        hours = budget.steps * recipe.tokens_per_step * model.flops_per_token / peak / 3600
+        extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
+    rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
+    rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
+    return [
+        f"model      {model.parameters / 1e6:,.1f}M parameters: {model.blocks} blocks, {model.width} wide, "
+        f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size:,}",
+        f"data       {recipe.data.source}: {stage.amounts.data}",
+        f"batch      {stage.amounts.step or rows}",
+        f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
+        f"budget     {extent}",
+        f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
+        f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",
+    ]
+
+
+def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> None:
+    """Write report.md and, where matplotlib is installed, loss.png, from the run's metrics."""
+    metrics = read_metrics(run.metrics)
+    last: dict[str, Any] = next((line for line in reversed(metrics) if "loss" in line), {})
+    lines = [f"# {recipe.name}: {run.path.name}", ""]
+    if final := next((line for line in reversed(metrics) if "validation_loss" in line), None):
+        parts = ", ".join(f"**{part}**" for part in evaluation_parts(final, "validation_"))
+        tokens, step = final["validation_tokens"], final["step"]
+        lines += [f"Validation {parts} (over {tokens:,} held-out tokens, after step {step:,}).", ""]
+    lines += [
+        f"{last.get('step', 0):,} steps, {last.get('tokens', 0):,} tokens, {last.get('epoch', 0):.2f} epochs, "
+        f"{last.get('seconds', 0) / 60:.1f} minutes, {last.get('tokens_per_second', 0):,.0f} tokens/s, "
+        f"{100 * last.get('mfu', 0):.0f}% of the machine's measured peak, "
+        f"{peak_memory / 2**30:.2f} GiB at most, on {machine}.",
+        "",
+        *(["![loss](loss.png)", ""] if plot_loss(metrics, run.loss_plot) else []),
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value, _ in settings(recipe) if value is not None),
+        *(f"| {name} | {value} |" for name, value in versions().items()),
+        "",
+        "Samples from each evaluation are in samples.md, all numbers in metrics.jsonl.",
+        "",
+    ]
+    run.report.write_text("\n".join(lines))
+    write_evaluations(run)
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
+    """Draw training and validation loss over tokens. False, and no picture, where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # A loss that was not finite is null.
+    trained = [line for line in metrics if line.get("loss") is not None]
+    validated = [line for line in metrics if line.get("validation_loss") is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+
+    def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+        return [line["tokens"] for line in lines], [line[name] for line in lines]
+
+    axes.plot(*points(trained, "loss"), color="#9db4d0", lw=0.8, label="training")
+    axes.plot(*points(validated, "validation_loss"), color="#c2410c", marker="o", ms=4, label="validation")
+    if validated:
+        axes.set_title("validation " + ", ".join(evaluation_parts(validated[-1], "validation_")[:2]), fontsize=11)
+    if losses := sorted(line["loss"] for line in trained):
+        # The first steps fall from ln(vocabulary): shown whole, they would flatten everything that follows.
+        low, high = losses[0], losses[int(0.97 * (len(losses) - 1))]
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-3)
+    first = trained[0] if trained else {}
+    # What a policy minimises has no unit: it is nats and rewards together.
+    unit = "" if "round" in first else f" (nats per {'token' if 'bits_per_byte' in first else 'pair'})"
+    axes.set(xlabel="tokens", ylabel=f"loss{unit}")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
