@@ -33,9 +33,9 @@ from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open
 from rlhf.rollout_loader import KLAlarmError, Method, RolloutLoader
 from train.data.sources import StoryRequests, open_conversations
 from train.finetune import load_base
-from train.run import run_stage
 from train.stage import Amounts, Outcome, Stage
 from train.tracking import Console
+from train.trainer import run_stage
 
 # Learning rates that worked on a nano model.
 RATES = {"ppo": 3e-5, "grpo": 5e-5, "dpo": 3e-5, "ipo": 3e-5}

@@ -28,9 +28,9 @@ from train.data.loader import Batch
 from train.data.stories import StoryScore, score_story
 from train.evaluation import Case, Scorer
 from train.finetune import finetuning_recipe, load_base
-from train.run import run_stage
 from train.stage import Outcome, Stage
 from train.tracking import Console
+from train.trainer import run_stage
 
 PROGRAM = "program"
 # How many tokens are scored at a time, unless one sequence alone is longer.

@@ -17,9 +17,9 @@ from train.data.loader import PackedLoader
 from train.data.sources import open_conversations
 from train.data.splits import Source
 from train.pretrain import read_documents, say, text_stage
-from train.run import run_stage
 from train.stage import Outcome, Stage
 from train.tracking import Console
+from train.trainer import run_stage
 
 # The share of pretraining's learning rates. After as many steps nano's loss is as low with 0.1, and higher with 1.
 RATE = 0.3

@@ -23,9 +23,9 @@ from train.data.sources import HubUnreachable, open_source
 from train.data.splits import Source
 from train.data.stream import StreamLoader
 from train.evaluation import evaluate_loss
-from train.run import run_stage
 from train.stage import Amounts, Outcome, Stage
 from train.tracking import Console
+from train.trainer import run_stage
 
 # From more text than this per token of its vocabulary, a tokenizer learns little.
 SAMPLE_BYTES_PER_TOKEN = 1000

@@ -77,13 +77,13 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     from engine.runtime import Runtime, measured_peak
     from rlhf.align import align
     from tests.train.conftest import Recorder
-    from train import run as training
+    from train import trainer
     from train.pretrain import pretrain
 
     torch.set_num_threads(1)
     # Seconds of measuring and of drawing, in each.
-    training.measured_peak = lambda runtime: measured_peak(runtime, 0.0)  # type: ignore[assignment, misc]
-    training.write_report = lambda *arguments: None
+    trainer.measured_peak = lambda runtime: measured_peak(runtime, 0.0)  # type: ignore[assignment, misc]
+    trainer.write_report = lambda *arguments: None
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     recipe, run = from_dict(json.loads(recipe_text)), Run(Path(folder))
     device, recorder = torch.device("cpu"), Recorder()
