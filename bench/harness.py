@@ -270,16 +270,6 @@ def missing(point: Figures) -> list[str]:
     ]
 
 
-def tabulate(heads: Sequence[str], rows: Iterable[Sequence[str]], **style: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*heads, **style)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
 def cells(figures: Figures, names: Iterable[str], shown: Callable[[Figures], str]) -> list[str]:
     """Return what a table shows of each provider: "-" where it has no figures."""
     return ["-" if "reason" in figures[name] else shown(figures[name]) for name in names]

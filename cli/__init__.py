@@ -6,7 +6,7 @@ DISTRIBUTION = "gpt-from-text"
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package."""
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`python3 -m cli` is `gpt`, straight from the tree."""
+"""`python3 -m cli` runs `gpt` from the tree, where it is not installed."""
 
 import sys
 from pathlib import Path

@@ -1,13 +1,21 @@
 """gpt bench-*: training, generation and the server beside their peers, and what the compiler makes of the kernels."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from cli.bench_kernels import RESULTS, chosen
-from cli.options import Device, GenerationPrecision, Precision, Results, RunArgument, integers
+from cli.bench_kernels import chosen
+from cli.console import print_table
+from cli.options import BenchOptions, Device, GenerationPrecision, RunArgument, integers
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
+
+
+@dataclass(frozen=True)
+class DecodeOptions(BenchOptions):
+    device: Device = "auto"
+    precision: GenerationPrecision = "auto"
 
 
 def bench_train(
@@ -16,23 +24,22 @@ def bench_train(
     context: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps to take the median of.")] = 10,
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Time the training step against a plain PyTorch GPT of the same shape, in the same process.
 
     Example: gpt bench-train tiny --rounds 5
     """
-    from bench.harness import tabulate, write_result
+    from bench.harness import write_result
     from bench.training import bench_training
-    from engine import config, runtime
+    from engine import config
 
     recipe = config.override(config.preset(preset), "loop.batch", batch or BATCHES[preset])
     title = f"training-{preset}"
     if context is not None:
         recipe, title = config.override(recipe, "model.context", context), f"{title}-{context}"
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     result = bench_training(recipe, machine, rounds=rounds, compile=compile)
     print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
     rows = []
@@ -40,8 +47,8 @@ def bench_train(
         speeds = [f"{found['tokens_per_second']:,.0f}", f"{found['against_plain']:.2f}x", f"{100 * found['mfu']:.0f}%"]
         memory = f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"
         rows.append([name, *speeds, f"{found['start_up_seconds']:.1f} s", memory])
-    tabulate(("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory"), rows)
-    print(f"written to {write_result(title, machine, result, out)}")
+    print_table(("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory"), rows)
+    print(f"written to {write_result(title, machine, result, on.out)}")
 
 
 def bench_quality(
@@ -75,9 +82,8 @@ def bench_decode(
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
     only: Annotated[str | None, typer.Option(help="Of transformers, ours, without graphs.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
-    device: Device = "auto",
-    precision: GenerationPrecision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: DecodeOptions,
 ) -> None:
     """Time generation against transformers on the same weights: tokens per second, time to the first token.
 
@@ -86,9 +92,9 @@ def bench_decode(
     import importlib.util
 
     from bench import decoding, harness
-    from engine import config, runtime
+    from engine import config
 
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     model = config.preset(preset).model
     default = ["transformers", "ours"] + (["without graphs"] if machine.device.type == "cuda" else [])
     names = chosen(only, decoding.PROVIDERS, default)
@@ -101,7 +107,7 @@ def bench_decode(
     batches = integers("--batch", batch)
     for point in decoding.bench_decoding(model, machine, batches=batches, providers=names, rounds=rounds):
         points.append(point)
-        path = harness.write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, out)
+        path = harness.write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, on.out)
         for name in names:
             found = point[name]
             ratio = found["tokens_per_second"] / point[names[0]]["tokens_per_second"]
@@ -109,7 +115,7 @@ def bench_decode(
             shares = [f"{found[share]:.0%}" for share in ("bandwidth_share", "same_tokens")]
             rows.append([str(point["batch"]), name, *speeds, f"{found['first_token_seconds'] * 1000:,.1f} ms", *shares])
     heads = ("batch", "who", "tokens/s", "against the first", "first token", "of bandwidth", "same tokens")
-    harness.tabulate(heads, rows)
+    print_table(heads, rows)
     print(f"written to {path}")
 
 
@@ -117,9 +123,8 @@ def bench_serving(
     path: RunArgument,
     clients: Annotated[int, typer.Option(min=1, help="How many read a stream each at any time.")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="How long they go on.")] = 60.0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Start `gpt serve`, let many clients stream from it, and check every stream.
 
@@ -127,10 +132,9 @@ def bench_serving(
     """
     from bench.harness import write_result
     from bench.serving import bench_serving
-    from engine import runtime
     from engine.run import Run
 
-    recipe, machine = Run(path).read_recipe(), runtime.choose(device, precision)
+    recipe, machine = Run(path).read_recipe(), on.choose()
     options = ["--device", str(machine.device), "--precision", machine.precision]
     result = bench_serving(path, clients=clients, seconds=seconds, options=options)
     memory, first, gap = (result[name] for name in ("memory_bytes", "first_token_seconds", "token_gap_seconds"))
@@ -143,12 +147,10 @@ def bench_serving(
     print(f"memory       {memory['settled'] / 2**20:,.0f} MiB settled, {memory['end'] / 2**20:,.0f} MiB at the end")
     for fault in sorted(set(result["faults"]))[:5]:
         print(f"fault        {fault}")
-    print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, out)}")
+    print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, on.out)}")
 
 
-def bench_compile(
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-) -> None:
+def bench_compile(dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16") -> None:
     """Compile every kernel at every size for sm_80, 89, 90 and 100, GPU or not: registers, spills, shared memory.
 
     Example: gpt bench-compile --dtype fp16
@@ -156,7 +158,6 @@ def bench_compile(
     import json
 
     from bench.compile_report import FAMILIES, report
-    from bench.harness import tabulate
     from engine.run import versions
 
     lines = {family: list(report(family, dtype=dtype)) for family in FAMILIES}
@@ -165,8 +166,8 @@ def bench_compile(
         name = line["kernel"] if family == "attention" else f"{family} {line['kernel']}"
         figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
         rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures)])
-    tabulate(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
-    path = RESULTS / f"compile-{dtype}.json"
+    print_table(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
+    path = BenchOptions.out / f"compile-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     # A line for each kernel.
     parts = [f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]" for family, found in lines.items()]

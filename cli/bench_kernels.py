@@ -3,17 +3,13 @@
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from cli.options import Device, Precision, Results, integers
+from cli.console import print_table
+from cli.options import BenchOptions, integers
 from engine.errors import InputError
-
-if TYPE_CHECKING:
-    from engine.runtime import Runtime
-
-RESULTS = Path("bench/results")
 
 
 def chosen(only: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
@@ -31,9 +27,8 @@ def bench_attention(
     tokens: Annotated[int | None, typer.Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
     only: Annotated[str | None, typer.Option(help="Of ours, plain, flash, efficient, cudnn, flex.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Time rows for kernels/tiles.py instead.")] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Time attention, forward and backward, against plain PyTorch, SDPA's kernels and compiled flex attention.
 
@@ -42,15 +37,15 @@ def bench_attention(
     Example: gpt bench-attention --head-dim 64,128 --causal --only ours,cudnn
     """
     from bench import harness, kernels
-    from engine import runtime
+    from engine.runtime import measured_peak
     from kernels.backend import backend, why_not_triton
 
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     dims, kind = integers("--head-dim", head_dim), machine.device.type
     if not {32, 64, 128, 256}.issuperset(dims):
         raise InputError(f"--head-dim is {head_dim}; it takes 32, 64, 128 and 256, with commas between")
     if tune:
-        _tune(machine, dims, out)
+        _tune(machine, dims, on.out)
         return
     total = tokens or kernels.TOKENS[kind]
     default = [length for length in kernels.LENGTHS[kind] if length <= total]
@@ -80,14 +75,11 @@ def bench_attention(
         kernels.attention(machine, dim, mask, length, total // length)
         for mask, dim, length in product([True, False] if causal is None else [causal], dims, sizes)
     ]
-    about = {
-        "peak_flops": runtime.measured_peak(machine),
-        "copy_bytes_per_second": harness.copy_bandwidth(machine.device),
-    }
-    result, path = harness.show(harness.compare(cases, names, machine, about), "attention", machine, out, line)
+    about = {"peak_flops": measured_peak(machine), "copy_bytes_per_second": harness.copy_bandwidth(machine.device)}
+    result, path = harness.show(harness.compare(cases, names, machine, about), "attention", machine, on.out, line)
     for direction in harness.DIRECTIONS:
         rows = ([*place(point), *rates(point, direction)] for point in result["points"])
-        harness.tabulate(("D", "mask", "T", *names), rows, title=f"{direction}, {unit}")
+        print_table(("D", "mask", "T", *names), rows, title=f"{direction}, {unit}")
     print(f"written to {path}")
     for mask in ("causal", "full"):
         if points := [point for point in result["points"] if place(point)[1] == mask]:
@@ -96,7 +88,7 @@ def bench_attention(
             harness.plot(points, "head_dim", "length", "flops_per_second", 1 / scale, title, unit, picture)
 
 
-def _tune(machine: "Runtime", dims: list[int], out: Path) -> None:
+def _tune(machine: Any, dims: list[int], out: Path) -> None:
     if machine.device.type != "cuda":
         raise InputError("--tune has nothing to time without a GPU; `gpt bench-compile` says what the compiler makes")
     if machine.precision == "fp32":
@@ -116,9 +108,8 @@ def bench_decode_attention(
     head_dim: Annotated[str, typer.Option(help="Head dims, in the order to run them in.")] = "64,128",
     group: Annotated[str, typer.Option(help="Query heads per key head.")] = "1,4",
     only: Annotated[str | None, typer.Option(help="Of ours, paged, plain, flash, efficient, cudnn, flex.")] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Time attention of one new token to a cache: which share of the memory's speed it reaches, and what peers do.
 
@@ -127,10 +118,9 @@ def bench_decode_attention(
     Example: gpt bench-decode-attention --head-dim 128 --keys 4096,32768 --only ours,paged,flash
     """
     from bench import harness, kernels
-    from engine import runtime
     from kernels.backend import backend
 
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     kind, dims, groups = machine.device.type, integers("--head-dim", head_dim), integers("--group", group)
     for dim, size in product(dims, groups):
         if dim > 256 or kernels.WIDTH % (dim * size):
@@ -155,12 +145,12 @@ def bench_decode_attention(
 
     cases = [kernels.decode(machine, copied, *size) for size in product(dims, groups, batches, lengths)]
     results = harness.compare(cases, names, machine, {"copy_bytes_per_second": copied})
-    result, path = harness.show(results, "decode-attention", machine, out, line)
+    result, path = harness.show(results, "decode-attention", machine, on.out, line)
     rows = (
         [*place(p), f"{p['cache_bytes'] / 2**20:,.0f}", *harness.cells(p, names, lambda found: f"{found['share']:.0%}")]
         for p in result["points"]
     )
-    harness.tabulate(("D", "group", "batch", "keys", "MiB", *names), rows, title="% of what a copy moves")
+    print_table(("D", "group", "batch", "keys", "MiB", *names), rows, title="% of what a copy moves")
     print(f"a copy moves {copied / 1e9:,.0f} GB/s; written to {path}")
 
 
@@ -168,24 +158,22 @@ def bench_layernorm(
     widths: Annotated[str | None, typer.Option(help="256 to 4,096 on a GPU, 256 to 1,024 on a CPU.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="16,384 on a GPU, 4,096 on a CPU.")] = None,
     only: Annotated[str, typer.Option(help="Of ours, torch, compiled.")] = "ours,torch,compiled",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Time LayerNorm, alone and with the residual addition, against PyTorch's own and a compiled one.
 
     Example: gpt bench-layernorm --widths 768,1024 --only ours,torch
     """
     from bench import harness, kernels
-    from engine import runtime
 
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     sizes = integers("--widths", widths) if widths else kernels.WIDTHS[machine.device.type]
     names, total = chosen(only, kernels.NORMS, kernels.NORMS), rows or kernels.ROWS[machine.device.type]
     cases = [kernels.norm(machine, total, width, residual) for width, residual in product(sizes, (False, True))]
     copied = harness.copy_bandwidth(machine.device)
     results = harness.compare(cases, names, machine, {"rows": total, "copy_bytes_per_second": copied})
-    result, path = harness.show(results, "layernorm", machine, out)
+    result, path = harness.show(results, "layernorm", machine, on.out)
     print(
         f"{machine.describe()}, {total:,} rows, ours is the {result['backend']} backend; GB/s and the share of what a "
         f"copy of as many bytes reaches (a large one: {copied / 1e9:,.0f} GB/s)"
@@ -198,7 +186,7 @@ def bench_layernorm(
         [f"{p['width']:,}", "added" if p["residual"] else "", direction, *harness.cells(p[direction], names, rate)]
         for p, direction in product(result["points"], harness.DIRECTIONS)
     )
-    harness.tabulate(("width", "residual", "direction", *names), table)
+    print_table(("width", "residual", "direction", *names), table)
     print(f"written to {path}")
     title = f"LayerNorm, {total:,} rows, {harness.device_name(machine)}, {machine.precision}"
     harness.plot(
@@ -210,18 +198,16 @@ def bench_cross_entropy(
     vocab: Annotated[str | None, typer.Option(help="Of 4096, 28000, 128256; all, unless given.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="16,384 on a GPU, 2,048 on a CPU.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    out: Results = RESULTS,
+    *,
+    on: BenchOptions,
 ) -> None:
     """Time the fused last layer and loss against plain PyTorch, forward and backward, with the memory at its peak.
 
     Example: gpt bench-cross-entropy --vocab 28000 --rounds 9
     """
     from bench import harness, kernels
-    from engine import runtime
 
-    machine = runtime.choose(device, precision)
+    machine = on.choose()
     kind = machine.device.type
     wanted = integers("--vocab", vocab) if vocab else [shape[0] for shape in kernels.SHAPES[kind]]
     count = tokens or kernels.LOSS_TOKENS[kind]
@@ -238,7 +224,7 @@ def bench_cross_entropy(
         rounds=rounds or (1 if kind == "cuda" else 7),
     )
     for result in results:
-        path = harness.write_result("cross-entropy", machine, result, out)
+        path = harness.write_result("cross-entropy", machine, result, on.out)
     rows = []
     for shape in result["shapes"]:
         peer = shape["figures"]["plain"]
@@ -256,5 +242,5 @@ def bench_cross_entropy(
             peak = f"{found['peak_bytes'] / 2**20:,.0f}"
             rows.append([f"{shape['vocab']:,}", f"{shape['width']:,}", name, *times, ratios[0], peak, ratios[1]])
     heads = ("vocab", "width", "loss", "forward, ms", "+ backward", "of plain", "peak, MiB", "of plain")
-    harness.tabulate(heads, rows, box=None)
+    print_table(heads, rows, box=None)
     print(f"written to {path}")

@@ -1,7 +1,6 @@
 """gpt chat: from a pipe, or at a terminal with prompt and history, commands, and answers as they come."""
 
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ UNSEEN = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(co
 
 def chat(
     path: RunArgument,
-    drawn: SamplingOptions,
+    sampling: SamplingOptions,
     model: ModelOptions,
     system: Annotated[str, typer.Option(help="How to answer, told to the model before all else.")] = "",
 ) -> None:
@@ -49,15 +48,10 @@ def chat(
     whole input is one text. Only what the model writes goes to standard output.
     """
     from cli.conversation import Conversation, Settings
-    from engine import runtime
     from engine.run import Run
 
-    notice = functools.partial(print, file=sys.stderr)
-    settings = Settings(**vars(drawn))
-    run = Run(path)
-    recipe = run.read_recipe()
-    network, tokenizer = run.load_model(runtime.choose(model.device, model.precision), model.checkpoint, notice)
-    conversation = Conversation(network, tokenizer, settings, chat=recipe.chat, notice=notice)
+    settings, run = Settings(**vars(sampling)), Run(path)
+    conversation = Conversation(*model.load(run), settings, chat=run.read_recipe().chat)
     conversation.instruct(system)
     if sys.stdin.isatty() and sys.stdout.isatty():
         ChatTerminal(conversation).run()

@@ -1,4 +1,4 @@
-"""What `gpt doctor` looks at: each check tells what is there, and what that means for a run."""
+"""The checks of `gpt doctor`: each tells what is there, and what that means for a run."""
 
 import os
 import shutil
@@ -10,9 +10,8 @@ import torch
 
 from cli import installed
 from engine.config import PRESETS
-from engine.memory import Setup, peak_memory, step_memory
+from engine.memory import GIB, Setup, peak_memory, step_memory
 
-GIB = 2**30
 HUB_SECONDS = 2.0
 # Below this not even a tokenizer can be written.
 LEAST_DISK = 100 * 2**20
@@ -64,7 +63,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def links() -> Iterator[Finding]:
-    """Whether GPUs reach each other; where they cannot, NCCL goes through the host's memory."""
+    """Say whether GPUs reach each other; where they cannot, NCCL goes through the host's memory."""
     count = torch.cuda.device_count()
     pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
     direct = sum(torch.cuda.can_device_access_peer(*pair) for pair in pairs)

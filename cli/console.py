@@ -1,19 +1,39 @@
-"""What a run says: with a live progress bar on a terminal, in plain lines elsewhere."""
+"""The console shows a run: with a live progress bar on a terminal, in plain lines elsewhere."""
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from train.tracking import evaluation_parts, metric_parts
 
 PLAIN_LINE_SECONDS = 10.0
+# The style of a table without a frame, whose columns stand two spaces apart.
+FRAMELESS: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
+
+
+def notice(message: str) -> None:
+    """Say something beside what a command writes to standard output."""
+    print(message, file=sys.stderr)
+
+
+def print_table(
+    heads: Iterable[str | Column], rows: Iterable[Iterable[str]], *, soft_wrap: bool = False, **style: Any
+) -> None:
+    """Print a table. `soft_wrap` leaves it to the terminal to break lines that are too long for it."""
+    table = Table(*heads, **style)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Terminal(highlight=False, soft_wrap=soft_wrap).print(table)
 
 
 def span(seconds: float) -> str:
-    """Seconds as a person writes them: 0:42, 3:07, 5:12:09."""
+    """Write seconds as a person writes them: 0:42, 3:07, 5:12:09."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -37,13 +57,14 @@ class Console:
     def __init__(self) -> None:
         self.terminal = Terminal(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
         self.last_plain = 0.0
 
     def say(self, message: str) -> None:
         self.terminal.print(message, markup=False)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
+        from train.tracking import evaluation_parts, measure_parts
+
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))
         else:
@@ -52,7 +73,7 @@ class Console:
             self.progress(training_line(metrics), metrics["progress"])
 
     def preparing(self, what: str) -> Callable[[int, int, int], None]:
-        """A callback that shows documents, tokens and bytes read so far."""
+        """Return a callback that shows documents, tokens and bytes read so far."""
         begin = time.perf_counter()
 
         def show(documents: int, tokens: int, text_bytes: int) -> None:
@@ -64,7 +85,7 @@ class Console:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-            self.bar = self.task = None
+            self.bar = None
 
     def progress(self, line: str, share: float | None) -> None:
         """Show how far something has come, now and then where there is no live terminal."""
@@ -77,7 +98,6 @@ class Console:
             self.bar = Progress(
                 BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.terminal, transient=True
             )
-            self.task = self.bar.add_task("", total=1.0)
+            self.bar.add_task("", total=1.0)
             self.bar.start()
-        assert self.task is not None
-        self.bar.update(self.task, description=line, completed=share, total=None if share is None else 1.0)
+        self.bar.update(self.bar.task_ids[0], description=line, completed=share, total=None if share is None else 1.0)

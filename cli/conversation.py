@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cli.console import notice
 from engine.chat_template import Message, answer_prompt, text_ends, trim
 from engine.config import Count, override
 from engine.errors import InputError
@@ -18,16 +19,9 @@ from engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Settings(Sampling):
-    """How to draw an answer, and how long it may get."""
+    """The settings say how to sample an answer, and how long it may get."""
 
     max_tokens: Annotated[Count | None, "The longest answer."] = None
-
-    def changed(self, setting: str) -> "Settings":
-        """A copy with one `name=value` changed. Raises InputError for an unknown name or a value out of its bounds."""
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"it takes name=value, such as temperature=0.7, not {setting!r}")
-        return override(self, name.strip(), value.strip())
 
     def __str__(self) -> str:
         values = dataclasses.asdict(self)
@@ -42,10 +36,16 @@ class Answer(Message):
 
 
 class Conversation:
-    """With a chat model messages in turn; with a base model one document, which both sides lengthen in turn."""
+    """With a chat model it is messages in turn; with a base model one document, which both sides lengthen in turn."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, settings: Settings, *, chat: bool, notice: Callable[[str], None]
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        *,
+        chat: bool,
+        notice: Callable[[str], None] = notice,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.chat, self.notice = chat, notice
@@ -68,12 +68,16 @@ class Conversation:
         self.system = system
 
     def set(self, setting: str) -> None:
-        self.settings = self.settings.changed(setting)
-        if setting.partition("=")[0].strip() == "seed":
+        """Obey `name=value`. Raises InputError for an unknown name or a value out of its bounds."""
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"it takes name=value, such as temperature=0.7, not {setting!r}")
+        self.settings = override(self.settings, name.strip(), value.strip())
+        if name.strip() == "seed":
             self.draws = 0
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer's text, token by token. Message and answer are remembered, as far as the answer was listened to.
+        """Yield the answer's text, token by token. Both are remembered, as far as the answer was listened to.
 
         Raises InputError for a message that does not fit, and forgets it.
         """
@@ -82,7 +86,7 @@ class Conversation:
         return self._begin([*([] if over else self.messages), Message("user", text)])
 
     def retry(self) -> Iterator[str]:
-        """Another answer to the last message, in place of the first."""
+        """Yield another answer to the last message, in place of the first."""
         if not self.messages:
             raise InputError("there is no message to answer again")
         if self.settings.temperature == 0:
@@ -91,7 +95,7 @@ class Conversation:
 
     @property
     def answer(self) -> Answer:
-        """The last answer, as far as it has come."""
+        """Return the last answer, as far as it has come."""
         last = self.messages[-1]
         assert isinstance(last, Answer)
         return last
@@ -112,7 +116,7 @@ class Conversation:
             yield chunk.text
 
     def _fit(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of these messages. Where they leave no room for the answer the oldest go, and `notice` is told."""
+        """Return the prompt of these messages. Where the answer finds no room, the oldest go, and `notice` is told."""
         # The answer gets max_tokens, or else a quarter of the context, but never more than half of it.
         room = self.context - min(self.settings.max_tokens or self.context // 4, self.context // 2)
         if not self.chat:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.console import Console
 from cli.options import Column
 from engine.errors import InputError
 
@@ -34,7 +35,6 @@ def prepare_data(
 
     Example: gpt data prepare tinystories --out data/tinystories
     """
-    from cli.console import Console
     from engine.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
     from train.data.shards import prepare
     from train.data.sources import open_source

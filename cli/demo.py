@@ -58,7 +58,7 @@ def demo(
 
 
 def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[str, list[str]]]:
-    """The commands by name, in groups that follow each other; those of a group run at the same time."""
+    """Return the commands by name, in groups that follow each other; those of a group run at the same time."""
     share = 0.5 if short else 1.0
     base, chat, reward = out / "base", out / "chat", out / "chat-reward"
     pairs = chat / "pairs.jsonl"
@@ -107,7 +107,7 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
 
 
 def words(*parts: str | Path) -> list[str]:
-    """The words of a command line. A path is one word, whatever is in it."""
+    """Split the words of a command line. A path is one word, whatever is in it."""
     return [word for part in parts for word in ([str(part)] if isinstance(part, Path) else part.split())]
 
 

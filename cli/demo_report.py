@@ -1,4 +1,4 @@
-"""What `gpt demo` has shown: each method's true and proxy score against its KL, over seeds, and samples."""
+"""The report of `gpt demo`: each method's true and proxy score against its KL, over seeds, and samples."""
 
 import json
 import statistics

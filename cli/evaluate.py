@@ -1,4 +1,4 @@
-"""gpt evaluate"""
+"""gpt evaluate: how good a run is on text that it has not seen."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
-from cli.options import (
-    CheckpointName,
-    ConversationColumns,
-    Machine,
-    MaxTokens,
-    RunArgument,
-    Temperature,
-    TopP,
-    WandB,
-)
+from cli.console import FRAMELESS, notice, print_table
+from cli.options import CheckpointName, ConversationColumns, Machine, MaxTokens, RunArgument, Temperature, TopP, WandB
+from cli.training import located
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Which texts are drawn, and how they are compared with what stands in the data."""
+    """These options say which texts are written, and how they are compared with the data."""
 
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200
     bleu_tokenizer: Annotated[
@@ -67,23 +60,13 @@ def evaluate(
     Example: gpt evaluate runs/nano-chat-ppo --against runs/nano-chat --reward runs/nano-chat-reward
     """
     import dataclasses
-    import sys
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from cli.training import located
-    from engine import runtime
     from engine.config import DataConfig
     from engine.run import Run
     from engine.sampling import Sampling
-    from rlhf.reward_model import judge_by
+    from rlhf.reward_model import open_scorer
     from train import evaluation
     from train.tracking import Wandb, require_wandb
-
-    def say(message: str) -> None:
-        print(message, file=sys.stderr)
 
     if wandb:
         require_wandb()
@@ -95,12 +78,12 @@ def evaluate(
     elif recipe.alignment.method in ("dpo", "ipo"):
         # Preferences are nothing to answer: what its base has learnt from is.
         source = Run(Path(str(recipe.base))).read_recipe().data
-    machine = runtime.choose(on.device, on.precision)
-    contestants = [evaluation.Contestant.load(run, machine, which, say)]
+    machine = on.choose()
+    contestants = [evaluation.Contestant.load(run, machine, which, notice)]
     if against is not None:
-        contestants.append(evaluation.Contestant.load(Run(against), machine, "latest", say))
+        contestants.append(evaluation.Contestant.load(Run(against), machine, "latest", notice))
     held_out = evaluation.open_held_out(source, split, run.data if data is None else None)
-    scorers = {} if reward is None else {"reward": judge_by(Run(reward), machine)}
+    scorers = {} if reward is None else {"reward": open_scorer(Run(reward), machine)}
     result = evaluation.evaluate(
         contestants,
         held_out,
@@ -111,21 +94,15 @@ def evaluate(
         bleu_tokenizer=texts.bleu_tokenizer,
         rouge_tokenizer=texts.rouge_tokenizer,
         scorers=scorers,
-        say=say,
+        say=notice,
     )
     written = evaluation.write(run, result)
     heading, *rows = evaluation.evaluation_table(result)
-    table = Table(title=held_out.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in heading:
-        table.add_column(Text(name))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    terminal = Console(highlight=False, soft_wrap=True)
-    terminal.print(table)
+    print_table(heading, rows, soft_wrap=True, title=held_out.name, title_justify="left", **FRAMELESS)
     for note in (*evaluation.evaluation_notes(result), f"written to {written} and {run.report}"):
-        terminal.print(note, markup=False)
+        print(note)
     if wandb:
-        tracker = Wandb(run.path, run.path.name, dataclasses.asdict(recipe), say)
+        tracker = Wandb(run.path, run.path.name, dataclasses.asdict(recipe), notice)
         values = {f"{written.stem}/{key}": own.value for key, own in result["runs"][0]["measures"].items()}
         tracker.log({"step": contestants[0].step, **values})
         tracker.close()

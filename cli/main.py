@@ -1,4 +1,4 @@
-"""The door: one Typer app, and the place where an InputError becomes a sentence and exit code 2."""
+"""The `gpt` command: it names every command, and makes a sentence and exit code 2 of an InputError."""
 
 import os
 import sys
@@ -16,8 +16,10 @@ from cli import (
     data,
     demo,
     evaluate,
+    generate,
+    huggingface,
+    info,
     installed,
-    models,
     plan,
     rlhf_answers,
     serve,
@@ -36,18 +38,18 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "plan": (plan.plan, "What a run would take on many GPUs"),
     },
     "Use": {
-        "generate": (models.generate, "Let a model go on from a prompt"),
+        "generate": (generate.generate, "Let a model go on from a prompt"),
         "chat": (chat.chat, "Talk to a model"),
         "serve": (serve.serve, "Serve the OpenAI API and a page"),
     },
     "Share": {
-        "export": (models.export_run, "Write a model in Hugging Face's format"),
-        "import": (models.import_folder, "Take a pretrained GPT-NeoX or Pythia"),
+        "export": (huggingface.export_run, "Write a model in Hugging Face's format"),
+        "import": (huggingface.import_folder, "Take a pretrained GPT-NeoX or Pythia"),
     },
     "Look": {
-        "info": (models.info, "What a run is, and how far it has come"),
-        "doctor": (models.doctor, "What this machine has, and what that means"),
-        "settings": (models.settings, "Every setting, its default and its meaning"),
+        "info": (info.info, "What a run is, and how far it has come"),
+        "doctor": (info.doctor, "What this machine has, and what that means"),
+        "settings": (info.settings, "Every setting, its default and its meaning"),
     },
     "Measure": {
         "evaluate": (evaluate.evaluate, "Measure a run on text it has not seen"),

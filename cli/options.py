@@ -11,12 +11,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer import Option
 
+from cli.console import notice
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.model import GPT
+    from engine.run import Run
+    from engine.runtime import Runtime
+    from engine.tokenizer import Tokenizer
 
 ON_RESUME = object()
 
@@ -35,7 +42,6 @@ Batch = Annotated[int | None, Option(help="Rows of one context in a step."), "lo
 Tokens = Annotated[float | None, Option(help="Train on so many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
 Setting = Annotated[list[str] | None, Option("--set", help="Any of gpt settings, as model.blocks=6. Repeatable.")]
 WandB = Annotated[bool, Option("--wandb", help="Also record to Weights & Biases, offline without a login."), ON_RESUME]
-Results = Annotated[Path, Option("--out", help="Folder for the results: JSON, plots.")]
 
 
 @dataclass(frozen=True)
@@ -43,19 +49,37 @@ class Machine:
     device: Device = "auto"
     precision: Precision = "auto"
 
+    def choose(self) -> "Runtime":
+        from engine import runtime
+
+        return runtime.choose(self.device, self.precision)
+
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which checkpoint of a run writes texts, and on what."""
+class BenchOptions(Machine):
+    """These options say on what is timed, and where the figures go."""
+
+    device: Device = "auto"
+    precision: Precision = "auto"
+    out: Annotated[Path, Option(help="Folder for the results: JSON, plots.")] = Path("bench/results")
+
+
+@dataclass(frozen=True)
+class ModelOptions(Machine):
+    """These options say which checkpoint of a run writes texts, and on what."""
 
     device: Device = "auto"
     precision: GenerationPrecision = "auto"
     checkpoint: CheckpointName = "latest"
 
+    def load(self, run: "Run") -> "tuple[GPT, Tokenizer]":
+        """Load the model of a run; what is wrong with its newest checkpoints is said on standard error."""
+        return run.load_model(self.choose(), self.checkpoint, notice)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a text is drawn. The fields are those of cli.conversation.Settings."""
+    """These options say how a text is sampled. The fields are those of cli.conversation.Settings."""
 
     max_tokens: MaxTokens = None
     temperature: Temperature = 0.8
@@ -83,7 +107,7 @@ class PreferenceColumns:
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: at most one of them is given."""
+    """These options say how long to train: at most one of them is given."""
 
     steps: Annotated[int | None, Option(help="Train for so many steps."), "budget.steps", ON_RESUME] = None
     tokens: Tokens = None
@@ -98,7 +122,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class TrainingOptions(Machine):
-    """What all commands take that train."""
+    """Every command that trains takes these options."""
 
     out: Annotated[Path | None, Option(help="Folder of the run."), ON_RESUME] = None
     data: Annotated[str | None, Option(help="What to learn from.")] = None
@@ -114,18 +138,18 @@ class TrainingOptions(Machine):
 
 @dataclass(frozen=True)
 class DerivedOptions(TrainingOptions):
-    """What those take whose run begins with the weights of another."""
+    """Those commands take these whose run begins with the weights of another."""
 
     checkpoint: CheckpointName = "latest"
 
 
 def folder(default: str) -> Any:
-    """The option --out of a command, with the folder that it has by default."""
+    """Return the option --out of a command, with the folder that it has by default."""
     return Option(help=f"Folder of the run; {default} unless given.")
 
 
 def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """The values of a group that differ from their defaults, and what stands beside Typer's option."""
+    """Yield the values of a group that differ from their defaults, and what stands beside Typer's option."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -134,7 +158,7 @@ def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """The settings that were asked for by options of their own, by dotted name."""
+    """Return the settings that were asked for by options of their own, by dotted name."""
     return {mark: value for value, marks in given(options) for mark in marks if isinstance(mark, str)}
 
 
@@ -171,7 +195,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def integers(option: str, text: str) -> list[int]:
-    """The numbers of an option that takes several, with commas between. Raises InputError."""
+    """Return the numbers of an option that takes several, with commas between. Raises InputError."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:

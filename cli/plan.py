@@ -1,11 +1,13 @@
-"""gpt plan"""
+"""gpt plan: what a run would take on many GPUs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Column
 
 from cli import training
+from cli.console import FRAMELESS, print_table
 from cli.options import Batch, Precision, Setting, Tokens
 from engine.errors import InputError
 
@@ -61,7 +63,7 @@ def plan(
 
 
 def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate, str]":
-    """The machine, how fast it trains this model, and in which precision."""
+    """Return the machine, how fast it trains this model, and in which precision."""
     from engine import memory as planning
 
     if gpu != "cpu":
@@ -81,21 +83,15 @@ def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate,
 
 
 def _print_memory(found: "Plan", machine: "Machine") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from engine.memory import GIB, RESERVED, peak_memory, step_memory, total
 
-    moments = step_memory(found.setup)
-    table = Table("GiB", *moments, box=None, padding=(0, 2, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    moments, rows = step_memory(found.setup), []
     for part in dict.fromkeys(part for parts in moments.values() for part in parts):
         sizes = [parts.get(part, 0) for parts in moments.values()]
         if any(sizes):
-            table.add_row(part, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
-    table.add_row("in all", *(f"{total(parts) / GIB:.2f}" for parts in moments.values()))
-    Console(highlight=False, soft_wrap=True).print(table)
+            rows.append([part, *(f"{size / GIB:.2f}" if size else "-" for size in sizes)])
+    rows.append(["in all", *(f"{total(parts) / GIB:.2f}" for parts in moments.values())])
+    print_table(("GiB", *(Column(each, justify="right") for each in moments)), rows, soft_wrap=True, **FRAMELESS)
     peak = f"{peak_memory(found.setup) / GIB:.1f} of {machine.memory / GIB:.0f} GiB"
     rest = f"{RESERVED / GIB:.0f} left to CUDA and its allocator, ASSUMED"
     way_out = "; --shard, more GPUs, or a smaller model or context" if not found.setup.shard else ""

@@ -1,11 +1,15 @@
 """gpt rlhf best-of-n, gpt rlhf pairs: what a chat model's own answers are good for, without training it."""
 
+import contextlib
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.console import FRAMELESS, Console, print_table
 from cli.options import CheckpointName, Machine, PromptColumn, RunArgument, Temperature
 from cli.training import located
 from engine.errors import InputError
@@ -14,23 +18,14 @@ if TYPE_CHECKING:
     from engine.config import DataConfig
     from engine.run import Run
 
-Reward = Annotated[
-    str | None,
-    typer.Option(
-        help="The run of a reward model, or `program`, which checks the built-in stories; RUN-reward unless given."
-    ),
-]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="Prompts, or conversations as for gpt finetune for theirs; those that RUN was finetuned on unless given.",
-    ),
-]
+REWARDS = "The run of a reward model, or `program`, which checks the built-in stories; RUN-reward unless given."
+PROMPTS = "Prompts, or conversations as for gpt finetune for theirs; those that RUN was finetuned on unless given."
+Reward = Annotated[str | None, typer.Option(help=REWARDS)]
+Prompts = Annotated[str | None, typer.Option("--data", help=PROMPTS)]
 
 
 def named_reward(run: Path, reward: str | None) -> str:
-    """The reward that was asked for, or the reward model that stands beside the run. Raises InputError."""
+    """Return the reward that was asked for, or the reward model that stands beside the run. Raises InputError."""
     if reward is not None:
         return located(reward)
     beside = run.with_name(f"{run.name}-reward")
@@ -42,15 +37,15 @@ def named_reward(run: Path, reward: str | None) -> str:
     return located(str(beside))
 
 
-def prompt_data(run: "Run", data: str | None, column: str | None) -> "DataConfig":
-    """The prompts that were asked for, or of what a run was finetuned on, or the built-in ones."""
+def prompt_data(run: "Run", asked: Any) -> "DataConfig":
+    """Return the prompts that were asked for, or those that a run was finetuned on, or the built-in ones."""
     from engine.config import DataConfig
     from rlhf.prompts import prompts_of
     from train.data.sources import STORIES_INSTRUCT
 
-    if data is not None:
-        return DataConfig(source=located(data), prompt_column=column)
-    if column is not None:
+    if asked.data is not None:
+        return DataConfig(source=located(asked.data), prompt_column=asked.prompt_column)
+    if asked.prompt_column is not None:
         raise InputError("--prompt-column names a column of --data")
     return prompts_of(run.read_recipe()) or DataConfig(source=STORIES_INSTRUCT)
 
@@ -82,12 +77,6 @@ def best_of_n(
 
     Scores, KL and their picture are written to best-of-n.json and best-of-n.png in RUN.
     """
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from engine import runtime
     from engine.chat_template import answer_ends
     from engine.checkpoint import write_atomically
     from engine.run import Run
@@ -97,9 +86,9 @@ def best_of_n(
     from rlhf.reward_model import load_frozen, open_rewards
     from rlhf.rollout import roll_out
 
-    base, machine = Run(run), runtime.choose(how.device, how.precision)
+    base, machine = Run(run), how.choose()
     tokenizer, model = Tokenizer.load(base.tokenizer), load_frozen(base, machine, how.checkpoint)
-    source, ends = open_prompts(prompt_data(base, how.data, how.prompt_column)), answer_ends(tokenizer)
+    source, ends = open_prompts(prompt_data(base, how)), answer_ends(tokenizer)
     asked = encode_prompts(source, "validation", tokenizer, model.config.context, prompts).first(prompts)
     rewards = open_rewards(named_reward(run, reward), asked, tokenizer, machine)
     aligned = {}
@@ -114,17 +103,15 @@ def best_of_n(
         if by in rewards
     }
     for name, policy in aligned.items():
-        metrics = measure_policy(
-            policy, model, asked, rewards, ends, answers=8, temperature=how.temperature, seed=how.seed
-        )
-        curves[name] = [metrics]
-    table = Table("", *rewards, "KL", box=None, padding=(0, 2, 0, 0))
+        drawn = {"answers": 8, "temperature": how.temperature, "seed": how.seed}
+        curves[name] = [measure_policy(policy, model, asked, rewards, ends, **drawn)]
+    rows = []
     for name, points in curves.items():
         for point in points:
             label = name.replace("of n", f"of {point['n']}") if "n" in point else name
             scores = (f"{point[each]:.3f} ± {point[f'{each}_error']:.3f}" for each in rewards)
-            table.add_row(label, *scores, f"{point['kl']:.2f}" if "kl_error" in point else f"at most {point['kl']:.2f}")
-    Console(highlight=False).print(table)
+            rows.append([label, *scores, f"{'' if 'kl_error' in point else 'at most '}{point['kl']:.2f}"])
+    print_table(("", *rewards, "KL"), rows, **FRAMELESS)
     result, path = {"data": source.name, "prompts": len(asked), "curves": curves}, base.path / "best-of-n.json"
     write_atomically(path, json.dumps(result, indent=1).encode())
     picture = path.with_suffix(".png")
@@ -148,11 +135,6 @@ def pairs(
 
     Each line has prompt, chosen, rejected, and as gold whether the judge was right.
     """
-    import contextlib
-    import time
-
-    from cli.console import Console
-    from engine import runtime
     from engine.checkpoint import write_atomically
     from engine.run import Run
     from rlhf.preferences import Preference
@@ -160,11 +142,11 @@ def pairs(
     from rlhf.reward_model import open_reward
     from rlhf.sampled_pairs import sample_pairs
 
-    base, machine, console = Run(run), runtime.choose(how.device, how.precision), Console()
+    base, machine, console = Run(run), how.choose(), Console()
     path = out or base.path / "pairs.jsonl"
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")
-    source = open_prompts(prompt_data(base, how.data, how.prompt_column))
+    source = open_prompts(prompt_data(base, how))
     model, tokenizer = base.load_model(machine, how.checkpoint, console.say)
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)
     console.say(f"prompts    {asked.describe()}")

@@ -1,6 +1,5 @@
-"""gpt serve"""
+"""gpt serve: a model behind the OpenAI API, with a page to talk to it."""
 
-import functools
 import ipaddress
 import logging
 import signal
@@ -44,17 +43,15 @@ def serve(
 
     from cli.server.app import Served, create_app
     from cli.server.worker import Worker
-    from engine import runtime
     from engine.batcher import Batcher
     from engine.run import Run
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("gpt.serve").setLevel(logging.INFO)
     run = Run(path)
-    machine = runtime.choose(options.device, options.precision)
     # The event loop gets a core of its own: else a matrix product waits for a thread that cannot run.
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    model, tokenizer = run.load_model(machine, options.checkpoint, functools.partial(print, file=sys.stderr))
+    model, tokenizer = options.load(run)
     name, created = name or path.resolve().name, int(run.config.stat().st_mtime)
     served = Served(name, run.read_recipe().chat, tokenizer, model.config.context, created)
     # The worker counts how many wait: the batcher's own queue never fills up.
@@ -71,7 +68,7 @@ def serve(
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         kind = "a chat model" if served.chat else "a base model: it goes on from what it is given"
         shown = f"[{host}]" if ":" in host else host
-        print(f"{served.name}, {kind}; {machine.describe()}")
+        print(f"{served.name}, {kind}; {options.choose().describe()}")
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
 

@@ -64,7 +64,7 @@ def train(
     if preset not in (None, recipe.name):
         raise InputError(
             f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
-            f"{training.go_on_with(run, recipe)}, or leave --resume and choose another --out"
+            f"{training.kind_and_command(run, recipe)[1]}, or leave --resume and choose another --out"
         )
     if asked.data is not None:
         recipe = config.override(recipe, "data.source", training.located(asked.data))
@@ -84,7 +84,7 @@ def train(
         if not is_prepared(recipe.data.source):
             open_source(recipe.data.source, column=recipe.data.column, limit=recipe.data.documents)
 
-    training.start(pretrain, recipe, run, asked, f"gpt train {recipe.name}", check)
+    training.start(pretrain, recipe, run, asked, check=check)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def finetune(run: RunArgument, asked: FinetuneOptions) -> None:
 
     recipe, target = training.begin_with(run, "chat", asked, training.FINETUNED, make)
     typer.echo(f"{run} is finetuned into {target.path}")
-    training.start(finetune, recipe, target, asked, f"gpt finetune {run}")
+    training.start(finetune, recipe, target, asked, run)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def reward(run: RunArgument, asked: RewardOptions) -> None:
 
     recipe, target = training.begin_with(run, "reward", asked, training.REWARD_MODEL, make)
     typer.echo(f"{target.path} learns to score what {run} may say")
-    training.start(train_reward, recipe, target, asked, f"gpt reward {run}")
+    training.start(train_reward, recipe, target, asked, run)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _align(method: Any, run: Path, asked: OnPolicyOptions | DPOOptions) -> None:
         sizes = {}
         if isinstance(asked, OnPolicyOptions):
             alignment = dataclasses.replace(alignment, reward=rlhf_answers.named_reward(run, asked.reward))
-            data = rlhf_answers.prompt_data(base, asked.data, asked.prompt_column)
+            data = rlhf_answers.prompt_data(base, asked)
             sizes = {name: value for name in ("rounds", "batch") if (value := getattr(asked, name)) is not None}
         else:
             data = training.data_config(asked, STORIES_PREFERENCES)
@@ -237,6 +237,4 @@ def _align(method: Any, run: Path, asked: OnPolicyOptions | DPOOptions) -> None:
 
     recipe, target = training.begin_with(run, method, asked, f"a run of {method}", make)
     typer.echo(f"{run} is aligned into {target.path} by {method}")
-    named = "dpo" if isinstance(asked, DPOOptions) else method
-    command = f"gpt rlhf {named} {run}{' --ipo' * (method == 'ipo')}"
-    training.start(align, recipe, target, asked, command, lambda: check_reward(recipe))
+    training.start(align, recipe, target, asked, run, lambda: check_reward(recipe))

@@ -1,4 +1,4 @@
-"""What the commands that train share: from options to a recipe, the folder of the run, and how a run ends."""
+"""The commands that train share this: from options to a recipe, the folder of the run, and how a run ends."""
 
 import dataclasses
 import glob
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
+from cli.console import Console
 from cli.launch import GO_ON, launch
 from cli.options import DerivedOptions, TrainingOptions, given_settings, refuse_changes
 from engine.errors import InputError
@@ -23,18 +24,17 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-PRETRAINED, IMPORTED = "a pretrained run", "an imported model"
-REWARD_MODEL, FINETUNED = "a reward model", "a finetuned run"
+PRETRAINED, FINETUNED, REWARD_MODEL = "a pretrained run", "a finetuned run", "a reward model"
 
 
 def located(data: str) -> str:
-    """The absolute path where `data` is a path or a glob: a run may be resumed from another folder."""
+    """Return the absolute path where `data` is a path or a glob: a run may be resumed from another folder."""
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() or glob.has_magic(data) else data
 
 
 def adjust(recipe: "Recipe", values: Mapping[str, object], settings: Sequence[str] | None) -> "Recipe":
-    """The recipe with the settings of options and then those of --set. None and "auto" leave a setting as it is."""
+    """Return the recipe with the settings of options, then those of --set. None and "auto" leave a setting as it is."""
     from engine import config
 
     chosen = {name: value for name, value in values.items() if value not in (None, "auto")}
@@ -52,7 +52,7 @@ def adjust(recipe: "Recipe", values: Mapping[str, object], settings: Sequence[st
 
 
 def adjust_group(config: Config, prefix: str, values: Mapping[str, object], settings: Sequence[str] | None) -> Config:
-    """A group of settings with those of options and of --set whose dotted names begin with `prefix`."""
+    """Return a group of settings with those of options and of --set whose dotted names begin with `prefix`."""
     from engine.config import PATHS, override, override_text
 
     for name, value in values.items():
@@ -68,7 +68,7 @@ def adjust_group(config: Config, prefix: str, values: Mapping[str, object], sett
 
 
 def data_config(options: TrainingOptions, default: str) -> "DataConfig":
-    """The data that was asked for, or else `default`, with its columns."""
+    """Return the data that was asked for, or else `default`, with its columns."""
     from engine.config import DataConfig
 
     return adjust_group(DataConfig(source=located(options.data or default)), "data.", given_settings(options), None)
@@ -77,7 +77,7 @@ def data_config(options: TrainingOptions, default: str) -> "DataConfig":
 def begin_with(
     base: Path, suffix: str, options: DerivedOptions, kind: str, make: "Callable[[Run, Checkpoint], Recipe]"
 ) -> "tuple[Recipe, Run]":
-    """The recipe and the folder of a run that begins with another; with --resume its own recipe, if it is of that kind.
+    """Return the recipe and the folder of a run that begins with another; with --resume its own recipe.
 
     The folder is BASE-`suffix` unless --out names it, and BASE-tuned where no chat model is made.
     """
@@ -96,36 +96,31 @@ def begin_with(
 
 
 def resumed(target: "Run", kind: str, options: TrainingOptions) -> "Recipe":
-    """The recipe of a run to go on with. Raises InputError where it is of another kind, or would change."""
+    """Return the recipe of a run to go on with. Raises InputError where it is of another kind, or would change."""
     refuse_changes(options)
     recipe = target.read_recipe()
-    if (found := kind_of(recipe)) != kind:
-        raise InputError(
-            f"{target.path} is {found}; name another --out, or go on with it: {go_on_with(target, recipe)}"
-        )
+    found, command = kind_and_command(target, recipe)
+    if found != kind:
+        raise InputError(f"{target.path} is {found}; name another --out, or go on with it: {command}")
     return recipe
 
 
-def kind_of(recipe: "Recipe") -> str:
+def kind_and_command(run: "Run", recipe: "Recipe", base: Path | str | None = None) -> tuple[str, str]:
+    """Return what a run is, and the command that goes on with it. `base` is the run that it began with, as typed."""
     from engine import config
 
+    base, method = base or recipe.base, recipe.alignment.method
+    if recipe.data.source == config.IMPORTED:
+        return "an imported model", f"gpt finetune {run.path}"
     if recipe.scores:
-        return REWARD_MODEL
-    if recipe.base is None:
-        return IMPORTED if recipe.data.source == config.IMPORTED else PRETRAINED
-    return FINETUNED if recipe.alignment.method == "none" else f"a run of {recipe.alignment.method}"
-
-
-def go_on_with(run: "Run", recipe: "Recipe") -> str:
-    """The command that goes on with a run, of whatever kind it is."""
-    method = recipe.alignment.method
-    aligned = {"none": "finetune", "ipo": "rlhf dpo --ipo"}.get(method, f"rlhf {method}")
-    command = {
-        IMPORTED: f"gpt finetune {run.path}",
-        PRETRAINED: f"gpt train {recipe.name} --out {run.path} --resume",
-        REWARD_MODEL: f"gpt reward {recipe.base} --out {run.path} --resume",
-    }
-    return command.get(kind_of(recipe), f"gpt {aligned} {recipe.base} --out {run.path} --resume")
+        kind, command = REWARD_MODEL, f"reward {base}"
+    elif base is None:
+        kind, command = PRETRAINED, f"train {recipe.name}"
+    elif method == "none":
+        kind, command = FINETUNED, f"finetune {base}"
+    else:
+        kind, command = f"a run of {method}", f"rlhf dpo {base} --ipo" if method == "ipo" else f"rlhf {method} {base}"
+    return kind, f"gpt {command} --out {run.path} --resume"
 
 
 def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
@@ -156,13 +151,12 @@ def start(
     recipe: "Recipe",
     run: "Run",
     options: TrainingOptions,
-    command: str,
+    base: Path | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
     import torch
 
-    from cli.console import Console
     from engine import processes, runtime
     from train.stage import TrainingError
 
@@ -181,7 +175,7 @@ def start(
 
     recipe, resume = together.from_main(begin)
     console = Console()
-    go_on = f"go on with: {command} --out {run.path} --resume"
+    go_on = f"go on with: {kind_and_command(run, recipe, base)[1]}"
     try:
         outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
     except TrainingError as failure:

@@ -23,10 +23,8 @@ from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, choose
 from engine.tokenizer import Tokenizer
-from rlhf.dpo import DPO
-from rlhf.grpo import GRPO
+from rlhf.methods import DPO, GRPO, PPO, begin_critic
 from rlhf.policy_metrics import PolicyMonitor
-from rlhf.ppo import PPO, begin_critic
 from rlhf.preferences import Pairs, open_preferences, read_pairs
 from rlhf.prompts import Prompt, encode_prompts, open_prompts, prompts_of
 from rlhf.reward_model import feedback_recipe, load_reference, open_reward, open_rewards, weights_of

@@ -1,4 +1,4 @@
-"""What a policy gained and how far it went for it: rewards of held-out prompts, against the KL to where it began."""
+"""Reward against KL: what a policy gains on held-out prompts, and how far it goes from where it began for that."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from engine.chat_template import answer_ends
 from engine.config import Recipe
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from rlhf.advantages import k1, k3
+from rlhf.losses import k1, k3
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
 from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows
@@ -87,7 +87,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 class PolicyMonitor:
-    """It asks a policy and its reference the same held-out prompts, and compares what they answer.
+    """The monitor asks a policy and its reference the same held-out prompts, and compares what they answer.
 
     It says once of each kind when the policy seems to game its reward. It stops no run.
     """

@@ -38,10 +38,7 @@ from train.stage import Amounts
 from train.tracking import Console
 
 STORIES_PREFERENCES = "stories-preferences"
-HUB_SETS = {
-    "hh-rlhf": "Anthropic/hh-rlhf",
-    "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized",
-}
+HUB_SETS = {"hh-rlhf": "Anthropic/hh-rlhf", "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized"}
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 # How surely the judge tells a better answer (a coin with sigma(difference / NOISE)), and how often it errs on top.
 NOISE = 0.5
@@ -59,7 +56,7 @@ class Preference:
 
     @property
     def key(self) -> Sequence[str]:
-        """What preferences must not have in common on both sides of a split: the prompt."""
+        """Return the prompt's key: preferences of one prompt are on the same side of a split."""
         return prompt_key(self.prompt)
 
     def to_json_line(self) -> str:

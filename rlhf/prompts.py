@@ -18,7 +18,7 @@ from train.data.stories import AskedFacts
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the policy answers: token ids, and what a story must say where the prompt asks for a built-in one."""
+    """A prompt is token ids, and what a story must say where the prompt asks for a built-in one."""
 
     ids: tuple[int, ...]
     facts: AskedFacts | None = None

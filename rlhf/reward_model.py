@@ -47,7 +47,7 @@ Reward = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Tensor]
 
 
 class ProgramReward:
-    """A Reward: how well a story answers a request for one, in [0, 1], by train/data/stories/requests.py."""
+    """A Reward that says how well a story answers a request for one, in [0, 1]: train/data/stories/requests.py."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.ends = tokenizer, answer_ends(tokenizer)
@@ -222,7 +222,7 @@ def weights_of(reward: str) -> str | None:
     return None if reward == PROGRAM else Run(Path(reward)).find_checkpoint().checksum("model")
 
 
-def judge_by(run: Run, runtime: Runtime) -> Scorer:
+def open_scorer(run: Run, runtime: Runtime) -> Scorer:
     """Make the reward model of a run score texts for train.evaluation. What is too long for it loses its end."""
     model, tokenizer = RewardModel.load(run, runtime), Tokenizer.load(run.tokenizer)
     context = model.config.context
@@ -282,11 +282,17 @@ def train_reward(
                 model.take_backbone(base.tensors("model"))
             return model
 
+        def show(model: RewardModel) -> list[str]:
+            """Return some answers of the base with their rewards, as text."""
+            shown = answers[: recipe.loop.samples]
+            rewards = model.score(shown).tolist()
+            return [f"reward {r:.3f}: {tokenizer.decode(ids)}" for r, ids in zip(rewards, shown, strict=True)]
+
         return Stage(
             recipe,
             batches,
             evaluate=partial(evaluate_rewards, validation, answers),
-            sample=lambda model: show_rewards(model, tokenizer, answers[: recipe.loop.samples]),
+            sample=show,
             amounts=train.amounts(validation),
             model=begin,
             loss=partial(preference_loss, config=recipe.reward),
@@ -370,9 +376,3 @@ def measure_preferences(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     for name, rewards in (("chosen", chosen), ("rejected", rejected)):
         metrics |= {f"{name}_mean": float(rewards.mean()), f"{name}_std": float(rewards.std(correction=0))}
     return metrics
-
-
-def show_rewards(model: RewardModel, tokenizer: Tokenizer, answers: list[list[int]]) -> list[str]:
-    """Return answers of the base with their rewards, as text."""
-    rewards = model.score(answers).tolist()
-    return [f"reward {reward:.3f}: {tokenizer.decode(ids)}" for reward, ids in zip(rewards, answers, strict=True)]

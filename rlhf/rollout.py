@@ -42,13 +42,13 @@ class Rollout:
 
     @property
     def mask(self) -> Tensor:
-        """The tokens of each answer, bool [B, T], on the CPU."""
+        """Return the tokens of each answer, bool [B, T], on the CPU."""
         lengths = torch.tensor([len(answer) for answer in self.answers])
         return torch.arange(int(lengths.max())) < lengths[:, None]
 
     @property
     def input_lengths(self) -> list[int]:
-        """The number of tokens that a model reads of each prompt with its answer."""
+        """Return the number of tokens that a model reads of each prompt with its answer."""
         return [len(prompt.ids) + len(answer) - 1 for prompt, answer in zip(self.prompts, self.answers, strict=True)]
 
 

@@ -11,10 +11,18 @@ from engine.config import AlignmentConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.processes import ALONE, Processes
-from rlhf.advantages import Advantages, adapted_beta, k1, k3
+from rlhf.losses import Advantages, PolicyLoss, adapted_beta, k1, k3
 from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import Reward, RewardModel
-from rlhf.rollout import Rollout, answer_kl, describe_answers, pack_answers, roll_out, rollout_log_probs
+from rlhf.rollout import (
+    Rollout,
+    answer_kl,
+    answer_log_probs,
+    describe_answers,
+    pack_answers,
+    roll_out,
+    rollout_log_probs,
+)
 from train.data.loader import IGNORE_INDEX, Batch
 from train.stage import TrainingError
 from train.tracking import RunningMetrics
@@ -99,7 +107,7 @@ class RolloutBatch(Batch):
 
 
 class Method:
-    """What PPO and GRPO do differently: how scores become advantages, and the loss."""
+    """A method is what PPO and GRPO do differently: how scores become advantages, and the loss."""
 
     # Trained beside the policy, where there is one.
     critic: RewardModel | None = None
@@ -116,9 +124,16 @@ class Method:
         """Return advantages and returns of every token, [tokens] each. A nat of KL costs `beta`."""
         raise NotImplementedError
 
+    def policy_loss(self, log_probs: Tensor, batch: RolloutBatch) -> PolicyLoss:
+        """Return the loss of the policy, given its log-probabilities of the batch's targets."""
+        raise NotImplementedError
+
     def loss(self, policy: GPT, batch: RolloutBatch) -> Tensor:
         """Return the loss summed over the batch's targets."""
-        raise NotImplementedError
+        found = self.policy_loss(answer_log_probs(policy, batch, self.config.temperature)[0], batch)
+        sums = {"policy_loss": found.loss.detach(), "clipped": found.clipped, "approx_kl": found.approx_kl}
+        self.metrics.add(sums, len(batch.old))
+        return found.loss
 
 
 class RolloutLoader:

@@ -1,4 +1,4 @@
-"""From the model's steps to OpenAI's answers: text, logprobs, usage; whole, or event by event."""
+"""The model's steps become OpenAI's answers, whole or event by event: text, logprobs and usage."""
 
 import time
 import uuid
@@ -18,7 +18,7 @@ Token = tuple[int, Step]
 
 
 class Chunk(NamedTuple):
-    """What a step adds to a text. `produced` says whether its token is one of the text's."""
+    """A chunk is what a step adds to a text. `produced` says whether its token is one of the text's."""
 
     text: str
     tokens: list[Token]
@@ -48,7 +48,7 @@ class Choice:
         self.held: list[Token] = []  # behind text that a stop string may yet take back
 
     def push(self, step: Step | None) -> Chunk:
-        """The text that is now certain, and its tokens. Without a step the text is cut off here."""
+        """Return the text that is now certain, and its tokens. Without a step the text is cut off here."""
         start = self.length + len(self.stream.held)
         produced = step is not None and (self.closing or step.finish != "stop")
         if step is None:
@@ -67,7 +67,7 @@ class Choice:
         return Chunk(text, tokens, produced, self.finish)
 
     def read(self, prompt: Sequence[Step]) -> Chunk:
-        """The chunk that holds the prompt, with its logprobs."""
+        """Return the chunk that holds the prompt, with its logprobs."""
         spelled, start, tokens = TextStream(self.stream.tokenizer), 0, []
         for step in prompt[self.unread :]:
             tokens.append((start, step))
@@ -75,10 +75,10 @@ class Choice:
         return Chunk(self.echo, tokens, True, None)
 
 
-class Answer:
-    """What chat and completions share. `logprobs` says whether they are asked for."""
+class CompletionAnswer:
+    """The answer to a completion, of which ChatAnswer makes a message. `logprobs` says whether they are asked for."""
 
-    prefix, kind, chunk_kind, escape = "", "", "", ""
+    prefix, kind, chunk_kind, escape = "cmpl-", "text_completion", "text_completion", "bytes:"
 
     def __init__(
         self, model: str, tokenizer: Tokenizer, choices: Sequence[Choice], prompt_tokens: int, *, logprobs: bool
@@ -87,17 +87,28 @@ class Answer:
         self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
     def first(self, choice: Choice) -> dict[str, Any] | None:
-        """The fields of an event that comes before any token, where there is one."""
-        raise NotImplementedError
+        """Return the fields of an event that comes before any token, where there is one."""
+        return {"text": choice.echo} if choice.echo and choice.unread is None else None
 
     def text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        return {"text": text}
 
     def delta(self, text: str, finish: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        return {"text": text}
 
     def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
+        # The token itself is always named; where two tokens are spelled alike, the likelier one stays.
+        likeliest = [((step.token, step.logprob), *reversed(step.top)) for _, step in tokens]
+        return {
+            "tokens": [self.spell(step.token)[0] for _, step in tokens],
+            "token_logprobs": [step.logprob for _, step in tokens],
+            # The first token of a prompt has none.
+            "top_logprobs": [
+                None if each[0][1] is None else {self.spell(token)[0]: logprob for token, logprob in each}
+                for each in likeliest
+            ],
+            "text_offset": [start for start, _ in tokens],
+        }
 
     async def whole(self, job: Job) -> dict[str, Any]:
         texts: list[list[str]] = [[choice.echo if choice.unread is None else ""] for choice in self.choices]
@@ -165,7 +176,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def spell(self, token: int) -> tuple[str, list[int] | None]:
-        """A token's text and bytes. Half a character is spelled in escapes, a special token by its name."""
+        """Return a token's text and bytes. Half a character is spelled in escapes, a special token by its name."""
         spelled = self.tokenizer.bytes_of([token])
         if not spelled:
             return self.tokenizer.name(token), None
@@ -175,8 +186,8 @@ class Answer:
             return self.escape + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
 
 
-class ChatAnswer(Answer):
-    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+class ChatAnswer(CompletionAnswer):
+    prefix, kind, chunk_kind, escape = "chatcmpl-", "chat.completion", "chat.completion.chunk", ""
 
     def first(self, choice: Choice) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": "", "refusal": None}}
@@ -200,30 +211,3 @@ class ChatAnswer(Answer):
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text, spelled = self.spell(token)
         return {"token": text, "logprob": logprob, "bytes": spelled}
-
-
-class CompletionAnswer(Answer):
-    prefix, kind, chunk_kind, escape = "cmpl-", "text_completion", "text_completion", "bytes:"
-
-    def first(self, choice: Choice) -> dict[str, Any] | None:
-        return {"text": choice.echo} if choice.echo and choice.unread is None else None
-
-    def text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def delta(self, text: str, finish: str | None) -> dict[str, Any]:
-        return {"text": text}
-
-    def describe(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        # The token itself is always named; where two tokens are spelled alike, the likelier one stays.
-        likeliest = [((step.token, step.logprob), *reversed(step.top)) for _, step in tokens]
-        return {
-            "tokens": [self.spell(step.token)[0] for _, step in tokens],
-            "token_logprobs": [step.logprob for _, step in tokens],
-            # The first token of a prompt has none.
-            "top_logprobs": [
-                None if each[0][1] is None else {self.spell(token)[0]: logprob for token, logprob in each}
-                for each in likeliest
-            ],
-            "text_offset": [start for start, _ in tokens],
-        }

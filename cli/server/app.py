@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cli.server import openai
-from cli.server.answers import Answer, ChatAnswer, Choice, CompletionAnswer, to_json
+from cli.server.answers import ChatAnswer, Choice, CompletionAnswer, to_json
 from cli.server.openai import APIError, ChatRequest, CompletionRequest, context_exceeded, model_failed
 from cli.server.worker import LOG, ClientGoneError, Job, ModelError, Worker, log_failure
 from engine import batcher, chat_template
@@ -44,7 +44,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Served:
-    """The model by its name. `chat` says whether it has learnt conversations; `created` is in seconds since 1970."""
+    """A model and its name. `chat` says whether it has learnt conversations; `created` is in seconds since 1970."""
 
     name: str
     chat: bool
@@ -94,8 +94,7 @@ class Server:
         return JSON({"status": "the model has failed"}, 503) if self.worker.failed else JSON({"status": "ok"})
 
     async def metrics(self) -> Response:
-        text = self.worker.metrics.text(running=self.worker.running, waiting=self.worker.waiting)
-        return Response(text, media_type="text/plain; version=0.0.4")
+        return Response(self.worker.metrics(), media_type="text/plain; version=0.0.4")
 
     async def chat(self, http: Request) -> Response:
         asked, served = await self._read(http, ChatRequest), self.served
@@ -121,8 +120,7 @@ class Server:
         asked, tokenizer = await self._read(http, CompletionRequest), self.served.tokenizer
         prompts, choices = [], []
         if not (asked.max_tokens or asked.echo):
-            message = "Invalid value for 'max_tokens': 0 is only allowed where 'echo' is true."
-            raise APIError(400, message, param="max_tokens", code="invalid_value")
+            raise openai.invalid_value("max_tokens", "0 is only allowed where 'echo' is true")
         for prompt in asked.prompt:
             prompts.append(self._ids(prompt))
             echo = "" if not asked.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
@@ -161,7 +159,7 @@ class Server:
     async def _answer(
         self,
         http: Request,
-        kind: type[Answer],
+        kind: type[CompletionAnswer],
         asked: openai.Options,
         prompts: Sequence[Sequence[int]],
         choices: Sequence[Choice],
@@ -171,7 +169,7 @@ class Server:
         served, context = self.served, self.served.context
         for prompt in prompts:
             if len(prompt) >= context:
-                raise context_exceeded(context, str(len(prompt)), "prompt" if kind is CompletionAnswer else "messages")
+                raise context_exceeded(context, str(len(prompt)), "messages" if kind is ChatAnswer else "prompt")
         sampling = Sampling(
             temperature=asked.temperature,
             top_k=asked.top_k,
@@ -227,7 +225,7 @@ class Server:
         try:
             return encode()
         except InputError as error:
-            raise APIError(400, f"Invalid value for '{param}': {error}.", param=param, code="invalid_value") from None
+            raise openai.invalid_value(param, error) from None
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "gpt"}
@@ -240,7 +238,7 @@ async def _close_when_gone(job: Job, receive: Receive) -> None:
 
 
 class Guard:
-    """Around every answer: the Host check, strict headers, counts, and a log line without a word of what was said.
+    """Every answer passes here: Host is checked, strict headers are added, and a line without any text is logged.
 
     `hosts` are the names that the Host header may say; None is any. A page of another site whose own name resolves to
     127.0.0.1 (DNS rebinding) still sends that name.
@@ -269,7 +267,7 @@ class Guard:
             log_failure(error)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.worker.metrics.requests[route, status] += 1
+            self.worker.requests[route, status] += 1
             milliseconds = 1000 * (time.perf_counter() - begin)
             LOG.info("%s %s %d %.0f ms", scope["method"], quote(scope["path"]), status, milliseconds)
 
@@ -284,7 +282,7 @@ class Guard:
 def create_app(
     served: Served, worker: Worker, *, key: str | None, cors: Sequence[str], hosts: Collection[str] | None
 ) -> ASGIApp:
-    """The application. Calls must carry `key`; pages of the origins in `cors` may call; Guard explains `hosts`."""
+    """Return the application. Calls must carry `key`; pages of `cors` may call; Guard explains `hosts`."""
     server = Server(served, worker)
 
     @asynccontextmanager

@@ -53,6 +53,11 @@ class APIError(Exception):
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def invalid_value(param: str, reason: object) -> APIError:
+    message = f"Invalid value for '{param}': {reason}."
+    return APIError(400, message, param=param or None, code="invalid_value")
+
+
 def model_failed(status: int) -> APIError:
     return APIError(status, "The model has failed; the server must be started again.", kind="server_error")
 
@@ -152,7 +157,7 @@ Kind = TypeVar("Kind", bound=Options)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
-    """The request that a body spells. Raises APIError, 400, naming the field that is at fault."""
+    """Return the request that a body spells. Raises APIError, 400, naming the field that is at fault."""
     try:
         values = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -186,5 +191,4 @@ def _refusal(error: ValidationError) -> APIError:
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return APIError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    reason = first["msg"].removeprefix("Value error, ")
-    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param or None, code="invalid_value")
+    return invalid_value(param, first["msg"].removeprefix("Value error, "))

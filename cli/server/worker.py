@@ -33,37 +33,8 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Metrics:
-    """The numbers of /metrics, counted on the event loop alone."""
-
-    def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()  # by route and status
-        self.prompt_tokens = self.generated_tokens = self.first_tokens = 0
-        self.first_token_seconds = 0.0
-
-    def first_token(self, seconds: float) -> None:
-        self.first_tokens += 1
-        self.first_token_seconds += seconds
-
-    def text(self, *, running: int, waiting: int) -> str:
-        """The numbers in Prometheus' text format."""
-        requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]
-        first = [f"_sum {self.first_token_seconds}", f"_count {self.first_tokens}"]
-        lines = []
-        for name, kind, samples in (
-            ("gpt_requests_total", "counter", requests),
-            ("gpt_prompt_tokens_total", "counter", [f" {self.prompt_tokens}"]),
-            ("gpt_generated_tokens_total", "counter", [f" {self.generated_tokens}"]),
-            ("gpt_texts_running", "gauge", [f" {running}"]),
-            ("gpt_texts_waiting", "gauge", [f" {waiting}"]),
-            ("gpt_first_token_seconds", "summary", first),
-        ):
-            lines += [f"# TYPE {name} {kind}", *(name + sample for sample in samples)]
-        return "\n".join(lines) + "\n"
-
-
 class Job:
-    """What one HTTP request asks of the model, a text per Request. Only `numbers` is used outside the event loop."""
+    """A job is what one HTTP request asks of the model, a text per Request. Only `numbers` is used in the thread."""
 
     def __init__(self, worker: "Worker", requests: Sequence[Request]) -> None:
         self.worker, self.size = worker, len(requests)
@@ -87,13 +58,13 @@ class Job:
         return found  # type: ignore[return-value]
 
     def finish(self, index: int) -> None:
-        """No more of this text is wanted: the model's next step may use its slot."""
+        """Give up a text of which no more is wanted: the model's next step may use its slot."""
         if index in self.running:
             self.running.discard(index)
             self.worker.inbox.put(functools.partial(self.worker._cancel, self, index))
 
     def close(self) -> None:
-        """The answer has gone out, or nobody waits for it."""
+        """End the job: the answer has gone out, or nobody waits for it."""
         if self.closed:
             return
         self.closed = True
@@ -114,7 +85,10 @@ class Worker:
     def __init__(self, batcher: Batcher, *, queue: int, seconds: float) -> None:
         self.batcher, self.seconds = batcher, seconds
         self.limit = batcher.slots + queue
-        self.metrics = Metrics()
+        # The numbers of /metrics are counted on the event loop alone.
+        self.requests: Counter[tuple[str, int]] = Counter()  # by route and status
+        self.prompt_tokens = self.generated_tokens = self.first_tokens = 0
+        self.first_token_seconds = 0.0
         self.jobs: set[Job] = set()
         self.failed = False
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -137,6 +111,21 @@ class Worker:
     def running(self) -> int:
         return len(self.batcher.running)
 
+    def metrics(self) -> str:
+        """Return what has been counted, in Prometheus' text format."""
+        requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]
+        lines = []
+        for name, kind, samples in (
+            ("gpt_requests_total", "counter", requests),
+            ("gpt_prompt_tokens_total", "counter", [f" {self.prompt_tokens}"]),
+            ("gpt_generated_tokens_total", "counter", [f" {self.generated_tokens}"]),
+            ("gpt_texts_running", "gauge", [f" {self.running}"]),
+            ("gpt_texts_waiting", "gauge", [f" {self.waiting}"]),
+            ("gpt_first_token_seconds", "summary", [f"_sum {self.first_token_seconds}", f"_count {self.first_tokens}"]),
+        ):
+            lines += [f"# TYPE {name} {kind}", *(name + sample for sample in samples)]
+        return "\n".join(lines) + "\n"
+
     def submit(self, requests: Sequence[Request], *, read_prompts: bool = False) -> Job:
         """Begin to answer. Close the job in the end. `read_prompts`: first come the log-probabilities of the prompts.
 
@@ -149,18 +138,19 @@ class Worker:
             raise QueueFullError(f"{taken} of {self.limit} places are taken")
         job = Job(self, requests)
         self.jobs.add(job)
-        self.metrics.prompt_tokens += sum(len(request.prompt) for request in requests)
+        self.prompt_tokens += sum(len(request.prompt) for request in requests)
         self.inbox.put(functools.partial(self._begin, job, requests, read_prompts))
         return job
 
     def _deliver(self, found: Sequence[tuple[Job, int, Step]]) -> None:
         now = time.perf_counter()
-        self.metrics.generated_tokens += len(found)
+        self.generated_tokens += len(found)
         for job, index, step in found:
             job.arrived.put_nowait((index, step))
             if not job.begun:
                 job.begun = True
-                self.metrics.first_token(now - job.begin)
+                self.first_tokens += 1
+                self.first_token_seconds += now - job.begin
 
     def _fail(self) -> None:
         self.failed = True

@@ -7,6 +7,7 @@ import pytest
 
 from bench import harness, kernels
 from cli.bench_kernels import bench_cross_entropy, bench_layernorm
+from cli.options import BenchOptions
 from engine.errors import InputError
 from tests.cli.conftest import Gpt
 
@@ -22,7 +23,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layernorm_prints_a_table_and_writes_json_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench_layernorm("8", 4, "ours,torch", "cpu", "fp32", tmp_path)
+    bench_layernorm("8", 4, "ours,torch", on=BenchOptions("cpu", "fp32", tmp_path))
     printed = capsys.readouterr().out
     assert printed.count("forward") == printed.count("backward") == 2
     (path,) = tmp_path.glob("layernorm-*.json")
@@ -34,11 +35,11 @@ def test_layernorm_prints_a_table_and_writes_json_and_a_picture(
 @pytest.mark.parametrize(("widths", "only"), [("8,no", "ours"), ("8", "ours,liger")])
 def test_what_layernorm_does_not_know_is_named(widths: str, only: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"8,no|liger"):
-        bench_layernorm(widths, 4, only, "cpu", "fp32", tmp_path)
+        bench_layernorm(widths, 4, only, on=BenchOptions("cpu", "fp32", tmp_path))
 
 
 def test_cross_entropy_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_cross_entropy(None, 16, 2, "cpu", "bf16", tmp_path)
+    bench_cross_entropy(None, 16, 2, on=BenchOptions("cpu", "bf16", tmp_path))
     printed = capsys.readouterr().out
     assert printed.count("1/10.0") == 2 and printed.count("half") == 2
     (path,) = tmp_path.glob("cross-entropy-*.json")
@@ -50,11 +51,11 @@ def test_cross_entropy_prints_a_table_and_writes_json(tmp_path: Path, capsys: py
 
 
 def test_one_vocabulary_alone_or_none_that_there_is(tmp_path: Path) -> None:
-    bench_cross_entropy("32", 16, 1, "cpu", "fp32", tmp_path)
+    bench_cross_entropy("32", 16, 1, on=BenchOptions("cpu", "fp32", tmp_path))
     (written,) = tmp_path.glob("*.json")
     assert [shape["vocab"] for shape in json.loads(written.read_text())["shapes"]] == [32]
     with pytest.raises(InputError, match="--vocab is 5"):
-        bench_cross_entropy("5", 16, 1, "cpu", "fp32", tmp_path)
+        bench_cross_entropy("5", 16, 1, on=BenchOptions("cpu", "fp32", tmp_path))
 
 
 def test_decode_attention_leaves_figures(gpt: Gpt) -> None:

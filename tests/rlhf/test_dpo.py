@@ -15,7 +15,7 @@ from engine.run import Run
 from engine.runtime import choose
 from engine.tokenizer import Tokenizer
 from rlhf.align import align, alignment_recipe
-from rlhf.dpo import DPO
+from rlhf.methods import DPO
 from rlhf.preferences import PairBatch, Pairs, Preference
 from tests.train.conftest import Recorder
 from tests.train.team import train_on

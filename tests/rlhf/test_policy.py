@@ -19,8 +19,7 @@ from engine.run import Run
 from engine.runtime import choose
 from rlhf import reward_model
 from rlhf.align import align, alignment_recipe
-from rlhf.grpo import GRPO
-from rlhf.ppo import PPO, critic_values
+from rlhf.methods import GRPO, PPO
 from rlhf.prompts import Prompt
 from rlhf.reward_model import RewardModel
 from rlhf.rollout import answer_log_probs, pack_answers, roll_out, rollout_log_probs
@@ -102,7 +101,7 @@ def test_the_first_minibatch_of_ppo_has_ratio_1_no_clipping_and_no_kl(
 ) -> None:
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     ppo = PPO(AlignmentConfig(), critic, 100)
-    batch = dataclasses.replace(learnt, values=critic_values(critic, learnt).detach())
+    batch = dataclasses.replace(learnt, values=ppo.expect(learnt).detach())
     loss = ppo.loss(gpt, batch)
     measured = ppo.metrics.take()
     assert measured["clipped"] == 0 and measured["approx_kl"] == pytest.approx(0, abs=1e-10)

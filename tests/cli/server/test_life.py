@@ -45,10 +45,10 @@ def test_generation_stops_when_the_client_is_gone(server: Live, monkeypatch: pyt
     server.paced(monkeypatch, 0.05)
     client = connect(server, {**LONG, "stream": stream, "n": 3})
     server.until(lambda: server.worker.running == 3)
-    before = server.worker.metrics.generated_tokens
+    before = server.worker.generated_tokens
     client.close()
     server.until(server.idle)
-    assert server.worker.metrics.generated_tokens - before < 3 * 40
+    assert server.worker.generated_tokens - before < 3 * 40
 
 
 def test_one_who_waits_and_goes_leaves_the_queue(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_when_time_is_up_an_answer_ends_with_what_there_is(
         answer: Any = server.openai.completions.create(**LONG, stream=stream)
         *_, last = answer if stream else [answer]
         assert last.choices[0].finish_reason == "length"
-        assert 0 < server.worker.metrics.generated_tokens < 80
+        assert 0 < server.worker.generated_tokens < 80
         server.until(server.idle)
 
 
