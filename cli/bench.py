@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from cli.bench_kernels import chosen
 from cli.console import print_table
@@ -19,11 +19,11 @@ class DecodeOptions(BenchOptions):
 
 
 def bench_train(
-    preset: Annotated[str, typer.Argument(help="nano, tiny or large.")] = "nano",
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of one context each.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps to take the median of.")] = 10,
-    compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile.")] = False,
+    preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
+    batch: Annotated[int | None, Option(min=1, help="Rows of one context each.")] = None,
+    context: Annotated[int | None, Option(min=1, help="Instead of the preset's.")] = None,
+    rounds: Annotated[int, Option(min=1, help="Steps to take the median of.")] = 10,
+    compile: Annotated[bool, Option("--compile", help="Also time torch.compile.")] = False,
     *,
     on: BenchOptions,
 ) -> None:
@@ -52,10 +52,10 @@ def bench_train(
 
 
 def bench_quality(
-    data: Annotated[str, typer.Argument(help="A folder made by `gpt data prepare`.")],
-    minutes: Annotated[float, typer.Option(help="How long the plain trainer runs.")] = 2.75,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of one context each.")] = 16,
-    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-3,
+    data: Annotated[str, Argument(help="A folder made by `gpt data prepare`.")],
+    minutes: Annotated[float, Option(help="How long the plain trainer runs.")] = 2.75,
+    batch: Annotated[int, Option(min=1, help="Rows of one context each.")] = 16,
+    rate: Annotated[float, Option(help="Its learning rate.")] = 1e-3,
     device: Device = "auto",
 ) -> None:
     """What the plain trainer reaches on the same text in the same time: compare with `gpt train nano --minutes`.
@@ -78,10 +78,10 @@ def bench_quality(
 
 
 def bench_decode(
-    preset: Annotated[str, typer.Argument(help="nano, tiny or large.")] = "nano",
-    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
-    only: Annotated[str | None, typer.Option(help="Of transformers, ours, without graphs.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 5,
+    preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
+    batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
+    only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
+    rounds: Annotated[int, Option(min=1, help="The median of so many.")] = 5,
     *,
     on: DecodeOptions,
 ) -> None:
@@ -121,8 +121,8 @@ def bench_decode(
 
 def bench_serving(
     path: RunArgument,
-    clients: Annotated[int, typer.Option(min=1, help="How many read a stream each at any time.")] = 64,
-    seconds: Annotated[float, typer.Option(min=1, help="How long they go on.")] = 60.0,
+    clients: Annotated[int, Option(min=1, help="How many read a stream each at any time.")] = 64,
+    seconds: Annotated[float, Option(min=1, help="How long they go on.")] = 60.0,
     *,
     on: BenchOptions,
 ) -> None:
@@ -150,7 +150,7 @@ def bench_serving(
     print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, on.out)}")
 
 
-def bench_compile(dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16") -> None:
+def bench_compile(dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "bf16") -> None:
     """Compile every kernel at every size for sm_80, 89, 90 and 100, GPU or not: registers, spills, shared memory.
 
     Example: gpt bench-compile --dtype fp16

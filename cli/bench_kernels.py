@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from cli.console import print_table
 from cli.options import BenchOptions, integers
@@ -21,12 +21,12 @@ def chosen(only: str | None, known: Iterable[str], default: Iterable[str]) -> li
 
 
 def bench_attention(
-    head_dim: Annotated[str, typer.Option(help="Head dims, in the order to run them in.")] = "32,64,128",
-    lengths: Annotated[str | None, typer.Option(help="512 to 16,384 on a GPU, 128 to 1,024 on a CPU.")] = None,
-    causal: Annotated[bool | None, typer.Option("--causal/--full", help="Both, unless one is given.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
-    only: Annotated[str | None, typer.Option(help="Of ours, plain, flash, efficient, cudnn, flex.")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="Time rows for kernels/tiles.py instead.")] = False,
+    head_dim: Annotated[str, Option(help="Head dims, in the order to run them in.")] = "32,64,128",
+    lengths: Annotated[str | None, Option(help="512 to 16,384 on a GPU, 128 to 1,024 on a CPU.")] = None,
+    causal: Annotated[bool | None, Option("--causal/--full", help="Both, unless one is given.")] = None,
+    tokens: Annotated[int | None, Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
+    only: Annotated[str | None, Option(help="Of ours, plain, flash, efficient, cudnn, flex.")] = None,
+    tune: Annotated[bool, Option("--tune", help="Time rows for kernels/tiles.py instead.")] = False,
     *,
     on: BenchOptions,
 ) -> None:
@@ -103,11 +103,11 @@ def _tune(machine: Any, dims: list[int], out: Path) -> None:
 
 
 def bench_decode_attention(
-    batch: Annotated[str | None, typer.Option(help="Sequences: 1,8,64 on a GPU, 1,8 on a CPU.")] = None,
-    keys: Annotated[str | None, typer.Option(help="1,024 to 32,768 on a GPU, 256 and 1,024 on a CPU.")] = None,
-    head_dim: Annotated[str, typer.Option(help="Head dims, in the order to run them in.")] = "64,128",
-    group: Annotated[str, typer.Option(help="Query heads per key head.")] = "1,4",
-    only: Annotated[str | None, typer.Option(help="Of ours, paged, plain, flash, efficient, cudnn, flex.")] = None,
+    batch: Annotated[str | None, Option(help="Sequences: 1,8,64 on a GPU, 1,8 on a CPU.")] = None,
+    keys: Annotated[str | None, Option(help="1,024 to 32,768 on a GPU, 256 and 1,024 on a CPU.")] = None,
+    head_dim: Annotated[str, Option(help="Head dims, in the order to run them in.")] = "64,128",
+    group: Annotated[str, Option(help="Query heads per key head.")] = "1,4",
+    only: Annotated[str | None, Option(help="Of ours, paged, plain, flash, efficient, cudnn, flex.")] = None,
     *,
     on: BenchOptions,
 ) -> None:
@@ -155,9 +155,9 @@ def bench_decode_attention(
 
 
 def bench_layernorm(
-    widths: Annotated[str | None, typer.Option(help="256 to 4,096 on a GPU, 256 to 1,024 on a CPU.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="16,384 on a GPU, 4,096 on a CPU.")] = None,
-    only: Annotated[str, typer.Option(help="Of ours, torch, compiled.")] = "ours,torch,compiled",
+    widths: Annotated[str | None, Option(help="256 to 4,096 on a GPU, 256 to 1,024 on a CPU.")] = None,
+    rows: Annotated[int | None, Option(min=1, help="16,384 on a GPU, 4,096 on a CPU.")] = None,
+    only: Annotated[str, Option(help="Of ours, torch, compiled.")] = "ours,torch,compiled",
     *,
     on: BenchOptions,
 ) -> None:
@@ -195,9 +195,9 @@ def bench_layernorm(
 
 
 def bench_cross_entropy(
-    vocab: Annotated[str | None, typer.Option(help="Of 4096, 28000, 128256; all, unless given.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="16,384 on a GPU, 2,048 on a CPU.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
+    vocab: Annotated[str | None, Option(help="Of 4096, 28000, 128256; all, unless given.")] = None,
+    tokens: Annotated[int | None, Option(min=1, help="16,384 on a GPU, 2,048 on a CPU.")] = None,
+    rounds: Annotated[int | None, Option(min=1, help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
     *,
     on: BenchOptions,
 ) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
+from typer import Option
 
 from cli.options import ModelOptions, RunArgument, SamplingOptions
 from engine.errors import InputError
@@ -36,7 +36,7 @@ def chat(
     path: RunArgument,
     sampling: SamplingOptions,
     model: ModelOptions,
-    system: Annotated[str, typer.Option(help="How to answer, told to the model before all else.")] = "",
+    system: Annotated[str, Option(help="How to answer, told to the model before all else.")] = "",
 ) -> None:
     """Talk to a model; a base model, not taught to answer, goes on from your text.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from engine.errors import InputError
 
@@ -15,17 +16,14 @@ BRIEF = "stories-instruct:brief"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of their report.")] = Path("runs/demo"),
-    short: Annotated[bool, typer.Option("--short", help="Two thirds of the time, and less to see.")] = False,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Do it all so many times over; the report says how much varies.")
-    ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The seed, or the first of --seeds.")] = 0,
+    out: Annotated[Path, Option(help="Folder of the runs and of their report.")] = Path("runs/demo"),
+    short: Annotated[bool, Option("--short", help="Two thirds of the time, and less to see.")] = False,
+    seeds: Annotated[int, Option(min=1, help="Do it all so many times over; the report says how much varies.")] = 1,
+    seed: Annotated[int, Option(min=0, help="The seed, or the first of --seeds.")] = 0,
     control: Annotated[
-        bool,
-        typer.Option("--control", help="Also PPO without a price on KL, which takes long: is the true score lost?"),
+        bool, Option("--control", help="Also PPO without a price on KL, which takes long: is the true score lost?")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in the folder first.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete what is in the folder first.")] = False,
 ) -> None:
     """Pretrain, finetune, let a noisy judge compare answers, learn a reward, align in three ways, and compare them.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from cli.console import FRAMELESS, notice, print_table
 from cli.options import CheckpointName, ConversationColumns, Machine, MaxTokens, RunArgument, Temperature, TopP, WandB
@@ -15,17 +15,17 @@ from cli.training import located
 class TextOptions:
     """These options say which texts are written, and how they are compared with the data."""
 
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200
+    count: Annotated[int, Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200
     bleu_tokenizer: Annotated[
-        str, typer.Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
+        str, Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
     ] = "13a"
     rouge_tokenizer: Annotated[
-        str, typer.Option(help="rouge-score's default (stemmed words of a-z), or words: those of any script.")
+        str, Option(help="rouge-score's default (stemmed words of a-z), or words: those of any script.")
     ] = "default"
     max_tokens: MaxTokens = None
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0
+    seed: Annotated[int, Option(help="The same seed gives the same texts.")] = 0
 
 
 def evaluate(
@@ -34,17 +34,14 @@ def evaluate(
     texts: TextOptions,
     on: Machine,
     data: Annotated[
-        str | None,
-        typer.Option(help="Documents or conversations, as for gpt train and gpt finetune; else the run's own."),
+        str | None, Option(help="Documents or conversations, as for gpt train and gpt finetune; else the run's own.")
     ] = None,
-    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
+    split: Annotated[str, Option(help="validation, test or train.")] = "validation",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Read so many tokens; else as many as at the end of training.")
+        int | None, Option(min=1, help="Read so many tokens; else as many as at the end of training.")
     ] = None,
-    reward: Annotated[
-        Path | None, typer.Option(help="The run of a reward model: how does it like the answers?")
-    ] = None,
-    against: Annotated[Path | None, typer.Option(help="Another run: which of the two completes them better?")] = None,
+    reward: Annotated[Path | None, Option(help="The run of a reward model: how does it like the answers?")] = None,
+    against: Annotated[Path | None, Option(help="Another run: which of the two completes them better?")] = None,
     which: CheckpointName = "latest",
     wandb: WandB = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from cli.options import ModelOptions, RunArgument, SamplingOptions
 
@@ -11,9 +11,9 @@ def generate(
     path: RunArgument,
     sampling: SamplingOptions,
     model: ModelOptions,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; nothing begins a document.")] = "",
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many texts.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
+    prompt: Annotated[str, Argument(help="The text to go on from; nothing begins a document.")] = "",
+    count: Annotated[int, Option("--count", "-n", min=1, help="How many texts.")] = 1,
+    stop: Annotated[list[str] | None, Option(help="End before this text. Repeatable.")] = None,
 ) -> None:
     """Let a model go on from a prompt.
 

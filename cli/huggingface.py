@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from cli.options import CheckpointName, RunArgument
 from engine.errors import InputError
@@ -11,7 +11,7 @@ from engine.errors import InputError
 
 def export_run(
     path: RunArgument,
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    out: Annotated[Path, Option(help="The folder to write.", show_default=False)],
     which: CheckpointName = "latest",
 ) -> None:
     """Write a model for transformers and other tools that read Hugging Face's files.
@@ -29,8 +29,8 @@ def export_run(
 
 
 def import_folder(
-    folder: Annotated[Path, typer.Argument(help="Folder of a GPT-NeoX or Pythia model.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the run to make, such as runs/pythia.", show_default=False)],
+    folder: Annotated[Path, Argument(help="Folder of a GPT-NeoX or Pythia model.", show_default=False)],
+    out: Annotated[Path, Option(help="Folder of the run to make, such as runs/pythia.", show_default=False)],
 ) -> None:
     """Make a run of a pretrained model, which other commands then take like one trained here.
 

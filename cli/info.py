@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from cli.console import FRAMELESS, print_table
 from cli.options import RunArgument
@@ -52,7 +53,7 @@ def info(path: RunArgument) -> None:
 
 
 def settings(
-    preset: Annotated[str | None, typer.Argument(help="nano, tiny or large, whose values are shown.")] = None,
+    preset: Annotated[str | None, Argument(help="nano, tiny or large, whose values are shown.")] = None,
 ) -> None:
     """List every setting that --set takes, with its default and what it means.
 
@@ -66,8 +67,8 @@ def settings(
 
 
 def doctor(
-    runs: Annotated[Path, typer.Option(help="The folder that runs are kept in.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    runs: Annotated[Path, Option(help="The folder that runs are kept in.")] = Path("runs"),
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what this machine has, and what each thing means for a run. Exit code 1 where something needed is broken.
 

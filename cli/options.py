@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import typer
-from typer import Option
+from typer import Argument, Option
 
 from cli.console import notice
 from engine.errors import InputError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 ON_RESUME = object()
 
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
+RunArgument = Annotated[Path, Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one."), ON_RESUME]
 Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is bf16 where that is fast."), "precision"]
 FAST = "auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones."

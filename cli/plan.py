@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Column
+from typer import Argument, Option
 
 from cli import training
 from cli.console import FRAMELESS, print_table
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def plan(
-    preset: Annotated[str, typer.Argument(help="nano, tiny or large.", show_default=False)],
-    gpus: Annotated[int, typer.Option(min=1, help="How many in all.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="In how many machines.")] = 1,
-    gpu: Annotated[str, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
-    shard: Annotated[bool, typer.Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
+    preset: Annotated[str, Argument(help="nano, tiny or large.", show_default=False)],
+    gpus: Annotated[int, Option(min=1, help="How many in all.")] = 1,
+    nodes: Annotated[int, Option(min=1, help="In how many machines.")] = 1,
+    gpu: Annotated[str, Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
+    shard: Annotated[bool, Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
     batch: Batch = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens in a row.")] = None,
+    context: Annotated[int | None, Option(min=1, help="Tokens in a row.")] = None,
     tokens: Tokens = None,
     precision: Precision = "auto",
-    price: Annotated[float | None, typer.Option(min=0, help="US dollars for a GPU and an hour.")] = None,
+    price: Annotated[float | None, Option(min=0, help="US dollars for a GPU and an hour.")] = None,
     setting: Setting = None,
-    results: Annotated[Path, typer.Option(help="Measured rates, where there are any.")] = Path("bench/results"),
+    results: Annotated[Path, Option(help="Measured rates, where there are any.")] = Path("bench/results"),
 ) -> None:
     """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from cli.console import FRAMELESS, Console, print_table
 from cli.options import CheckpointName, Machine, PromptColumn, RunArgument, Temperature
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 REWARDS = "The run of a reward model, or `program`, which checks the built-in stories; RUN-reward unless given."
 PROMPTS = "Prompts, or conversations as for gpt finetune for theirs; those that RUN was finetuned on unless given."
-Reward = Annotated[str | None, typer.Option(help=REWARDS)]
-Prompts = Annotated[str | None, typer.Option("--data", help=PROMPTS)]
+Reward = Annotated[str | None, Option(help=REWARDS)]
+Prompts = Annotated[str | None, Option("--data", help=PROMPTS)]
 
 
 def named_reward(run: Path, reward: str | None) -> str:
@@ -57,7 +58,7 @@ class AnswerOptions(Machine):
     data: Prompts = None
     prompt_column: PromptColumn = None
     temperature: Temperature = 1.0
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0
+    seed: Annotated[int, Option(help="The same seed gives the same answers.")] = 0
     checkpoint: CheckpointName = "latest"
 
 
@@ -65,11 +66,11 @@ def best_of_n(
     run: RunArgument,
     how: AnswerOptions,
     policies: Annotated[
-        list[Path] | None, typer.Argument(help="Aligned runs to measure on the same prompts.", show_default=False)
+        list[Path] | None, Argument(help="Aligned runs to measure on the same prompts.", show_default=False)
     ] = None,
     reward: Reward = None,
-    n: Annotated[int, typer.Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
-    prompts: Annotated[int, typer.Option(min=2, help="How many held-out prompts.")] = 64,
+    n: Annotated[int, Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
+    prompts: Annotated[int, Option(min=2, help="How many held-out prompts.")] = 64,
 ) -> None:
     """Take the one of n answers that the reward likes best: what that is worth, beside runs aligned by training.
 
@@ -103,8 +104,9 @@ def best_of_n(
         if by in rewards
     }
     for name, policy in aligned.items():
-        drawn = {"answers": 8, "temperature": how.temperature, "seed": how.seed}
-        curves[name] = [measure_policy(policy, model, asked, rewards, ends, **drawn)]
+        answers = roll_out(policy, asked, ends, each=8, temperature=how.temperature, seed=how.seed)
+        found = measure_policy(policy, model, answers, rewards, answers=8, temperature=how.temperature)
+        curves[name] = [found]
     rows = []
     for name, points in curves.items():
         for point in points:
@@ -121,13 +123,11 @@ def best_of_n(
 def pairs(
     run: RunArgument,
     how: AnswerOptions,
-    out: Annotated[Path | None, typer.Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
-    judge: Annotated[
-        str, typer.Option(help="Who scores the answers: `program`, or the run of a reward model.")
-    ] = "program",
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts of the training split.")] = 2_000,
-    answers: Annotated[int, typer.Option(min=2, help="Answers to each; every two of them make a pair.")] = 2,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    out: Annotated[Path | None, Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
+    judge: Annotated[str, Option(help="Who scores the answers: `program`, or the run of a reward model.")] = "program",
+    prompts: Annotated[int, Option(min=1, help="How many prompts of the training split.")] = 2_000,
+    answers: Annotated[int, Option(min=2, help="Answers to each; every two of them make a pair.")] = 2,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Draw answers from a chat model and let a judge, who sometimes errs, say which of two is better.
 

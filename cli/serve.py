@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from cli.options import ModelOptions, RunArgument
 from engine.errors import InputError
@@ -20,15 +20,15 @@ LOOPBACK = "127.0.0.1"
 def serve(
     path: RunArgument,
     options: ModelOptions,
-    host: Annotated[str, typer.Option(help="The address to listen on. Others than 127.0.0.1 need a key.")] = LOOPBACK,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let everybody in, from everywhere.")] = False,
-    cors: Annotated[list[str] | None, typer.Option(help="A site whose pages may call: https://... Repeatable.")] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name; else that of its folder.")] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Texts to generate at once.")] = 32,
-    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are refused.")] = 128,
-    max_seconds: Annotated[float, typer.Option(min=0.001, help="The longest that a request may take.")] = 300.0,
+    host: Annotated[str, Option(help="The address to listen on. Others than 127.0.0.1 need a key.")] = LOOPBACK,
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[str | None, Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")] = None,
+    insecure: Annotated[bool, Option("--insecure", help="Let everybody in, from everywhere.")] = False,
+    cors: Annotated[list[str] | None, Option(help="A site whose pages may call: https://... Repeatable.")] = None,
+    name: Annotated[str | None, Option(help="The model's name; else that of its folder.")] = None,
+    slots: Annotated[int, Option(min=1, help="Texts to generate at once.")] = 32,
+    queue: Annotated[int, Option(min=0, help="Texts that may wait; more are refused.")] = 128,
+    max_seconds: Annotated[float, Option(min=0.001, help="The longest that a request may take.")] = 300.0,
 ) -> None:
     """Serve a model: the OpenAI API under /v1, and a page to talk to it.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from cli import options, rlhf_answers, training
 from cli.options import ON_RESUME, RunArgument, folder
@@ -39,9 +39,7 @@ class TrainOptions(options.Length, options.Sharding, options.TrainingOptions):
     verify: Annotated[bool, Option("--verify", help="First check prepared data, every byte."), ON_RESUME] = False
 
 
-def train(
-    asked: TrainOptions, preset: Annotated[str | None, typer.Argument(help=PRESET, show_default=False)] = None
-) -> None:
+def train(asked: TrainOptions, preset: Annotated[str | None, Argument(help=PRESET, show_default=False)] = None) -> None:
     """Train a model from text.
 
     Example: gpt train nano --minutes 3

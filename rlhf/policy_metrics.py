@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,23 +30,18 @@ SUSPICIONS = ("gold", "distinct_2", "ended", "length")
 def measure_policy(
     policy: GPT,
     reference: GPT,
-    prompts: Sequence[Prompt],
+    rollout: Rollout,
     rewards: Mapping[str, Reward],
-    ends: frozenset[int],
     *,
     answers: int = 1,
     temperature: float = 1.0,
-    max_tokens: int | None = None,
     tokens_per_pass: int = 8192,
-    seed: int = 0,
 ) -> dict[str, float]:
-    """Measure what `answers` answers to each prompt are worth by every reward, and their KL to the reference.
+    """Measure what the policy's rollout, of `answers` to each prompt, is worth by every reward, and its KL.
 
-    KL is in nats per answer: the mean of k1, summed over an answer's tokens, and as "kl_k3" the same of k3, which
-    varies less. "X_error" is the standard error of X over prompts, "X_std" the spread of X over answers. The same seed
-    gives the same result.
+    KL to the reference is in nats per answer: the mean of k1, summed over an answer's tokens, and as "kl_k3" the same
+    of k3, which varies less. "X_error" is the standard error of X over prompts, "X_std" the spread of X over answers.
     """
-    rollout = roll_out(policy, prompts, ends, each=answers, temperature=temperature, max_tokens=max_tokens, seed=seed)
     now, _ = rollout_log_probs(policy, rollout, temperature, tokens_per_pass)
     before, _ = rollout_log_probs(reference, rollout, temperature, tokens_per_pass)
     metrics = describe_scores("kl", to_rows(k1(now, before), rollout.mask).sum(dim=1).view(-1, answers))
@@ -108,16 +104,10 @@ class PolicyMonitor:
 
     def measure(self, policy: GPT) -> dict[str, float]:
         """Return the metrics of a policy, drawn from as it is in the training."""
-        return measure_policy(
-            policy,
-            self.reference,
-            self.prompts,
-            self.rewards,
-            self.ends,
-            temperature=self.recipe.alignment.temperature,
-            max_tokens=self.recipe.alignment.max_tokens,
-            tokens_per_pass=self.recipe.tokens_per_pass,
-        )
+        temperature, most = self.recipe.alignment.temperature, self.recipe.alignment.max_tokens
+        rollout = roll_out(policy, self.prompts, self.ends, temperature=temperature, max_tokens=most)
+        options: dict[str, Any] = {"temperature": temperature, "tokens_per_pass": self.recipe.tokens_per_pass}
+        return measure_policy(policy, self.reference, rollout, self.rewards, **options)
 
     def __call__(self, policy: GPT) -> dict[str, float]:
         """Return the metrics, and for each kind of suspicion 1 or 0."""

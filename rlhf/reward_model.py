@@ -107,8 +107,9 @@ class RewardModel(GPT):
         self.std.fill_(max(std, 1e-6))
 
     def take_backbone(self, weights: dict[str, Tensor]) -> None:
-        """Take the weights of a language model, all but its head."""
-        self.load_state_dict({**weights, "head.weight": self.head.weight})
+        """Take the weights of a language model, all but its head where this one has a head of its own to score with."""
+        own = {"head.weight": self.head.weight} if self.config.scalar_head else {}
+        self.load_state_dict({**weights, **own})
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """Return the reward of every hidden state, before normalisation. [..., C] -> fp32 [...]"""
@@ -163,10 +164,6 @@ class ImplicitRewardModel(RewardModel):
         """Make one that has not learnt yet, beside the base of its run. Raises InputError where that is gone."""
         assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
         return cls(recipe.model, load_reference(recipe, runtime), assistant, recipe.reward.beta)
-
-    def take_backbone(self, weights: dict[str, Tensor]) -> None:
-        """Take all the weights of the base: its head is what scores."""
-        self.load_state_dict(weights)
 
     def last_rewards(self, batch: Batch) -> Tensor:
         """Return the reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""

@@ -22,7 +22,7 @@ from rlhf.policy_metrics import (
     suspicions,
 )
 from rlhf.prompts import Prompt
-from rlhf.rollout import roll_out
+from rlhf.rollout import Rollout, roll_out
 
 PROMPTS = [Prompt((1, 2)), Prompt((3,)), Prompt((4, 5, 6))]
 ENDS = frozenset(range(20, 60))
@@ -35,6 +35,10 @@ def length(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> Tenso
     return torch.tensor([float(len(answer)) for answer in answers])
 
 
+def answers_of(model: GPT) -> Rollout:
+    return roll_out(model, PROMPTS, ENDS, each=8, max_tokens=6)
+
+
 def test_the_error_is_of_the_mean_over_prompts() -> None:
     found = describe_scores("gold", torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]]))
     assert found["gold"] == 2 and found["gold_std"] == pytest.approx(((1 + 1 + 0 + 16 + 4 + 4) / 6) ** 0.5)
@@ -44,11 +48,11 @@ def test_the_error_is_of_the_mean_over_prompts() -> None:
 def test_a_model_is_at_no_distance_from_itself_and_at_some_from_another(gpt: GPT) -> None:
     torch.manual_seed(5)
     other = GPT(gpt.config)
-    measured = measure_policy(gpt, gpt, PROMPTS, {"reward": length}, ENDS, answers=8, max_tokens=6)
+    measured = measure_policy(gpt, gpt, answers_of(gpt), {"reward": length}, answers=8)
     assert measured["kl"] == measured["kl_k3"] == measured["kl_error"] == 0
     assert measured["reward"] == pytest.approx(measured["length"]) and measured["reward_std"] > 0
-    far = measure_policy(other, gpt, PROMPTS, {"reward": length}, ENDS, answers=8, max_tokens=6, tokens_per_pass=20)
-    again = measure_policy(other, gpt, PROMPTS, {"reward": length}, ENDS, answers=8, max_tokens=6)
+    far = measure_policy(other, gpt, answers_of(other), {"reward": length}, answers=8, tokens_per_pass=20)
+    again = measure_policy(other, gpt, answers_of(other), {"reward": length}, answers=8)
     assert far == pytest.approx(again, abs=1e-5)
     assert far["kl"] > 3 * far["kl_error"] > 0 and far["kl"] == pytest.approx(far["kl_k3"], abs=3 * far["kl_error"])
 
