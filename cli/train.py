@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,9 +107,7 @@ def finetune(run: RunArgument, asked: FinetuneOptions) -> None:
     from train.data.sources import STORIES_INSTRUCT
     from train.finetune import finetune, finetuning_recipe
 
-    def make(base: "Run", checkpoint: "Checkpoint") -> "Recipe":
-        return finetuning_recipe(base, checkpoint, training.data_config(asked, STORIES_INSTRUCT), asked.rate)
-
+    make = partial(finetuning_recipe, data=training.data_config(asked, STORIES_INSTRUCT), rate=asked.rate)
     recipe, target = training.begin_with(run, "chat", asked, training.FINETUNED, make)
     typer.echo(f"{run} is finetuned into {target.path}")
     training.start(finetune, recipe, target, asked, run)
@@ -137,10 +136,8 @@ def reward(run: RunArgument, asked: RewardOptions) -> None:
     from rlhf.preferences import STORIES_PREFERENCES
     from rlhf.reward_model import reward_recipe, train_reward
 
-    def make(base: "Run", checkpoint: "Checkpoint") -> "Recipe":
-        data = training.data_config(asked, STORIES_PREFERENCES)
-        return reward_recipe(base, checkpoint, data, asked.rate, implicit=asked.implicit)
-
+    data = training.data_config(asked, STORIES_PREFERENCES)
+    make = partial(reward_recipe, data=data, rate=asked.rate, implicit=asked.implicit)
     recipe, target = training.begin_with(run, "reward", asked, training.REWARD_MODEL, make)
     typer.echo(f"{target.path} learns to score what {run} may say")
     training.start(train_reward, recipe, target, asked, run)

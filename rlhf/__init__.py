@@ -1,1 +1,1 @@
-"""Alignment: the reward model. Above the storey of training, whose loop it shares."""
+"""Alignment: preferences, rewards, rollouts, and the methods that learn from them, in the one training loop."""

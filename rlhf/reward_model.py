@@ -83,8 +83,16 @@ class RewardModel(GPT):
         self.register_buffer("mean", torch.zeros(()), persistent=False)
         self.register_buffer("std", torch.ones(()), persistent=False)
 
-    @classmethod
-    def load(cls, run: Run, runtime: Runtime, which: str = "latest") -> "RewardModel":
+    @staticmethod
+    def begin(recipe: Recipe, run: Run, runtime: Runtime) -> "RewardModel":
+        """Make one that has not learnt yet. An implicit one needs the base of its run; raises InputError without it."""
+        if not recipe.reward.implicit:
+            return RewardModel(recipe.model)
+        assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
+        return ImplicitRewardModel(recipe.model, load_reference(recipe, runtime), assistant, recipe.reward.beta)
+
+    @staticmethod
+    def load(run: Run, runtime: Runtime, which: str = "latest") -> "RewardModel":
         """Load the trained reward model of a run, normalised. Raises InputError where the run holds none."""
         recipe = run.read_recipe()
         if not recipe.scores:
@@ -93,7 +101,7 @@ class RewardModel(GPT):
         measured = found.evaluation() or {}
         if not {"sample_mean", "sample_std"} <= measured.keys():
             raise InputError(f"{found.path} was not measured to its end; go on with `gpt reward ... --resume`")
-        model = ImplicitRewardModel.begin(recipe, run, runtime) if recipe.reward.implicit else cls(recipe.model)
+        model = RewardModel.begin(recipe, run, runtime)
         model.load_state_dict(found.tensors("model"))
         model.normalise(measured["sample_mean"], measured["sample_std"])
         model.compute_dtype = runtime.dtype
@@ -158,12 +166,6 @@ class ImplicitRewardModel(RewardModel):
         super().__init__(config)
         self.assistant, self.beta = assistant, beta
         self._reference = (reference,)  # in a tuple it is no part of this module: neither trained nor saved
-
-    @classmethod
-    def begin(cls, recipe: Recipe, run: Run, runtime: Runtime) -> "ImplicitRewardModel":
-        """Make one that has not learnt yet, beside the base of its run. Raises InputError where that is gone."""
-        assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
-        return cls(recipe.model, load_reference(recipe, runtime), assistant, recipe.reward.beta)
 
     def last_rewards(self, batch: Batch) -> Tensor:
         """Return the reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""
@@ -273,8 +275,7 @@ def train_reward(
         answers = own_answers(recipe, run, validation, runtime)
 
         def begin(config: ModelConfig) -> RewardModel:
-            implicit = recipe.reward.implicit
-            model = ImplicitRewardModel.begin(recipe, run, runtime) if implicit else RewardModel(config)
+            model = RewardModel.begin(recipe, run, runtime)
             if base:
                 model.take_backbone(base.tensors("model"))
             return model

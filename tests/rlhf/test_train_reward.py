@@ -159,7 +159,7 @@ def test_an_implicit_reward_model_begins_with_rewards_of_0_and_needs_its_base(
     chat: Run, likes_foxes: DataConfig, cpu: Runtime, tmp_path: Path
 ) -> None:
     recipe = reward_recipe(chat, chat.find_checkpoint(), likes_foxes, implicit=True)
-    model = ImplicitRewardModel.begin(recipe, chat, cpu)
+    model = RewardModel.begin(recipe, chat, cpu)
     model.take_backbone(chat.find_checkpoint().tensors("model"))
     torch.testing.assert_close(model.score([[1, 5, 6, 7], [1, 8, 9]]), torch.zeros(2))
     run = Run(tmp_path / "reward")
