@@ -103,14 +103,6 @@ class Worker:
         self.inbox.put(None)
         await asyncio.to_thread(self.thread.join)
 
-    @property
-    def waiting(self) -> int:
-        return len(self.batcher.waiting)
-
-    @property
-    def running(self) -> int:
-        return len(self.batcher.running)
-
     def metrics(self) -> str:
         """Return what has been counted, in Prometheus' text format."""
         requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]
@@ -119,8 +111,8 @@ class Worker:
             ("gpt_requests_total", "counter", requests),
             ("gpt_prompt_tokens_total", "counter", [f" {self.prompt_tokens}"]),
             ("gpt_generated_tokens_total", "counter", [f" {self.generated_tokens}"]),
-            ("gpt_texts_running", "gauge", [f" {self.running}"]),
-            ("gpt_texts_waiting", "gauge", [f" {self.waiting}"]),
+            ("gpt_texts_running", "gauge", [f" {len(self.batcher.running)}"]),
+            ("gpt_texts_waiting", "gauge", [f" {len(self.batcher.waiting)}"]),
             ("gpt_first_token_seconds", "summary", [f"_sum {self.first_token_seconds}", f"_count {self.first_tokens}"]),
         ):
             lines += [f"# TYPE {name} {kind}", *(name + sample for sample in samples)]

@@ -44,7 +44,7 @@ def connect(server: Live, body: dict[str, Any], *, buffer: int | None = None) ->
 def test_generation_stops_when_the_client_is_gone(server: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     server.paced(monkeypatch, 0.05)
     client = connect(server, {**LONG, "stream": stream, "n": 3})
-    server.until(lambda: server.worker.running == 3)
+    server.until(lambda: len(server.worker.batcher.running) == 3)
     before = server.worker.generated_tokens
     client.close()
     server.until(server.idle)
@@ -54,10 +54,10 @@ def test_generation_stops_when_the_client_is_gone(server: Live, monkeypatch: pyt
 def test_one_who_waits_and_goes_leaves_the_queue(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     server.paced(monkeypatch, 0.05)
     busy = [connect(server, {**LONG, "n": 4}), connect(server, LONG)]
-    server.until(lambda: server.worker.waiting == 1)
+    server.until(lambda: len(server.worker.batcher.waiting) == 1)
     busy[1].close()
-    server.until(lambda: server.worker.waiting == 0)
-    assert server.worker.running == 4
+    server.until(lambda: len(server.worker.batcher.waiting) == 0)
+    assert len(server.worker.batcher.running) == 4
     busy[0].close()
     server.until(server.idle)
 
