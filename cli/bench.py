@@ -169,7 +169,7 @@ def bench_compile(dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "b
     print_table(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
     path = BenchOptions.out / f"compile-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A line for each kernel.
+    # Each kernel gets a line of the file.
     parts = [f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]" for family, found in lines.items()]
     path.write_text("{\n" + ",\n".join([f'"versions": {json.dumps(versions())}', *parts]) + "\n}\n")
     print(f"written to {path}")

@@ -13,7 +13,7 @@ from rich.text import Text
 from train.tracking import evaluation_parts, metric_parts
 
 PLAIN_LINE_SECONDS = 10.0
-# The style of a table without a frame, whose columns stand two spaces apart.
+# This is the style of a table without a frame, whose columns stand two spaces apart.
 FRAMELESS: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
 
 

@@ -19,7 +19,7 @@ from rlhf.rollout import roll_out
 SHOWN = 3
 REPORTED = ("gold_accuracy", "accuracy", "calibration_error", "pairs")
 RESULT = "result.json"
-# The columns of the table: what they hold of a method, and to how many digits.
+# The columns of the table: the figure of a method that each holds, and its digits.
 COLUMNS = {
     "gold": ("gold", 3),
     "reward": ("reward", 2),
@@ -65,7 +65,7 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
     begin = best[0]
     curves = {BEST_OF_N: best, BEST_OF_N_GOLD: by_gold}
     for name, points in methods.items():
-        # With the scores that a seed's gains would have led to from the average finetuned model.
+        # A point gets the scores that a seed's gains would have led to from the average finetuned model.
         curves[name] = [
             point | {score: point[score] - result[BEST_OF_N][0][score] + begin[score] for score in ("gold", "reward")}
             for point, result in zip(points, results, strict=True)

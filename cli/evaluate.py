@@ -73,7 +73,7 @@ def evaluate(
     if data is not None:
         source = DataConfig(located(data), **vars(columns))
     elif recipe.alignment.method in ("dpo", "ipo"):
-        # Preferences are nothing to answer: what its base has learnt from is.
+        # Preferences hold nothing to answer; the data that its base has learnt from does.
         source = Run(Path(str(recipe.base))).read_recipe().data
     machine = on.choose()
     contestants = [evaluation.Contestant.load(run, machine, which, notice)]

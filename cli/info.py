@@ -22,7 +22,8 @@ def info(path: RunArgument) -> None:
     from train.tracking import evaluation_parts, read_metrics
 
     run = Run(path)
-    recipe, model = run.read_recipe(), run.read_recipe().model
+    recipe = run.read_recipe()
+    model = recipe.model
     rows = [
         ("run", f"{path} ({recipe.name})"),
         ("model", f"{model.parameters:,} parameters, {model.blocks} blocks, {model.width} wide, {model.heads} heads"),

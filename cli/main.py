@@ -28,7 +28,7 @@ from cli import (
 from cli.options import grouped
 from engine.errors import InputError
 
-# By the panel of `gpt --help`: each command's name, function, and what it does in a line.
+# The commands by their panel in `gpt --help`: name, function, and a phrase that says what it does.
 COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     "Train": {
         "train": (train.train, "Train a model from text"),

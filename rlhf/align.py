@@ -67,7 +67,7 @@ def alignment_recipe(
         round_steps = max(1, alignment.answers * alignment.passes // batch)
         budget = BudgetConfig(steps=rounds * round_steps)
         schedule = ScheduleConfig(shape="wsd", warmup=0.0, decay=1.0)
-        # A checkpoint a round: the round that follows shows whether it is good. So two are kept at least.
+        # Every round leaves a checkpoint, and only the next round shows whether it is good: at least two are kept.
         every, keep = round_steps * max(1, rounds // 10), max(2, loop.keep)
         loop = dataclasses.replace(loop, log_every=1, save_every=round_steps, evaluate_every=every, keep=keep)
     return dataclasses.replace(recipe, alignment=alignment, budget=budget, schedule=schedule, loop=loop)

@@ -102,7 +102,7 @@ def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardMo
         return RewardModel.load(reward, runtime)
     critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
     critic.take_backbone(base.tensors("model"))
-    # To expect nothing at first is better than to expect anything.
+    # It is better to expect nothing at first than to expect anything.
     critic.head.weight.data.zero_()
     critic.compute_dtype = runtime.dtype
     return critic.to(runtime.device)
@@ -133,7 +133,7 @@ class DPO:
     def _loss(self, policy: GPT, batch: PairBatch, metrics: RunningMetrics) -> Tensor:
         """Return the sum over the pairs. Its metrics are log-probabilities of whole answers, in nats."""
         if not batch.pairs:
-            # One of many processes may have got none: 0, and gradients of 0 for those that wait for them.
+            # One of many processes may have got no pair: its loss and its gradients, for which others wait, are 0.
             return policy.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
         # Padding behind the last pair is cut off.

@@ -137,7 +137,7 @@ def suspicions(begin: Mapping[str, float], now: Mapping[str, float]) -> dict[str
     """Return, by its kind, what left its sane range between the two, in words."""
     signs = {}
     if {"gold", "reward"} <= now.keys():
-        # Chance alone moves it by about an error.
+        # Chance alone moves the score by about its standard error.
         worse = now["gold"] < begin["gold"] - now["gold_error"]
         if worse and now["reward"] > begin["reward"]:
             change = f"from {begin['gold']:.3f} to {now['gold']:.3f} while the reward rose"
@@ -187,7 +187,7 @@ def plot_reward_vs_kl(curves: Mapping[str, Sequence[Mapping[str, float]]], path:
                 where = {"xy": (point["kl"], point[score]), "xytext": (9, -9), "textcoords": "offset points"}
                 axes.annotate(f"{point['n']:.0f}", **where, ha="center", fontsize=8, color="#64748b")
         if max(point["kl"] for point in points) > NEAR_KL:
-            # A policy that no price on KL held back would squash all the others.
+            # Without a price on KL a policy goes so far that all the others would be squashed together.
             axes.set_xscale("symlog", linthresh=NEAR_KL, linscale=2)
             ticks = [tick for tick in (0, 1, 2, 3, 4, 10, 30, 100, 300) if tick <= 1.3 * axes.get_xlim()[1]]
             axes.set_xticks(ticks, [str(tick) for tick in ticks])

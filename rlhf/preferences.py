@@ -232,7 +232,7 @@ class Pairs(Encoded):
             return
         chosen, rejected = self._render(prompt, answers)
         if max(len(chosen), len(rejected)) > self.context:
-            # What the longer answer and the tokens around it leave; the two share a prompt, and so are cut alike.
+            # The prompt gets the room that the longer answer leaves; the two share it, and so are cut alike.
             room = self.context - 1 - max(len(ids) for ids in self.tokenizer.encode_batch([*answers]))
             try:
                 kept, _ = trim(self.tokenizer, prompt, room)

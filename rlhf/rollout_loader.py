@@ -109,7 +109,7 @@ class RolloutBatch(Batch):
 class Method:
     """A method is what PPO and GRPO do differently: how scores become advantages, and the loss."""
 
-    # Trained beside the policy, where there is one.
+    # The model that is trained beside the policy, where there is one.
     critic: RewardModel | None = None
 
     def __init__(self, config: AlignmentConfig) -> None:
@@ -282,7 +282,7 @@ class RolloutLoader:
                 f"sampler and trainer disagree by {mean:.1e} nats a token, {worst:.1e} at most; expected {TOLERANCE:g} "
                 f"and {WORST:g}"
             )
-        if not LEAST_KL <= kl <= self.config.kl_budget:  # NaN is not either
+        if not LEAST_KL <= kl <= self.config.kl_budget:  # NaN lies outside, too
             raise KLAlarmError(
                 f"KL alarm: after {self.rounds} rounds the answers are {kl:.2f} nats from the reference; expected "
                 f"{LEAST_KL:g} to {self.config.kl_budget:g} (alignment.kl_budget). A higher beta, or lower learning "

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 
 LOG = logging.getLogger("gpt.serve")
-# What comes for a text: a step, its prompt's tokens, or None where time is up or no tokens were asked for.
+# What arrives for a text is a step, its prompt's tokens, or None where time is up or no tokens were asked for.
 Arrival = Step | list[Step] | None
 
 
@@ -149,7 +149,7 @@ class Worker:
         for job in self.jobs:
             job.arrived.put_nowait(ModelError())
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def _run(self) -> None:
         try:
