@@ -236,14 +236,8 @@ class RolloutLoader:
             self.beta = adapted_beta(self.beta, kl, self.config.kl_target, len(prompts))
         self.rounds += 1
         batch = pack_answers([prompt.ids for prompt in prompts], rollout.answers, self.policy.config.context)
-        return RolloutBatch(
-            **vars(batch),
-            old=rollout.old,
-            reference=rollout.reference,
-            advantages=advantages,
-            values=rollout.values,
-            returns=returns,
-        )
+        kept = {name: getattr(rollout, name) for name in ("old", "reference", "values")}
+        return RolloutBatch(**vars(batch), **kept, advantages=advantages, returns=returns)
 
     def _draw(self, prompts: Sequence[Prompt], seed: int) -> ScoredRollout:
         """Draw and score this process's part of the answers."""
