@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
-
-from train.tracking import evaluation_parts, metric_parts
 
 PLAIN_LINE_SECONDS = 10.0
 # This is the style of a table without a frame, whose columns stand two spaces apart.
@@ -63,7 +61,8 @@ class Console:
         self.terminal.print(message, markup=False)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        from train.tracking import evaluation_parts, measure_parts
+        # Imported here: it brings torch along, and commands that print only a table need none.
+        from train.tracking import evaluation_parts, metric_parts
 
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))

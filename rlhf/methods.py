@@ -17,7 +17,8 @@ from engine.run import Run
 from engine.runtime import Runtime, inference
 from engine.tokenizer import Tokenizer
 from rlhf import losses
-from rlhf.losses import Advantages, PolicyLoss, k1, with_missing_end
+from rlhf.advantages import Advantages, gae, group_advantages, k1, token_rewards, whiten, with_missing_end
+from rlhf.losses import PolicyLoss
 from rlhf.preferences import PairBatch, Pairs
 from rlhf.reward_model import PROGRAM, RewardModel
 from rlhf.rollout import Rollout, map_rollout, sequence_log_probs, target_answers, to_rows
@@ -39,7 +40,7 @@ class GRPO(Method):
 
     def advantages(self, rollout: ScoredRollout, beta: float) -> Advantages:
         scores = with_missing_end(rollout.scores["reward"], rollout.ended, self.config.missing_end)
-        advantages, undecided = losses.group_advantages(scores.view(-1, self.group))
+        advantages, undecided = group_advantages(scores.view(-1, self.group))
         self.metrics.add({"undecided_groups": float(undecided)})
         of_tokens = advantages.view(-1).repeat_interleave(rollout.mask.sum(dim=1))
         return Advantages(of_tokens, torch.zeros_like(of_tokens))
@@ -78,11 +79,11 @@ class PPO(Method):
         scores = rollout.scores["reward"]
         scores = scores - with_missing_end(scores, rollout.ended, missing_end).mean()
         kl = to_rows(k1(rollout.old, rollout.reference), mask)
-        rewards = losses.token_rewards(kl, scores, rollout.ended, mask, beta=beta, missing_end=missing_end)
-        advantages, returns = losses.gae(rewards, to_rows(rollout.values, mask), mask, lam=self.config.lam)
+        rewards = token_rewards(kl, scores, rollout.ended, mask, beta=beta, missing_end=missing_end)
+        advantages, returns = gae(rewards, to_rows(rollout.values, mask), mask, lam=self.config.lam)
         unexplained = (returns[mask] - rollout.values).var() / returns[mask].var()
         self.metrics.add({"explained": 1 - unexplained})
-        return Advantages(losses.whiten(advantages, mask)[mask], returns[mask])
+        return Advantages(whiten(advantages, mask)[mask], returns[mask])
 
     def policy_loss(self, log_probs: Tensor, batch: RolloutBatch) -> PolicyLoss:
         return losses.policy_loss(log_probs, batch.old, batch.advantages, clip=self.config.clip)

@@ -12,7 +12,7 @@ from engine.chat_template import answer_ends
 from engine.config import Recipe
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
-from rlhf.losses import k1, k3
+from rlhf.advantages import k1, k3
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Reward
 from rlhf.rollout import Rollout, answer_kl, describe_answers, roll_out, rollout_log_probs, to_rows

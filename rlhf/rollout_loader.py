@@ -11,7 +11,8 @@ from engine.config import AlignmentConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.processes import ALONE, Processes
-from rlhf.losses import Advantages, PolicyLoss, adapted_beta, k1, k3
+from rlhf.advantages import Advantages, adapted_beta, k1, k3
+from rlhf.losses import PolicyLoss
 from rlhf.prompts import Prompt, Prompts
 from rlhf.reward_model import Reward, RewardModel
 from rlhf.rollout import (

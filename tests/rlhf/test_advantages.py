@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.losses import adapted_beta, gae, group_advantages, k1, k3, token_rewards, whiten
+from rlhf.advantages import adapted_beta, gae, group_advantages, k1, k3, token_rewards, whiten
 
 NAN = float("nan")
 MASK = torch.tensor(

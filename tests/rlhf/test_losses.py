@@ -7,17 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.losses import (
-    dpo_loss,
-    gae,
-    grpo_loss,
-    ipo_loss,
-    k1,
-    policy_loss,
-    preference_margin,
-    token_rewards,
-    value_loss,
-)
+from rlhf.advantages import gae, k1, token_rewards
+from rlhf.losses import dpo_loss, grpo_loss, ipo_loss, policy_loss, preference_margin, value_loss
 
 
 def test_dpo_at_the_start_is_log_2_and_ipo_the_square_of_its_margin() -> None:
