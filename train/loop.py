@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,8 @@ from engine.runtime import Runtime, random_state, set_random_state, synchronize
 from train import parallel
 from train.data.loader import IGNORE_INDEX, Batch
 from train.optimizer import Optimizer, muon_dtype, rate_factor
-from train.stage import Log, Outcome, Say, Stage, TrainingError
+from train.stage import Outcome, Stage, TrainingError
+from train.tracking import Metrics, Tracker
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
@@ -49,10 +50,19 @@ def spelled_bytes(targets: Tensor, byte_lengths: Tensor) -> int:
 class Loop:
     """Trains `model` as its stage says until the budget is spent. Resumes to the bit from what it saved."""
 
-    def __init__(self, model: GPT, stage: Stage, run: Run, runtime: Runtime, log: Log, say: Say) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        stage: Stage,
+        run: Run,
+        runtime: Runtime,
+        trackers: Sequence[Tracker],
+        say: Callable[[str], None],
+    ) -> None:
         recipe = stage.recipe
         self.model, self.stage, self.recipe, self.budget = model, stage, recipe, stage.budget
-        self.run, self.runtime, self.processes, self.log, self.say = run, runtime, runtime.processes, log, say
+        self.run, self.runtime, self.processes = run, runtime, runtime.processes
+        self.trackers, self.say = trackers, say
         self.layout = parallel.lay_out(recipe, runtime)
         # A share of a model cannot be evaluated: the main process fills this one with the weights it has just saved.
         self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
@@ -310,7 +320,11 @@ class Loop:
             metrics["process_tokens_per_second"] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
             # 1 if no process is slower than the typical one; the others wait for the slowest.
             metrics["straggling"] = max(busy) / statistics.median(busy)
-        self.log(metrics)
+        self._track(metrics)
+
+    def _track(self, metrics: Metrics) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics)
 
     def _announce_long_run(self) -> None:
         self.announced = True
@@ -357,7 +371,7 @@ class Loop:
                 evaluation = self.stage.evaluate(model, tokens=tokens, tokens_per_batch=at_a_time)
                 saved.record_evaluation(evaluation)
                 metrics = {f"validation_{name}": value for name, value in evaluation.items()}
-                self.log({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
+                self._track({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
                 if self.recipe.loop.samples:
                     self.run.add_samples(self.step, self.stage.sample(model))
         except RuntimeError as error:

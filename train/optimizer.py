@@ -1,4 +1,4 @@
-"""The optimizer of a model and its schedule: Muon for the matrices inside the blocks, AdamW for all other weights."""
+"""What takes a step: Muon for matrices inside blocks, AdamW for other weights; the schedule; the length of a run."""
 
 import math
 from collections.abc import Iterable
@@ -7,9 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import OptimizerConfig, ScheduleConfig
+from engine.config import BudgetConfig, OptimizerConfig, ScheduleConfig
 from engine.runtime import Runtime
 from train.parallel import exchange_rows, local, share_like
+
+
+class Budget:
+    """The length of a run in steps or in time. The share that is over drives the schedule and the evaluations."""
+
+    def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.seconds = 60 * (config.minutes or 0.0)
+        self.steps: int | None = None
+        if config.steps is not None:
+            self.steps = config.steps
+        elif config.tokens is not None:
+            self.steps = math.ceil(config.tokens / tokens_per_step)
+        elif config.epochs is not None:
+            self.steps = max(1, round(config.epochs * steps_per_epoch))
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the share of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
+        return seconds / self.seconds if self.steps is None else step / self.steps
+
+    def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
+        if self.steps is None:
+            return max(0.0, self.seconds - seconds)
+        return max(0, self.steps - step) * seconds_per_step
+
+    def describe(self) -> str:
+        return f"{self.seconds / 60:g} minutes" if self.steps is None else f"{self.steps:,} steps"
 
 
 def rate_factor(config: ScheduleConfig, progress: float) -> float:

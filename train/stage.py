@@ -1,6 +1,5 @@
 """A stage of training: all that differs between pretraining, finetuning and alignment, and how long it lasts."""
 
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,45 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.checkpoint import Checkpoint
-from engine.config import BudgetConfig, ModelConfig, Recipe
+from engine.config import ModelConfig, Recipe
 from engine.model import GPT
 from train.data.loader import Batches
-from train.tracking import Metrics, RunningMetrics
-
-# Take the numbers of a step or an evaluation, and tell a person something.
-Log = Callable[[Metrics], None]
-Say = Callable[[str], None]
+from train.optimizer import Budget
+from train.tracking import RunningMetrics
 
 
 class TrainingError(Exception):
     """The run cannot go on. The message says why, and which checkpoint is good."""
-
-
-class Budget:
-    """The length of a run in steps or in time. The share that is over drives the schedule and the evaluations."""
-
-    def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self.seconds = 60 * (config.minutes or 0.0)
-        self.steps: int | None = None
-        if config.steps is not None:
-            self.steps = config.steps
-        elif config.tokens is not None:
-            self.steps = math.ceil(config.tokens / tokens_per_step)
-        elif config.epochs is not None:
-            self.steps = max(1, round(config.epochs * steps_per_epoch))
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Return the share of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
-        return seconds / self.seconds if self.steps is None else step / self.steps
-
-    def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:
-        if self.steps is None:
-            return max(0.0, self.seconds - seconds)
-        return max(0, self.steps - step) * seconds_per_step
-
-    def describe(self) -> str:
-        return f"{self.seconds / 60:g} minutes" if self.steps is None else f"{self.steps:,} steps"
 
 
 @dataclass(frozen=True)

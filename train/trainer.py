@@ -15,7 +15,7 @@ from train.evaluation import write_evaluations
 from train.loop import Loop
 from train.parallel import should_compile
 from train.stage import Outcome, Stage
-from train.tracking import Console, Metrics, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
+from train.tracking import Console, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
 
 # Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
 LEAST_TOKENS = 1_000_000
@@ -60,12 +60,7 @@ def run_stage(
     # Only the main process writes down and says what all of them do.
     step = found.step if found else 0
     trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
-
-    def log(metrics: Metrics) -> None:
-        for tracker in trackers:
-            tracker.log(metrics)
-
-    loop = Loop(model, stage, run, runtime, log, console.say if processes.main else lambda message: None)
+    loop = Loop(model, stage, run, runtime, trackers, console.say if processes.main else lambda message: None)
     if found:
         loop.resume(found)
         console.say(f"resuming {run.path} after step {loop.step:,}")

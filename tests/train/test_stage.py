@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config import BudgetConfig
-from train.stage import Budget
+from train.optimizer import Budget
 
 
 @pytest.mark.parametrize(
