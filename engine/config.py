@@ -1,6 +1,6 @@
 """What a run is made of: frozen dataclasses, the three presets, and typed overrides (`--set model.blocks=6`).
 
-Each setting stands here with its type, its bound, the sentence that `gpt settings` shows, and its default.
+Each setting is declared here with its type, its bound, the sentence that `gpt settings` shows, and its default.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class Settings:
 class ModelConfig(Settings):
     """The shape of the decoder."""
 
-    vocab_size: Annotated[Count, "Tokens in the vocabulary: at most so many, until a tokenizer is trained."]
+    vocab_size: Annotated[Count, "Tokens in the vocabulary: at most this many, until a tokenizer is trained."]
     width: Annotated[Count, "Numbers that stand for a token between two blocks."]
     blocks: Annotated[Count, "Blocks of attention and MLP, one after another."]
     heads: Annotated[Count, "Attention heads of a block."]
@@ -143,11 +143,11 @@ class DataConfig(Settings):
     rejected_column: Annotated[str | None, "The column of answers that were liked worse; none is rejected."] = None
     stream: Annotated[bool, "Read and tokenize while training; only what is held out is prepared."] = False
     tokenizer: Annotated[str | None, "A run or file with the tokenizer for data without one; none trains one."] = None
-    documents: Annotated[Count | None, "Read at most so many documents; the built-in stories never end."] = None
-    tokens: Annotated[Count | None, "Prepare at most so many tokens; none is what the budget can use."] = None
-    holdout: Annotated[float, "above 0 and below 1", "The share held out where there is no validation split."] = 0.02
-    evaluation_tokens: Annotated[Count, "An evaluation during the run reads at most so many tokens."] = 50_000
-    final_evaluation_tokens: Annotated[Count, "The evaluation at the end reads at most so many tokens."] = 500_000
+    documents: Annotated[Count | None, "Read at most this many documents; the built-in stories never end."] = None
+    tokens: Annotated[Count | None, "Prepare at most this many tokens; none is what the budget can use."] = None
+    holdout: Annotated[float, "above 0 and below 1", "The fraction held out if there is no validation split."] = 0.02
+    evaluation_tokens: Annotated[Count, "An evaluation during the run reads at most this many tokens."] = 50_000
+    final_evaluation_tokens: Annotated[Count, "The evaluation at the end reads at most this many tokens."] = 500_000
 
     def __post_init__(self) -> None:
         if self.messages_column and (self.prompt_column or self.response_column):
@@ -204,16 +204,16 @@ class BudgetConfig(Settings):
 class LoopConfig(Settings):
     """The training loop."""
 
-    batch: Annotated[Count, "Rows of one context in a step."] = 16
-    micro_batch: Annotated[Count | None, "Rows in one pass; none is the batch. Halved when memory runs out."] = None
+    batch: Annotated[Count, "Sequences in a step, each as long as the context."] = 16
+    micro_batch: Annotated[Count | None, "Sequences in one pass; none is the batch. Cut if memory runs out."] = None
     log_every: Annotated[Count, "Steps between lines of metrics."] = 1
     evaluate_every: Annotated[Count | None, "Steps between evaluations; none is ten times over the run."] = None
-    save_every: Annotated[Count | None, "Steps between checkpoints; none saves at evaluations."] = None
+    save_every: Annotated[Count | None, "Steps between checkpoints; none saves by time and at evaluations."] = None
     save_minutes: Annotated[Positive, "Minutes between checkpoints, at most, where save_every is none."] = 10.0
-    keep: Annotated[Count, "So many checkpoints are kept, beside the best."] = 2
+    keep: Annotated[Count, "The number of checkpoints to keep, besides the best."] = 2
     samples: Annotated[Whole, "Texts that are drawn after an evaluation."] = 3
     compile: Annotated[bool | None, "Use torch.compile; none decides by the device."] = None
-    shard: Annotated[bool | None, "Each process holds a share of the model (FSDP); none decides by memory."] = None
+    shard: Annotated[bool | None, "Each process holds a shard of the model (FSDP); none decides by memory."] = None
     checkpoint_activations: Annotated[bool, "Compute blocks again in the backward pass: less memory, slower."] = False
     timeout_minutes: Annotated[Positive, "Minutes that a process waits for another one."] = 10.0
     seed: Annotated[Seed, "Seed of all that is drawn at random."] = 0
@@ -241,7 +241,7 @@ class AlignmentConfig(Settings):
 
     method: Annotated[Literal["none", "ppo", "grpo", "dpo", "ipo"], "What aligns the policy."] = "none"
     reward: Annotated[str, "The run of a reward model; program checks the built-in stories."] = "program"
-    reward_weights: Annotated[str | None, "SHA-256 of its weights: a run goes on with no other."] = None
+    reward_weights: Annotated[str | None, "SHA-256 of its weights: a resumed run takes no other."] = None
     beta: Annotated[Weight, "The price of a nat of KL; of dpo and ipo the inverse slope of the same."] = 0.15
     kl_target: Annotated[Positive | None, "The KL that ppo's beta is steered to; none leaves beta alone."] = None
     kl_budget: Annotated[Positive, "The run stops above this KL."] = 20.0
@@ -282,7 +282,7 @@ class Recipe:
     chat: Annotated[bool, "The model has learnt conversations (engine/chat_template.py)."] = False
     base: Annotated[str | None, "The run that this one began with."] = None
     base_step: Annotated[int | None, "The step of the base's checkpoint."] = None
-    base_weights: Annotated[str | None, "SHA-256 of the base's weights, which tells it wherever it stands."] = None
+    base_weights: Annotated[str | None, "SHA-256 of the base's weights: it is known by them in any folder."] = None
 
     def __post_init__(self) -> None:
         if self.data.stream and self.budget.epochs is not None:

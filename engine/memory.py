@@ -16,7 +16,7 @@ from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]
 GIB = 2**30
-# CUDA, NCCL and the allocator hold so much of a GPU's memory beyond what tensors take.
+# The bytes of a GPU's memory that CUDA, NCCL and the allocator hold besides the tensors.
 RESERVED = 2 * GIB
 GB, TERA = 10**9, 10**12
 # The share of the data sheet's FLOP/s, where none was measured. Llama 3: 38-43% on H100s (arXiv:2407.21783, table 4).

@@ -1,8 +1,8 @@
 """The model: a pre-norm decoder-only Transformer, from token ids to loss. Reads top to bottom.
 
 Shapes: a dense batch of tokens is [B, T]; a packed one is [N], many sequences end to end with their boundaries in
-cu_seqlens. Everything but attention works on the last dimension and does not care which. Parameters stay in the dtype
-they are stored in (fp32 while training); `compute_dtype` is what they are multiplied in.
+cu_seqlens. Everything but attention works on the last dimension alone, and so on either layout. Parameters stay in the
+dtype they are stored in (fp32 while training); they are multiplied in `compute_dtype`.
 """
 
 import copy
@@ -20,8 +20,8 @@ from kernels import decode_attention, flash_attention, layer_norm, linear_cross_
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Return cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
 
-    Rotary position embedding: Su et al., arXiv:2104.09864. The sign of the first half is that of a rotation's matrix,
-    so that `rotate` is x * cos + swapped x * sin.
+    Rotary position embedding: Su et al., arXiv:2104.09864. The first half of the sine is negated, as in a rotation
+    matrix, so that `rotate` can compute x * cos + swapped x * sin.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None, None].float() * base**-exponents
@@ -40,8 +40,8 @@ class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one step and not a whole pass.
 
     It has `batch` slots of `capacity` tokens, allocated once: it never grows, and a pass reads a `view` of it. A
-    sequence begins at position 0 of its slot, and its length (int64 `lengths` [B]) says how much of the slot is valid:
-    what lies behind is never read, so nothing is ever cleared.
+    sequence begins at position 0 of its slot, and its length (int64 `lengths` [B]) says how much of the slot is valid.
+    Entries beyond the length are masked out, so a slot is used again without being set to zero.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class KVCache:
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        # Each layer's memory as rows of one head's numbers for one token, and the row where each slot's heads begin.
+        # rows[layer] is the layer's memory as a matrix [batch * 2 * heads * capacity, head_dim]: a row holds the key or
+        # the value of one head for one token. starts, [batch, 1, 2 * heads], is the first row of each slot and head.
         self.rows = list(self.memory.flatten(1, 3))
         self.starts = torch.arange(batch * 2 * config.heads, device=device).view(batch, 1, -1) * capacity
         # All angles are computed once: for a small model that takes as long as a whole step of decoding.
         positions = torch.arange(capacity, device=device)
         self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
-        self.seen = self.memory
+        self.seen = self.memory  # the part of it that `read` returns; a `view` has a smaller one
 
     def view(self, first: int, slots: int, reach: int) -> "KVCache":
         """Return slots [first, first + slots) and their first `reach` tokens: the same memory, and the same lengths."""
@@ -186,9 +187,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Each addition is left to the norm that follows, which fuses it.
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With a parallel residual, x + attention(norm(x)) + mlp(other norm(x)) in one go.
+    The LayerNorm kernel also does the residual addition, so each addition is left to the norm that follows: a block
+    takes and returns (branch, residual), whose sum is x. With a parallel residual (GPT-NeoX) it computes
+    x + attention(norm(x)) + mlp(other norm(x)) at once.
     """
 
     def __init__(self, config: ModelConfig) -> None:

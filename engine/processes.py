@@ -122,7 +122,7 @@ ALONE = Processes()
 
 
 def join(device: torch.device, minutes: float) -> Processes:
-    """Meet the processes of the environment that torchrun sets. Collectives fail after so many minutes."""
+    """Join the other processes, by the environment that torchrun sets. Collectives fail after this many minutes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from torch.distributed.rendezvous import rendezvous

@@ -51,7 +51,7 @@ class Run:
         self.config.unlink(missing_ok=True)
 
     def add_samples(self, step: int, texts: Sequence[str]) -> None:
-        """Write down what the model said after so many steps."""
+        """Write down what the model said after `step` steps."""
         with open(self.samples, "a") as file:
             file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 

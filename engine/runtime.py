@@ -27,7 +27,7 @@ class Runtime:
     device: torch.device
     precision: str
     processes: Processes = ALONE
-    # The devices of all processes together reach so many FLOP/s at best; 0 until it was measured.
+    # The measured peak FLOP/s of the devices of all processes together; 0 until it was measured.
     peak_flops: float = 0.0
 
     @property
@@ -147,7 +147,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class ToHost:
-    """A copy of a tensor on its way to the host. The device goes on meanwhile; `read` waits until it has arrived."""
+    """A copy of a tensor on its way to the host. The device continues meanwhile; `read` waits until it has arrived."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.arrived: torch.cuda.Event | None = None

@@ -23,7 +23,7 @@ def _logits(
     b_z = tl.load(row_ptr + o_v, mask=o_v < stride, other=0.0).to(tl.float32)
     if SOFTCAP:
         b_z = softcap * tanh(b_z / softcap)
-    # Beyond the vocabulary stands what exp turns into 0. It is not -inf, because 0 * inf is NaN.
+    # Columns beyond the vocabulary get a score that exp turns into 0. It is not -inf, because 0 * inf is NaN.
     return tl.where(o_v < vocab, b_z * inverse_temperature, -1e38)
 
 

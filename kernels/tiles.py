@@ -127,7 +127,7 @@ TABLE |= {
 
 
 def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
-    """Return the row that runs for a kernel, by its name in the table, and elements of so many bytes on a device."""
+    """Return the row that runs for a kernel, by its name in the table, with elements of this many bytes on a device."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
 

@@ -148,7 +148,7 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    row, batch, head = tile.program(queries, heads, BLOCK_T, True)
+    row, batch, head = tile.program(queries, heads, BLOCK_T, True)  # True: the last rows first
     q_start, queries = tile.sequence(cu_q_ptr, batch, queries, stride_q_batch, stride_q_token, PACKED)
     d_out_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_d_out_batch, stride_d_out_token, PACKED)
     dq_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_dq_batch, stride_dq_token, PACKED)

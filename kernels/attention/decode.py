@@ -24,8 +24,8 @@ PROGRAMS = 4
 # of short ones runs on alone.
 FEWEST, MOST = 256, 4096
 MOST_SPLITS = 256
-# Keys of a split for each row of the key head: so many that what the rows leave behind, fp32, takes at most a sixteenth
-# of the memory of a bf16 cache.
+# The keys of a split for each row of the key head. With this number, the partial results of the rows, in fp32, take at
+# most a sixteenth of the memory of a bf16 cache.
 KEYS_PER_ROW = 16
 
 
@@ -86,8 +86,8 @@ def decode_kernel(
     o_head = head * group + o_row % group
     o_out = ((batch * queries + o_token) * key_heads * group + o_head) * splits + split
 
-    # The keys that some row of this program sees are dealt out anew for each length: even of a short sequence in a
-    # large cache, every split gets its share.
+    # The keys that some row of this program sees are divided among the splits by the length of the sequence: even if it
+    # is short and the cache large, every split gets an equal part.
     length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), keys)
     begin = 0
     if WINDOW:

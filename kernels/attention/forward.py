@@ -27,20 +27,21 @@ def forward_kernel(
     stride_lse_batch, stride_lse_head,
     queries, keys,  # per sequence; where PACKED, of the longest
     heads, group,  # query heads, and how many of them share a key head
-    scale,  # without softcap: of the scores, times log2(e); with it: of the scores, divided by the cap
-    softcap_log2,  # the cap, times log2(e)
+    scale,  # without a softcap: softmax scale * log2(e); with a softcap c: softmax scale / c
+    softcap_log2,  # c * log2(e)
     window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     SPECIALIZE: tl.constexpr,  # see tiles.Tile
 ):  # fmt: skip
-    row, batch, head = tile.program(queries, heads, BLOCK_T, True)
+    row, batch, head = tile.program(queries, heads, BLOCK_T, True)  # True: the last rows first
     q_start, queries = tile.sequence(cu_q_ptr, batch, queries, stride_q_batch, stride_q_token, PACKED)
     k_start, keys = tile.sequence(cu_k_ptr, batch, keys, stride_k_batch, stride_k_token, PACKED)
     v_start, _ = tile.sequence(cu_k_ptr, batch, keys, stride_v_batch, stride_v_token, PACKED)
     out_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_out_batch, stride_out_token, PACKED)
     lse_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_lse_batch, 1, PACKED)
-    if not SPECIALIZE:  # noqa: SIM102 - one is decided by the compiler, the other when it runs
+    # These stay two ifs: the compiler decides the first one, and only the second one is decided at run time.
+    if not SPECIALIZE:  # noqa: SIM102
         if row >= queries:
             return
     q_ptr += q_start + head.to(tl.int64) * stride_q_head
@@ -57,7 +58,9 @@ def forward_kernel(
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     begin, full_begin, full_end, end = tile.keys_seen(row, queries, keys, window, BLOCK_T, BLOCK_S, CAUSAL, WINDOW)
-    if SPECIALIZE:  # it works in one loop only, and without a branch around it
+    if SPECIALIZE:
+        # Warp specialization works with one loop only, and not within an `if`. So part 0, which masks, walks over all
+        # keys, and a program without rows has an empty loop instead of an early return.
         end = tl.where(row < queries, end, 0)
         full_begin = end
     # The parts are unrolled, each into a loop of its own: 0 and 2 need a mask, 1 does not.

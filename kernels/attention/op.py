@@ -63,7 +63,7 @@ def decode_attention(
     belong to sequence b. With block_table, int32 [B, blocks], the caches are [any, block_size, Hkv, D], and key j of
     sequence b is row j % block_size of block block_table[b, j // block_size].
 
-    Query t stands at position cache_lengths[b] - T + t; before position 0 it gives 0. scale, window and softcap as in
+    Query t has position cache_lengths[b] - T + t; before position 0 it gives 0. scale, window and softcap as in
     flash_attention. Returns [B, T, H, D]. What cache and table hold beyond a length does not matter, even NaN (the
     torch backend wants it finite where a dense cache has unequal lengths). For inference: from the Triton kernels
     there is no way back to a gradient. They leave the lengths on the device, so that a CUDA graph can hold them.

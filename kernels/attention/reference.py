@@ -14,7 +14,7 @@ from kernels.backend import uncompiled
 
 
 class Call(NamedTuple):
-    """What an attention is asked for besides q, k and v, in the order of the operators' arguments.
+    """The arguments of an attention besides q, k and v, in the order of the operators' arguments.
 
     It is packed where it has both cu_seqlens, else dense. longest_q and longest_k bound the lengths of the sequences.
     """

@@ -1,6 +1,6 @@
 """The attention kernels share this: how a tile is read, which keys a query sees, and how a launch is prepared.
 
-Positions are counted so that the last query stands at the last key: position = row + keys - queries.
+Positions are counted so that the last query has the position of the last key: position = row + keys - queries.
 """
 
 import torch
@@ -17,8 +17,9 @@ from kernels.tiles import Tile
 def program(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Return the first row of the block, the sequence and the head that this program works on.
 
-    All three lie on one axis of the grid: the others end at 65,535, fewer than the heads of a large packed batch. The
-    last queries of a causal sequence see the most keys: started first, their programs do not run on alone at the end.
+    All three share axis 0 of the grid: CUDA limits the other axes to 65,535 programs, and a large packed batch has more
+    sequences times heads. In a causal sequence the last queries see the most keys. With LAST_FIRST their programs start
+    first, so that no long program is left running alone at the end.
     """
     blocks = tl.cdiv(length, BLOCK)
     block = (blocks - 1 - tl.program_id(0) % blocks) if LAST_FIRST else tl.program_id(0) % blocks
@@ -116,7 +117,7 @@ def visible(o_query, o_key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.const
 
 @jit
 def walk(PART: tl.constexpr, begin, full_begin, full_end, end):
-    """Return where a loop of a kernel begins and ends: PART 1 needs no mask, 0 lies before it, 2 behind."""
+    """Return where a loop of a kernel begins and ends. PART 1 needs no mask; 0 comes before it, and 2 after it."""
     if PART == 0:
         return begin, tl.minimum(full_begin, end)
     elif PART == 1:  # noqa: RET505 - as above
@@ -147,7 +148,9 @@ def keys_seen(
         if not CAUSAL:
             end = tl.minimum(keys, last + window)
             full_end = tl.minimum(full_end, tl.maximum(first + window, 0) // BLOCK_S * BLOCK_S)
-    # Where no key is seen by all queries, the middle range is empty and the outer two meet.
+    # The borders must not cross: full_begin is kept between `begin` and `end` (rounded up to a whole block), and
+    # full_end is at least full_begin. If no key is seen by all queries, the middle range is then empty, and the outer
+    # two meet.
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(tl.maximum(end, begin), BLOCK_S) * BLOCK_S)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end
@@ -174,6 +177,7 @@ def queries_seeing(
         if not CAUSAL:
             begin = tl.maximum(key - window + 1 - shift, 0) // BLOCK_T * BLOCK_T
             full_begin = tl.cdiv(tl.maximum(key + BLOCK_S - window - shift, 0), BLOCK_T) * BLOCK_T
+    # The borders must not cross, as in keys_seen.
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(tl.maximum(end, begin), BLOCK_T) * BLOCK_T)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end
