@@ -29,7 +29,7 @@ from train.tracking import Metrics, Tracker
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
-# A run makes so many evaluations where nothing else was asked for; they may take this share of its time.
+# The number of evaluations in a run unless the recipe sets another, and the largest fraction of its time for them.
 EVALUATIONS = 10
 EVALUATION_SHARE = 0.05
 # The most tokens that an evaluation reads at a time.
@@ -64,26 +64,30 @@ class Loop:
         self.run, self.runtime, self.processes = run, runtime, runtime.processes
         self.trackers, self.say = trackers, say
         self.layout = parallel.lay_out(recipe, runtime)
-        # A share of a model cannot be evaluated: the main process fills this one with the weights it has just saved.
+        # A shard of a model cannot be evaluated. So the main process keeps a whole copy, and before each evaluation
+        # loads into it the weights that were just saved. Without sharding the model itself is evaluated.
         self.evaluated = copy.deepcopy(model) if self.layout.shard and self.processes.main else model
-        # What is saved, by the names of its files; and all of it as one module.
+        # `modules` are saved, each in the file of its name. `trained` is all of them as one module: for the optimizer,
+        # and for DDP or FSDP.
         self.modules: dict[str, nn.Module] = {"model": model} | ({"critic": stage.critic} if stage.critic else {})
         self.trained = nn.ModuleDict({"policy": model, "critic": stage.critic}) if stage.critic else model
+        # The loss is compiled first, then made a module (`objective`) for DDP or FSDP to wrap.
         loss, self.compiled = stage.loss or packed_loss, parallel.should_compile(recipe, runtime)
         if self.compiled:
             loss = parallel.compile_loss(loss, self.trained, self.processes)
         objective = parallel.Objective(self.trained, model, loss)
-        # The optimizer comes after this line: sharding replaces the parameters.
+        # The optimizer must be made after this line, because sharding replaces the parameters.
         self.objective = parallel.distribute(objective, runtime, self.layout)
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime), scaler=scaler)
         self.byte_lengths = None if stage.byte_lengths is None else stage.byte_lengths.to(runtime.device)
         self.flops_per_token = recipe.model.flops_per_token
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
-        self.parts = self.layout.parts  # into how many each micro-batch is cut, for want of memory
+        self.parts = self.layout.parts  # each micro-batch is cut into this many, when memory is short
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.coordinator = Coordinator(self.processes)
-        # Seconds before the last resume; of evaluations; of the step under way until gradients were exchanged.
+        # Seconds of training before the last resume; seconds spent in evaluations; and seconds that this process worked
+        # in the current step before the gradients are reduced, where it waits for the others.
         self.earlier_seconds = self.evaluation_seconds = self.busy_seconds = 0.0
         self.began = self.last_save = self.coordinator.now()
         self.step_seconds: deque[float] = deque(maxlen=50)
@@ -92,7 +96,7 @@ class Loop:
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
 
     def on_step(self, step: int) -> None:
-        """Do nothing after each optimizer step: this is for whoever watches or stops a run."""
+        """Do nothing. It is called after each optimizer step, for a subclass that watches or stops the run."""
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take everything from a checkpoint: the next steps are the same as in a run that never stopped."""
@@ -117,13 +121,13 @@ class Loop:
 
     @property
     def progress(self) -> float:
-        """Return the share of the budget that is spent."""
+        """Return the fraction of the budget that is spent."""
         return self.budget.progress(self.step, self.seconds)
 
     def train(self) -> Outcome:
         """Run to the end of the budget, or until Ctrl-C or SIGTERM.
 
-        Raises TrainingError where the loss is lost, LostProcessError where another process is.
+        Raises TrainingError when the loss stays not finite, LostProcessError when another process has died.
         """
         try:
             with contextlib.closing(self.saver), self.coordinator.listening():
@@ -143,11 +147,11 @@ class Loop:
             after = self.progress
             evaluate = after < 1 and self.coordinator.stop is None and self._evaluation_due(before, after)
             if evaluate or self._checkpoint_due():
-                # Saved first: whatever goes wrong in an evaluation, the training is not lost.
+                # It is saved before the evaluation, so that an error there does not cost any training.
                 self._save()
             if evaluate:
                 self._evaluate(final=False)
-        # However a run ends, it has logged its last step.
+        # The last step is logged even if log_every did not ask for it.
         self._log_step()
         stop = self.coordinator.stop
         if stop is not None:
@@ -159,7 +163,7 @@ class Loop:
         return Outcome(self.step, stop, evaluation, self._saved())
 
     def _evaluation_due(self, before: float, after: float) -> bool:
-        """Return whether to evaluate: at the steps asked for, or else EVALUATIONS times, if the time allows."""
+        """Return whether to evaluate: every evaluate_every steps, or else EVALUATIONS times, if the time allows."""
         if self.recipe.loop.evaluate_every is not None:
             return self.step % self.recipe.loop.evaluate_every == 0
         due = math.floor(after * EVALUATIONS) > math.floor(before * EVALUATIONS)
@@ -178,6 +182,7 @@ class Loop:
         tokens = batches.tokens - before
         # The targets are counted before the batches travel to the GPU. There the count would be a result of the GPU,
         # and the CPU would have to wait for it before it could start the first kernel of the step.
+        # `own` are the targets of this process, `learnt` those of all processes together.
         own = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in taken)
         self.busy_seconds = time.perf_counter() - begin
         learnt = int(sum(count for (count,) in self.processes.gather(own, of="counts of targets")))
@@ -202,21 +207,22 @@ class Loop:
         while (total := self._passes(batches, learnt)) is None:
             self._halve(batches)
         norm = self.optimizer.clip(self.recipe.optimizer.clip)
-        # This comes before anything waits for the GPU. If a process is lost, this collective says so in time, while the
-        # GPU would wait for its gradients in silence.
+        # This must come before anything waits for the GPU. If a process has died, this collective fails with an error,
+        # while the GPU would wait for the gradients of that process in silence.
         self.coordinator.agree()
         return float(self.processes.sum(total)) / self.processes.count, float(parallel.whole(norm))
 
     def _passes(self, batches: list[Batch], learnt: float) -> Tensor | None:
-        """Run forward and backward of every part and return the loss; None where memory ran out.
+        """Run forward and backward of every part and return the loss; None if memory ran out.
 
-        It returns, so that nothing of the failed pass is kept alive while the next one is tried.
+        It returns None instead of trying again itself: only after the return are the tensors of the failed pass freed.
         """
         begin, measured = time.perf_counter(), self.stage.metrics.held.copy()
         total = torch.zeros((), device=self.runtime.device)
         parts = [part for batch in batches for part in batch.split(self.parts)]
         idle = parallel.missing_parts(len(parts), self.processes) if self.layout.shard and self.parts > 1 else 0
-        # A part that only keeps step with the other processes has the weight 0, in the loss and in the gradient.
+        # With FSDP every process must run equally many passes. A process that has `idle` parts fewer than another first
+        # repeats its smallest part that often with the weight 0, which changes neither the loss nor the gradient.
         weighted = [(min(parts, key=lambda part: len(part.tokens)), 0.0)] * idle + [(part, 1.0) for part in parts]
         try:
             for number, (part, weight) in enumerate(weighted, 1):
@@ -226,13 +232,13 @@ class Loop:
                     loss = weight * self.objective(part) / learnt
                     if last and self.processes.count > 1:
                         self.processes.at("reduction of gradients")
-                        # From here on each process is as fast as the slowest.
+                        # From here on each process waits for the slowest one, so its own time is taken now.
                         synchronize(self.runtime.device)
                         self.busy_seconds += time.perf_counter() - begin
                     self.optimizer.scaler.scale(loss).backward()
                     total += loss.detach()
         except RuntimeError as error:
-            # One of several processes cannot begin again alone: the others wait for its gradients.
+            # One of several processes cannot repeat the step alone, because the others wait for its gradients.
             if not _is_out_of_memory(error) or self.processes.count > 1:
                 raise
             # The step is repeated, so what it has measured up to here would count twice.
@@ -266,14 +272,14 @@ class Loop:
         )
 
     def _apply(self, loss: float, norm: float) -> None:
-        """Take the optimizer step, or skip it where loss or gradient is not finite."""
+        """Take the optimizer step, or skip it if the loss or the gradient is not finite."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
-            # In half precision the scale of the loss begins too high on purpose, and comes down at each overflow. That
-            # step is lost, but the run is well. So a step counts as a failure only if the scale cannot come down.
+            # With fp16 the loss scale begins too high on purpose. At each overflow the scaler lowers it, and the step
+            # is skipped. Such steps are normal, and count towards NONFINITE_LIMIT only if the scale cannot be lowered.
             self.skipped_in_a_row += 0 if self.optimizer.scaling else 1
             self.say(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped")
         self.optimizer.step(skip=not finite)
@@ -297,6 +303,7 @@ class Loop:
         spelled = 0
         if self.byte_lengths is not None:
             spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
+        # `own` are the tokens of this process, padding included; `tokens` those of all processes, without padding.
         own = sum(len(batch.tokens) for batch in batches)
         everyone = self.processes.gather(own, spelled, self.busy_seconds, of="metrics")
         shares, spelled_by, busy = zip(*everyone, strict=True)
@@ -360,7 +367,8 @@ class Loop:
     def _measure(self, saved: checkpoint.Checkpoint, final: bool) -> dict[str, float]:
         model, evaluation = self.evaluated, {}
         tokens = self.recipe.data.final_evaluation_tokens if final else self.recipe.data.evaluation_tokens
-        # No more at a time than a training pass reads, which needs far more memory for its activations.
+        # An evaluation reads at most as many tokens at a time as a training pass. That pass needs far more memory for
+        # its activations, so an evaluation of this size fits.
         at_a_time = min(self.recipe.tokens_per_pass, EVALUATION_BATCH_TOKENS)
         try:
             if self.layout.shard:

@@ -13,7 +13,7 @@ from train.parallel import exchange_rows, local, share_like
 
 
 class Budget:
-    """The length of a run in steps or in time. The share that is over drives the schedule and the evaluations."""
+    """The length of a run in steps or in time. The fraction that is over drives the schedule and the evaluations."""
 
     def __init__(self, config: BudgetConfig, tokens_per_step: int, steps_per_epoch: float) -> None:
         self.steps_per_epoch = steps_per_epoch
@@ -27,7 +27,7 @@ class Budget:
             self.steps = max(1, round(config.epochs * steps_per_epoch))
 
     def progress(self, step: int, seconds: float) -> float:
-        """Return the share of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
+        """Return the fraction of the run that is over after `step` steps and `seconds`; 1 or more at its end."""
         return seconds / self.seconds if self.steps is None else step / self.steps
 
     def seconds_left(self, step: int, seconds: float, seconds_per_step: float) -> float:

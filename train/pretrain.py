@@ -29,7 +29,7 @@ from train.trainer import run_stage
 
 # From more text than this per token of its vocabulary, a tokenizer learns little.
 SAMPLE_BYTES_PER_TOKEN = 1000
-# Where the Hub cannot be reached, so many of the built-in stories take the place of a data set that has an end.
+# If the Hub cannot be reached, this many built-in stories replace a data set that has an end.
 FALLBACK_STORIES = 100_000
 SPLITS_USED = ("train", "validation")
 SAMPLE_TOKENS = 200
@@ -40,9 +40,9 @@ TokenDataset = TokenShards | Encoded
 def pretrain(
     recipe: Recipe, run: Run, runtime: Runtime, console: Console, *, resume: bool = False, wandb: bool = False
 ) -> Outcome:
-    """Train as the recipe says and leave everything in the run's folder. `resume` goes on from its newest checkpoint.
+    """Train as the recipe says and leave everything in the run's folder. `resume` continues its newest checkpoint.
 
-    Raises InputError for what the user can mend, TrainingError where the loss stays not finite.
+    Raises InputError for what the user can fix, TrainingError if the loss stays not finite.
     """
     prepare = partial(read_documents, run=run, runtime=runtime, console=console)
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)

@@ -17,7 +17,7 @@ from train.tracking import RunningMetrics
 
 
 class TrainingError(Exception):
-    """The run cannot go on. The message says why, and which checkpoint is good."""
+    """The run cannot continue. The message says why, and which checkpoint is good."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Amounts:
     """The amounts that a stage learns, in its own units: for the lines that a run prints before it starts."""
 
     data: str  # what there is to train on and to validate
-    steps: Callable[[int, float], str]  # what is learnt in so many steps, which are so many epochs
-    step: str | None = None  # what a step learns; None stands for the rows of the batch
+    steps: Callable[[int, float], str]  # says how much is learnt in a number of steps, which are a number of epochs
+    step: str | None = None  # what a step learns; None means the sequences of the batch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Stage:
     # Makes the model, which then takes the weights of `base` if there is one.
     model: Callable[[ModelConfig], GPT] = GPT
     base: Checkpoint | None = None
-    # The loss summed over a batch's targets. None stands for `packed_loss`.
+    # The loss summed over a batch's targets. None means `packed_loss`.
     loss: Callable[[Any, Any], Tensor] | None = None
     # For a loss of text: the UTF-8 bytes that each token spells, int64 [vocab], to count bits per byte.
     byte_lengths: Tensor | None = None

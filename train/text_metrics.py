@@ -134,7 +134,7 @@ def overlooked(references: Sequence[str], bleu_tokenizer: str, rouge_tokenizer: 
 
 
 def words(text: str) -> list[str]:
-    """Return what stands between white space, in lower case; in a script without spaces each character is a word."""
+    """Return the words between white space, in lower case; in a script without spaces each character is a word."""
     return re.sub(f"[{UNSPACED}]", r" \g<0> ", text.lower()).split()
 
 

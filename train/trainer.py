@@ -1,4 +1,4 @@
-"""From a recipe to a finished run and its report: what all stages of training share, in the order of its happening."""
+"""run_stage, which all stages of training share: from a recipe to a finished run and its report, in that order."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def run_stage(
 ) -> Outcome:
     """Run the stage that `prepare` makes of the recipe, and leave everything in the run's folder.
 
-    `resume` goes on from the newest checkpoint. Raises InputError for what the user can mend, TrainingError where the
+    `resume` continues from the newest checkpoint. Raises InputError for what the user can fix, TrainingError if the
     loss stays not finite.
     """
     if wandb:
@@ -39,7 +39,8 @@ def run_stage(
     peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
     runtime = dataclasses.replace(runtime, peak_flops=peak)
     if not resume:
-        # Settled now, so that a resumed run depends neither on the machine nor on how busy it is.
+        # Both depend on this machine and on its measured speed. They are written into the recipe now, so that a resume
+        # does not derive them again.
         recipe = override(recipe, "precision", runtime.precision)
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
 
@@ -57,7 +58,7 @@ def run_stage(
     at_its_end = found is not None and require_budget(stage, run, found)
     if processes.main:
         run.write_recipe(recipe)
-    # Only the main process writes down and says what all of them do.
+    # Only the main process writes to files and to the console.
     step = found.step if found else 0
     trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
     loop = Loop(model, stage, run, runtime, trackers, console.say if processes.main else lambda message: None)
@@ -83,7 +84,7 @@ def run_stage(
 
 
 def most_tokens(recipe: Recipe, peak: float) -> int | None:
-    """Return how many tokens the run can use at most: no more need to be prepared. None where it reads whole epochs."""
+    """Return how many tokens the run can use at most, and so must be prepared; None if it reads whole epochs."""
     budget = recipe.budget
     if budget.epochs is not None:
         return None
@@ -97,7 +98,10 @@ def most_tokens(recipe: Recipe, peak: float) -> int | None:
 
 
 def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, *, resume: bool) -> Stage:
-    """Let the main process prepare the data before the others, who then find it. All go on from the same state."""
+    """Let the main process prepare the data first; the others wait, and then open what it has prepared.
+
+    All of them then have the main process's recipe and the state of its random generators.
+    """
     processes = runtime.processes
     with processes.first():
         if processes.main and not resume:
@@ -105,7 +109,7 @@ def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, 
         try:
             stage = prepare(recipe)
         except Exception:
-            # Whatever went wrong: an unfinished folder would make the next try fail.
+            # An unfinished folder would make the next try fail, so it is deleted after every error.
             if processes.main and not resume:
                 run.discard_preparation()
             raise
@@ -116,7 +120,7 @@ def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, 
 
 
 def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
-    """Return whether the budget of a run is spent. Raises InputError for a new budget that leaves nothing to do."""
+    """Return whether the budget of a run is spent. Raises InputError if so and a new budget leaves nothing to do."""
     state = found.values("state")
     spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
     if spent and stage.recipe.budget != run.read_recipe().budget:
@@ -128,7 +132,7 @@ def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
 
 
 def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wandb: bool) -> list[Tracker]:
-    """Return what takes the numbers of a run that goes on after `step`."""
+    """Return the trackers of a run that continues after `step`: console, metrics.jsonl and, with wandb, W&B."""
     trackers: list[Tracker] = [console, MetricsFile(run.metrics, step)]
     if wandb:
         earlier = read_metrics(run.metrics)

@@ -1,7 +1,7 @@
-"""Documents and conversations as token ids, those of a split held in memory for a loader to pack.
+"""Documents and conversations as token ids, which a loader packs. Those of a whole split are held in memory.
 
-Encoded is the base of all: it holds the ids, counts what was left out, and says so. What is new in a kind of documents
-is how one of them is encoded (`add`), and how all of them are described. Nothing else sees the text again.
+Encoded is the base class: it holds the ids, and counts and reports what was left out. A subclass defines how one
+document of its kind is encoded (`add`), and how all of them are described. Only `add` sees the text.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from train.tracking import Console
 
 
 class Encoded:
-    """Encoded documents, a train.data.loader.TokenSource, and for a person what was understood of them.
+    """Encoded documents, a train.data.loader.TokenSource that can also describe itself to a person.
 
-    `cut` counts those that lost something to fit into the context, `dropped` those left out because they cannot fit.
-    `source` has read them, and knows what it skipped.
+    `cut` counts the documents that were shortened to fit into the context, `dropped` those that cannot fit and were
+    left out. `source` has read them, and knows what it skipped.
     """
 
     what = "document"
@@ -35,11 +35,11 @@ class Encoded:
     def __init__(self, tokenizer: Tokenizer, context: int, source: Source | None = None) -> None:
         self.tokenizer, self.context, self.source = tokenizer, context, source
         self.cut = self.dropped = self.bytes = self.systems = 0
-        self.prompts: set[int] = set()  # hashes of what must not be on both sides of a split
+        self.prompts: set[int] = set()  # hashes of the keys that must not be both trained on and held out
         self._inputs, self._targets, self._starts = array("i"), array("i"), array("q", [0])
 
     def add(self, document: Any, where: str) -> None:
-        """Encode one more. Raises InputError, with `where` it stands, if there is nothing in it to learn."""
+        """Encode one more document. Raises InputError, with file and line (`where`), if nothing in it can be learnt."""
         raise NotImplementedError
 
     def read_split(self, split: str, max_tokens: int | None = None, progress: Progress = lambda *counts: None) -> Self:
@@ -62,7 +62,7 @@ class Encoded:
 
     @classmethod
     def read_splits(cls, recipe: Recipe, tokenizer: Tokenizer, source: Source, console: Console) -> tuple[Self, Self]:
-        """Encode what a recipe trains on and what it validates on, up to its limits, and say where it is read."""
+        """Return the training and the validation split of a recipe, up to its limits, and say what is being read."""
         console.say(source.describe())
         limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
         train, validation = (
@@ -150,9 +150,7 @@ class Conversations(Encoded):
 
     def add(self, document: Conversation, where: str) -> None:
         if not has_answer(document):
-            raise InputError(
-                f"{where}: the assistant says nothing, so nothing would be learnt; mend it or leave it out"
-            )
+            raise InputError(f"{where}: the assistant says nothing, so nothing would be learnt; fix it or leave it out")
         ids, learn = render(self.tokenizer, document)
         end = self.tokenizer.special[END]
         ends = [at for at, token in enumerate(ids) if token == end]

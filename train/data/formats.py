@@ -1,7 +1,8 @@
-"""The formats in which texts and conversations come, recognised by their columns: rows in, documents out.
+"""The formats of texts and conversations, recognised by their columns: rows in, documents out.
 
-README.md lists the columns, and what else in a row is heeded or refused because it changes what the row means. A new
-format of conversations is a reader (rows in, each conversation with its place out), and how `recognise` knows it.
+README.md lists the columns, and what else in a row is supported, or refused because it changes what the row means. For
+a new format of conversations, write a reader (from rows to conversations, each with its file and line), and let
+`recognise` return it.
 """
 
 import re
@@ -25,14 +26,14 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORY = "history"
 LABELS = ("label", "kto_tag")
 WEIGHTS = ("weight", "train", "loss")
-# Where a row or a turn has one of these, it says what a conversation of texts cannot.
+# A row or a turn with a value in one of these columns is refused: a conversation of texts cannot express its meaning.
 REFUSED = ("tools", "tool_calls", "functions", "function_call", "image", "images", "audio", "audios", "video", "videos")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 STORY_KEY = re.compile("^(Features|Words|Summary|Random sentence|Story):", re.MULTILINE)
 UNANSWERED, UNASKED = "without an answer to learn", "without a question"
 
 Conversation = list[Message]
-# Each conversation comes with the place where it stands.
+# Each conversation comes with its file and line.
 Found = Iterator[tuple[str, Conversation | Skipped]]
 Read = Callable[[Iterable[Row]], Found]
 
@@ -99,7 +100,12 @@ def read_conversations(
 
 
 def recognise(rows: Sequence[object], data: DataConfig, *, answers: bool = True) -> Read | None:
-    """Find how to read rows like these. None means that they are no conversations, or no prompts without `answers`."""
+    """Return the reader for rows like these, or None if they are no conversations, nor prompts without `answers`.
+
+    The first test that fits decides. A list of messages comes first, since it holds the whole conversation, unless a
+    prompt column is named. Then come trees (message_id, replies), since they may have a column "prompt", too, and then
+    a prompt with its response.
+    """
     if any(isinstance(row, list) for row in rows):
         return lambda rows: ((where, turns_of(turns, where)) for where, turns in rows)
     if any(isinstance(row, str) for row in rows):
@@ -107,7 +113,7 @@ def recognise(rows: Sequence[object], data: DataConfig, *, answers: bool = True)
     columns = Columns(rows)
     prompt = data.prompt_column or columns.first(PROMPTS, str, list)
     response = data.response_column or columns.first(RESPONSES, str, list)
-    # A column of that name is meant, whatever stands in it: a row that holds something else than text is refused.
+    # A column with such a name is the response whatever it holds: a row in which it holds no text is refused later.
     response = response or next((name for name in RESPONSES if name in columns.names), None)
     listed = (name for name in MESSAGES if any(list_of(value) is not None for value in columns.values(name)))
     messages = data.messages_column or next(listed, None)
@@ -136,7 +142,7 @@ def is_mapping(value: object) -> bool:
 
 
 def prompt_of(messages: Conversation) -> Conversation:
-    """Return what is to be answered: all where it ends with a question, else what comes before the first answer."""
+    """Return the prompt: the whole conversation if it ends with a question, else what comes before the first answer."""
     if messages and messages[-1].role == "user":
         return messages
     return list(takewhile(lambda message: message.role != "assistant", messages))
@@ -149,9 +155,9 @@ def has_answer(messages: Conversation) -> bool:
 
 
 def unwanted(row: Mapping[str, Any], where: str) -> Skipped | None:
-    """Return the row as skipped where it says itself that it is not to be learnt.
+    """Return the row as skipped if one of its columns says that it is not to be learnt, else None.
 
-    Raises InputError where a column means what cannot be heeded.
+    Raises InputError for a column whose meaning is not supported.
     """
     refuse(row, where)
     if any(row.get(name) is False for name in LABELS):
@@ -160,12 +166,12 @@ def unwanted(row: Mapping[str, Any], where: str) -> Skipped | None:
 
 
 def refuse(row: Mapping[str, Any], where: str) -> None:
-    """Raise InputError where a row or a turn holds what a conversation of texts cannot."""
+    """Raise InputError if a row or a turn has a value in one of the columns REFUSED."""
     for name in REFUSED:
         if row.get(name) not in (None, "", "[]", "{}", [], {}):
             raise InputError(
-                f"{where}: there are {name}, of which a model of texts learns nothing right; leave such rows out, or "
-                "the column where it does not matter"
+                f"{where}: there are {name}, which a model of texts cannot learn from; leave such rows out, or the "
+                "column if it does not matter"
             )
 
 
@@ -182,7 +188,7 @@ def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> boo
 def asked(
     row: Mapping[str, Any], prompt: str | None, where: str, turns: Callable[[object], Conversation]
 ) -> Conversation:
-    """Return what stands before an answer: the system text, earlier turns, and the prompt, which `turns` reads."""
+    """Return what precedes an answer: the system text, earlier turns, and the prompt, which `turns` reads."""
     earlier: Conversation = []
     for said in list_of(row.get(HISTORY)) or ():
         if isinstance(said, Mapping):
@@ -215,7 +221,7 @@ def turns_of(value: object, where: str) -> Conversation:
 
 
 def _read_columns(rows: Iterable[Row], columns: list[str], make: Callable[..., Conversation | Skipped]) -> Found:
-    """Read a conversation a row: `make` gets the row, its place, and what stands in the columns that it needs."""
+    """Read one conversation per row: `make` gets the row, its file and line, and the values of these columns."""
     for where, row in rows:
         cells = [cell(row, column, where) for column in columns]
         assert isinstance(row, Mapping)
@@ -223,7 +229,7 @@ def _read_columns(rows: Iterable[Row], columns: list[str], make: Callable[..., C
 
 
 def _from_turns(row: Mapping[str, Any], where: str, value: object) -> Conversation | Skipped:
-    """Return the turns in a cell, after the system text that may stand beside it."""
+    """Return the turns in a cell, after the system text, if another column has one."""
     if value is None:
         return Skipped(where, UNANSWERED)
     turns = turns_of(value, where)

@@ -1,8 +1,9 @@
 """Batches of packed documents in a pseudo-random order, with a cursor that resumes to the bit.
 
-Documents are cut into segments of at most `context` tokens. An epoch deals every segment once, in an order computed on
-the fly; the segments, laid end to end, are cut into batches of exactly so many tokens, without padding. Many processes
-follow the same plan, and each reads its part of every batch: what is learnt does not depend on how many there are.
+Documents are cut into segments of at most `context` tokens. An epoch hands out every segment once, in an order computed
+on the fly; the segments, laid end to end, are cut into batches of exactly `tokens_per_batch` tokens, without padding.
+All processes follow the same plan, and each reads its own part of every batch: the result of training does not depend
+on the number of processes.
 """
 
 from collections import deque
@@ -21,7 +22,7 @@ from engine.processes import ALONE, Processes
 
 IGNORE_INDEX = -100
 Sequences = Sequence[tuple[np.ndarray, np.ndarray]]  # inputs and targets of each
-# So many segments are looked up at a time: numpy's calls cost little then, and a resume wastes little.
+# The number of segments that are looked up at a time: enough to make numpy's calls cheap, and few to repeat on resume.
 LOOKAHEAD = 1024
 
 
@@ -48,18 +49,19 @@ class Batch:
     targets: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
-    # This many sequences belong together.
+    # Sequences per unit, which `split` never separates: 1, or 2 for the two answers of a preference pair.
     group: ClassVar[int] = 1
 
     def split(self, parts: int) -> list[Self]:
-        """Cut between sequences, into parts about equal in tokens: so many, or fewer where there are fewer sequences.
+        """Cut between sequences into this many parts with about equal tokens, or fewer if there are fewer sequences.
 
-        What a sequence sees of itself does not change, so the losses of the parts add up to that of the whole.
+        No sequence is cut, so every token sees what it saw, and the losses of the parts add up to that of the whole.
         """
         if parts == 1:
             return [self]
-        # Sequences that belong together are a unit, and go to the part in which the middle of the unit lies: two are
-        # always cut, and no part exceeds its share of the tokens by more than the longest unit.
+        # A unit (`group` sequences) goes to the part that contains its midpoint, counted in tokens. So two units never
+        # stay in one part, and no part exceeds its equal share of the tokens by more than the longest unit. `owners` is
+        # the part of each unit, and `cuts` are the units at which a new part begins.
         bounds = self.cu_seqlens[:: self.group].tolist()
         owners = [(start + end) * parts // (2 * bounds[-1]) for start, end in pairwise(bounds)]
         cuts = [number for number, (left, right) in enumerate(pairwise([-1, *owners, parts + 1])) if left != right]
@@ -121,7 +123,7 @@ class Permutation:
 
 
 class Batches(Protocol):
-    """An endless stream of micro-batches, of each the part for this process. Its state is how far it has come."""
+    """An endless iterator of micro-batches: each process gets its own part of each. state_dict is its position."""
 
     @property
     def epoch(self) -> float:
@@ -132,7 +134,7 @@ class Batches(Protocol):
         """Return how many tokens have been handed out to all processes together, without padding."""
 
     def batches_per_epoch(self) -> float:
-        """Return how many batches deal the data once, padding included."""
+        """Return how many batches hand out the data once, padding included."""
 
     def __next__(self) -> Batch: ...
 
@@ -144,10 +146,10 @@ class Batches(Protocol):
 
 
 class Loader(Batches, Iterator[Batch]):
-    """Batches that a thread reads `prefetch` ahead, and that resume to the bit: what all loaders of data share.
+    """The base class of data loaders: a thread reads `prefetch` batches ahead, and a resume continues to the bit.
 
-    `cursor` is the place after the batch that was handed out last. A loader adds how its cursor is saved and found
-    again (state_dict and `cursor_of`), and which batches come after one, each with the cursor after it (`batches`).
+    `cursor` is the position after the batch that was handed out last. A subclass defines how its cursor is saved and
+    restored (state_dict and `cursor_of`), and which batches follow a cursor, each with the cursor after it (`batches`).
     """
 
     def __init__(self, cursor: Any, prefetch: int) -> None:
@@ -156,7 +158,7 @@ class Loader(Batches, Iterator[Batch]):
         self._ahead: deque[Future[tuple[Batch, Any]]] = deque()
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same where a run goes on."""
+        """Return what must be the same when a run is resumed, by the names that a message gives to it."""
         raise NotImplementedError
 
     def cursor_of(self, state: dict[str, Any]) -> Any:
@@ -175,13 +177,13 @@ class Loader(Batches, Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop reading ahead. Iterating again goes on after the batch handed out last."""
+        """Stop reading ahead. Iterating again continues after the batch that was handed out last."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool, self._ahead = None, deque()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises InputError where the state belongs to other data or another order of it."""
+        """Continue from that state. Raises InputError if it belongs to other data or to another order of it."""
         for key, value in self.identity().items():
             if state.get(key) != value:
                 raise InputError(
@@ -194,7 +196,10 @@ class Loader(Batches, Iterator[Batch]):
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a packed stream: the next segment of an epoch's order, what is used of it, and what came before."""
+    """A position in a packed stream: the next segment is number `position` of the order of `epoch`.
+
+    `offset` tokens of that segment are used already; `batches` and `tokens` have been handed out so far.
+    """
 
     epoch: int = 0
     position: int = 0
@@ -209,8 +214,8 @@ Part = tuple[int, int, int]  # document, offset, length
 class PackedLoader(Loader):
     """The batches of documents of known lengths, the same stream for any number of processes.
 
-    `whole` leaves a document that would be cut by the end of a batch to the next one: what then stays free is padding,
-    a sequence of which nothing is learnt.
+    With `whole`, a document that the end of a batch would cut is left to the next batch. The rest of the batch is then
+    padding: a sequence without targets.
     """
 
     def __init__(
@@ -249,6 +254,8 @@ class PackedLoader(Loader):
     def batches_per_epoch(self) -> float:
         if not self.whole:
             return self.tokens_per_epoch / self.tokens_per_batch
+        # How much padding there is depends on the order. So the plans of the first epoch are counted, without reading
+        # any data, and the batches that lie wholly within it are scaled to all tokens.
         first = takewhile(lambda cursor: cursor.epoch == 0, (cursor for _, cursor in self._plans(Cursor())))
         last = max(first, key=lambda cursor: cursor.batches, default=Cursor(batches=1, tokens=self.tokens_per_batch))
         return last.batches * self.tokens_per_epoch / last.tokens
@@ -267,16 +274,16 @@ class PackedLoader(Loader):
         return ((self._read(self._own(plan)), after) for plan, after in self._plans(cursor))
 
     def _own(self, plan: list[Part]) -> list[Part]:
-        """Return what this process reads of a batch: the segments that begin in its equal share of the tokens.
+        """Return the segments of a batch that this process reads: those that begin in its equal part of the tokens.
 
-        A batch is cut between segments: what each of them sees of its document does not depend on how many share it.
+        A batch is cut only between segments, so no segment depends on the number of processes.
         """
         *starts, total = accumulate((length for _, _, length in plan), initial=0)
         rank, count = self.processes.rank, self.processes.count
         return [part for part, start in zip(plan, starts, strict=True) if start * count // total == rank]
 
     def _plans(self, cursor: Cursor) -> Iterator[tuple[list[Part], Cursor]]:
-        """Yield what stands in every batch, and the cursor after it."""
+        """Yield the segments of every batch, and the cursor after it."""
         plan: list[Part] = []
         room = self.tokens_per_batch
 
@@ -299,7 +306,7 @@ class PackedLoader(Loader):
                     yield finish(*place)
 
     def segments(self, cursor: Cursor) -> Iterator[tuple[int, int, int, Part]]:
-        """Yield epoch, position, offset and segment from the cursor on. The offset is what is used of the first one."""
+        """Yield epoch, position, offset and segment from the cursor on. The offset is 0 except for the first one."""
         count = int(self._first[-1])
         epoch, position, offset = cursor.epoch, cursor.position, cursor.offset
         while True:
@@ -316,11 +323,11 @@ class PackedLoader(Loader):
             epoch, position = epoch + 1, 0
 
     def _read(self, plan: list[Part]) -> Batch:
-        """Read the batch of these parts of documents, with what padding it needs."""
+        """Read the batch of these segments, and add padding where it is needed."""
         sequences = [self.source.read(*part) for part in plan]
         room = int(not plan)  # where a batch has fewer segments than there are processes
         if self.whole and self.processes.count == 1:
-            # Batches of one size suit a compiled model. The room is less than a document, or one would have filled it.
+            # A compiled model runs best on batches of one size. The padding is shorter than the next document.
             room = self.tokens_per_batch - sum(length for _, _, length in plan)
         if room:
             sequences.append((np.zeros(room, np.int64), np.full(room, IGNORE_INDEX)))

@@ -1,8 +1,8 @@
-"""Rows: what stands in a cell, and how local files (.txt .jsonl .json .csv .parquet) are read row by row.
+"""Rows and their cells, and how local files (.txt .jsonl .json .csv .parquet) are read row by row.
 
-One policy for all readers. A cell that is empty makes its row `Skipped`, counted with the reason; what is malformed, or
-means something that cannot be heeded, is refused with the place where it stands. Nothing is dropped without a word.
-A new format of files is a reader in READERS: a function from a file to its rows, each with the place where it stands.
+All readers follow one policy. A row with an empty cell is `Skipped`, and counted with the reason. Malformed input, or
+input that asks for something unsupported, is an error with file and line. Nothing is dropped without a message.
+For a new kind of files, add a reader to READERS: a function from a file to its rows, each with its file and line.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from engine.tokenizer import END_OF_DOCUMENT
 CUT_CHARACTERS = 8192
 SAMPLE_BYTES = 1 << 20
 MOST_DIGITS = sys.int_info.default_max_str_digits
-# So many rows of a Parquet file are read at a time.
+# The number of rows of a Parquet file that are read at a time.
 BLOCK = 1024
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question")
-# So many rows together say what a file's columns hold: in the first one a cell may be empty.
+# The number of rows that are looked at to tell what a file's columns hold: cells of the first row alone may be empty.
 PEEKED = 100
 
-Row = tuple[str, object]  # where it stands, for messages, and what stands there
+Row = tuple[str, object]  # its file and line, for messages, and its value
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row of which nothing is made: where it stands, and why, as in "3 left out, WHY"."""
+    """A row that is left out: its file and line, and the reason, as in "3 left out, WHY"."""
 
     where: str
     why: str
@@ -52,14 +52,14 @@ class Columns:
         self.names = list(dict.fromkeys(chain.from_iterable(self.rows)))
 
     def values(self, name: str) -> list[Any]:
-        """Return what stands in a column, empty cells left out."""
+        """Return the values of a column, empty cells left out."""
         try:
             return [row[name] for row in self.rows if row.get(name) is not None]
         except InputError:  # a column that cannot be read cannot be the one that is meant
             return []
 
     def holds(self, name: str, *types: type) -> bool:
-        """Return whether anything stands in this column, and all of it is of these types."""
+        """Return whether this column has any values, and all of them are of these types."""
         values = self.values(name)
         return bool(values) and all(isinstance(value, types) for value in values)
 
@@ -71,21 +71,21 @@ class Columns:
 
 
 def peek(rows: Iterable[Row]) -> tuple[list[object], Iterator[Row]]:
-    """Return what stands in the first rows, and all rows."""
+    """Return the values of the first rows, and an iterator over all rows, these included."""
     rows = iter(rows)
     head = list(islice(rows, PEEKED))
     return [row for _, row in head], chain(head, rows)
 
 
 def clean(text: str | None) -> str | None:
-    """Return the text, if there is any, as a tokenizer can read it: JSON can spell half a surrogate pair."""
+    """Return the text, or None if it is blank. Half a surrogate pair, which JSON can spell, is replaced."""
     if not text or text.isspace():
         return None
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def cell(row: object, column: str, where: str) -> Any:
-    """Return what stands in a column. Raises InputError where there is no such column."""
+    """Return the value of a row in a column. Raises InputError if there is no such column."""
     if not isinstance(row, Mapping) or column not in row:
         raise InputError(f"{where}: no column {column!r}; there are {column_names(row)}")
     return row[column]
@@ -99,7 +99,7 @@ def text_of(value: object, where: str) -> str:
 
 
 def list_of(value: object) -> list[Any] | None:
-    """Return the list that stands in a cell, or that its JSON text spells; None where there is none."""
+    """Return the list in a cell, given as such or as JSON text; None if it holds no list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -139,7 +139,7 @@ def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
 
 
 def is_hidden(file: Path, root: Path) -> bool:
-    """Return whether a program keeps this for itself: .ipynb_checkpoints, .git, __MACOSX and what is in them."""
+    """Return whether a file is hidden or internal to a program: in .ipynb_checkpoints, .git, __MACOSX and the like."""
     return any(part.startswith((".", "__")) for part in PurePath(file).relative_to(root).parts)
 
 
@@ -214,7 +214,7 @@ def _read_json_lines(file: Path, lines: Iterable[str] | None = None) -> Iterator
             try:
                 yield f"{file}, line {number}", _parse_json(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{file}, line {number}: broken JSON ({error}); mend or delete the line") from None
+                raise InputError(f"{file}, line {number}: broken JSON ({error}); fix or delete the line") from None
 
 
 def _read_json(file: Path) -> Iterator[Row]:
@@ -222,12 +222,12 @@ def _read_json(file: Path) -> Iterator[Row]:
     try:
         value = _parse_json(text or "[]")
     except RecursionError as error:
-        raise InputError(f"{file}: broken JSON ({error}); mend the file") from None
+        raise InputError(f"{file}: broken JSON ({error}); fix the file") from None
     except json.JSONDecodeError as error:
         # Many .json files hold JSON lines.
         if error.msg == "Extra data":
             return _read_json_lines(file, io.StringIO(text))
-        raise InputError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); mend the file") from None
+        raise InputError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); fix the file") from None
     records = value if isinstance(value, list) else [value]
     return ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
 
@@ -238,7 +238,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
-    """Read rows by the names in the first. The comma, semicolon or tab that divides the first divides all."""
+    """Read rows, whose columns the first line names. The separator of that line (, ; or tab) is that of all lines."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", errors="replace") as stream:
         header = stream.readline()
@@ -253,12 +253,12 @@ def _read_csv(file: Path) -> Iterator[Row]:
             if row and len(row) != len(names):
                 raise InputError(
                     f"{where}: {len(row)} fields where the first line names {len(names)} ({', '.join(names)}); a text "
-                    f"that holds {parted!r} must stand in quotes"
+                    f"that holds {parted!r} must be in quotes"
                 )
             if row:
                 yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num}: broken CSV ({error}); mend the line") from None
+        raise InputError(f"{file}, line {reader.line_num}: broken CSV ({error}); fix the line") from None
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -293,7 +293,7 @@ class ParquetColumn:
         self.rest: Iterator[Any] = iter(())
 
     def cell(self, number: int) -> Any:
-        """Return Python's value of a cell. Raises InputError with its place where there is none."""
+        """Return a cell as a Python value. Raises InputError with file, row and column if it cannot be read."""
         block, place = divmod(number, BLOCK)
         with _plain_errors(self.file):
             if self.block < 0 or block < self.block:
@@ -306,7 +306,7 @@ class ParquetColumn:
             return _from_json(value, self.values.type) if "arrow.json" in str(self.values.type) else value
         except (ValueError, OverflowError) as error:
             where = f"{self.file}, row {number + 1}: column {self.name!r}"
-            raise InputError(f"{where} cannot be read ({error}); mend it or choose another") from None
+            raise InputError(f"{where} cannot be read ({error}); fix it or choose another") from None
 
 
 class ParquetRow(Mapping[str, Any]):

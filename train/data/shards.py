@@ -3,7 +3,7 @@
     FOLDER/tokenizer.model      or tokenizer.json, of an imported model
     FOLDER/SPLIT/index.json     what the split was made from, and each shard's counts and checksums; written last
     FOLDER/SPLIT/00000.tokens   eod t t t eod t t eod t t t t eod: an eod before each document, one more at the end
-    FOLDER/SPLIT/00000.starts   int64 [documents + 1]: where each document's eod stands, and where the last eod does
+    FOLDER/SPLIT/00000.starts   int64 [documents + 1]: the position of each document's eod, and of the last eod
 
 A document of n tokens trains on n + 1 inputs, its eod and its tokens; "tokens" counts inputs everywhere. Little-endian.
 """
@@ -36,13 +36,13 @@ FORMAT = 1
 SHARD_TOKENS = 64_000_000
 # A mapped file stays open, and 10^11 tokens are in more files than a process may open.
 MAPPED_FILES = 256
-# A split of so many bytes of tokens is read and compared with its checksums in a moment, so `check` does. Of a larger
-# one it looks at so many documents of every shard.
+# `check` reads a split of up to SMALL_BYTES of tokens whole, which takes a moment, and compares it with its checksums.
+# Of each shard of a larger split it looks at LOOKED_AT documents, at the first LOOK_TOKENS tokens of each.
 SMALL_BYTES = 64 << 20
 LOOKED_AT, LOOK_TOKENS = 4, 4096
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 COUNTS = ("documents", "tokens", "bytes")
-# A progress is told the documents, tokens and bytes of text so far.
+# A progress function is called with the documents, tokens and bytes of text so far.
 Progress = Callable[[int, int, int], None]
 
 
@@ -57,7 +57,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress = lambda *counts: None,
 ) -> "TokenShards":
-    """Tokenize a split into FOLDER/SPLIT, or go on where an interrupted run stopped, or open what is already there.
+    """Tokenize a split into FOLDER/SPLIT, or continue an interrupted run, or open what is already finished.
 
     The files depend on source, tokenizer, max_tokens and shard_tokens alone: not on interruptions, nor on the number of
     worker processes (default: one per core). The document that reaches `max_tokens` is the last. Raises InputError
@@ -265,20 +265,21 @@ class TokenShards:
         return np.concatenate(found)
 
     def _at(self, document: int) -> tuple[int, int, int]:
-        """Return the shard of a document, and where its own eod and the one after it stand there."""
+        """Return the shard of a document, and the positions in it of the document's eod and of the next one."""
         number = int(np.searchsorted(self.first, document, "right")) - 1
         starts, local = self._map(number, "starts"), document - int(self.first[number])
         return number, int(starts[local]), int(starts[local + 1])
 
     def _ids(self, document: int, offset: int, count: int) -> np.ndarray:
-        """Return so many ids of a document from its eod on. Raises InputError for ids beyond the vocabulary."""
+        """Return `count` ids of a document from its eod + `offset` on. Raises InputError for damage."""
         number, start, _ = self._at(document)
         which = f"document {document - int(self.first[number]) + 1:,} of it"
         # The ids are copied, since a view would keep its file open.
         ids = self._map(number, "tokens")[start + offset : start + offset + count].copy()
         if count < 1 or len(ids) != count:
             raise self._damage(number, "starts", f"{which} has no end")
-        # Here it costs little, and the file is known. In the embedding it is an IndexError, or a GPU's assertion.
+        # This check is cheap, and it can name the file. In the embedding such an id would raise an IndexError, or fail
+        # an assertion on a GPU.
         if (most := int(ids.max())) >= self.vocab_size:
             what = f"{which} holds the token {most:,}, beyond the vocabulary of {self.vocab_size:,}"
             raise self._damage(number, "tokens", what)

@@ -50,9 +50,9 @@ HUB_CONVERSATIONS = {
     "tinystories-instruct": "roneneldan/TinyStoriesInstruct",
 }
 STORIES, STORIES_INSTRUCT, STORIES_BRIEF = "stories", "stories-instruct", "stories-instruct:brief"
-# So long the hub may take to answer. Its own client tries for half a minute or more.
+# The seconds that the Hub may take to answer. Its own client would try for half a minute or more.
 PROBE_SECONDS = 8
-STORY_CHARACTERS = 800  # in a story, more or less
+STORY_CHARACTERS = 800  # about the length of a story
 
 
 def open_source(
@@ -66,10 +66,10 @@ def open_source(
 ) -> Source:
     """Open the source of that name: stories, tinystories, dsir-pile, owner/dataset[:config], or a file, folder or glob.
 
-    `holdout` is the share of documents held out where the data brings no validation split, those with one `key`
-    together; `limit` the number taken of each split that it brings. Documents are the texts of a column, unless `pick`
-    makes something else of the rows.
-    Raises InputError where the name means nothing; the hub is asked when documents are.
+    `holdout` is the fraction of documents held out if the data brings no validation split, those with one `key`
+    together; `limit` is the number taken of each split that it brings. Documents are the texts of a column, unless
+    `pick` makes something else of the rows.
+    Raises InputError if the name means nothing. The Hub is asked only when documents are read.
     """
     if not 0 < holdout <= 0.5:
         raise InputError(f"the held-out share must be over 0 and at most 0.5, not {holdout}")
@@ -95,10 +95,10 @@ def open_source(
 
 
 def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | None:
-    """Open the conversations that `data` names, or without `answers` the prompts; None where it names documents.
+    """Open the conversations that `data` names, or without `answers` the prompts; return None if it names documents.
 
-    Where a file or Hub data set is not known by name, the columns of its first rows decide, unless they are named.
-    Raises InputError where `data` names nothing, or something else that is no text to learn.
+    Files, and data sets that are not in the tables above, may hold either: the columns that `data` names decide, or
+    else those of the first rows. Raises InputError if `data` names nothing, or something that is no text to learn.
     """
     name, named = data.source, data.prompt_column or data.messages_column
     if answers and (data.prompt_column is None) != (data.response_column is None):
@@ -142,17 +142,17 @@ class FileSource(Source):
         return f", by the name of the {rule}: {names[0]}{more}" if names else ""
 
     def _open(self, files: list[Path]) -> Iterator[Iterator[Row]]:
-        # A lone short text is cut finer: it, too, has to give a document to hold out.
+        # A single short text is cut into smaller documents, so that at least one can be held out.
         alone = max(64, self.files[0].stat().st_size // 8) if len(self.files) == 1 else CUT_CHARACTERS
         return (read_rows(file, min(CUT_CHARACTERS, alone)) for file in files)
 
 
 @dataclass
 class WrittenSource(Source):
-    """Documents that the program writes itself, for each split on its own: a subclass says which, and how many."""
+    """Documents that the program writes itself, separately for each split. A subclass says which, and how many."""
 
     what: ClassVar[str] = ""
-    # There are documents without end; so many are read of each split, unless a limit is given.
+    # The number of documents read of each split, unless a limit is given: the program could write without end.
     counts: ClassVar[dict[str, int]] = {}
 
     def describe(self) -> str:
@@ -250,7 +250,8 @@ class HubSource(Source):
 
     def share(self, rank: int, count: int, place: Place, size: int) -> Iterator[tuple[Place, list[Any]]]:
         if self.limit is not None:
-            # Only counting finds the first so many documents of all, whichever file they are in.
+            # With a limit, the documents must be counted from the first one on, so the files cannot be divided among
+            # the processes: each process reads all rows and keeps its own.
             yield from super().share(rank, count, place, size)
             return
         rows = self._splits()["train"]
@@ -259,7 +260,8 @@ class HubSource(Source):
 
         if isinstance(rows, Dataset):
             rows = rows.to_iterable_dataset()
-        # These are looked at apart, since the place in a stream of rows is that of the last one that was read.
+        # The first rows are read through an iterator of their own: read from `rows`, they would advance its position,
+        # which is saved.
         head = [] if self.column else list(rows.take(PEEKED))
         rows = split_dataset_by_node(rows, rank, count)
         if place:
@@ -278,7 +280,7 @@ class HubSource(Source):
                 f"{self.name}: the datasets package is missing; pip install datasets, or use built-in data (stories, "
                 "stories-instruct) or a file"
             ) from None
-        # Offline, only a copy that was downloaded whole will do, and such copies are not streamed.
+        # Offline, only a data set that was downloaded as a whole can be read, and that is not streamed.
         offline = constants.HF_HUB_OFFLINE
         if not offline and (failure := hub_failure(PROBE_SECONDS)):
             raise self._unreachable(failure)
@@ -289,6 +291,7 @@ class HubSource(Source):
             bare = name.removesuffix(f"_{self.stage}")
             found.setdefault(SPLIT_WORDS.get(bare, bare), rows)
         if len(found) == 1:
+            # The only split of a data set is trained on, whatever its name: some of it will be held out.
             return {"train": next(iter(found.values()))}
         if "train" not in found:
             raise InputError(f"{self.name} has no training split, only {', '.join(found)}; choose other --data")
@@ -300,7 +303,7 @@ class HubSource(Source):
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
-        """Turn what the hub's many layers raise into one message that can be acted on."""
+        """Turn the errors of the many libraries below into one message that tells the user what to do."""
         try:
             yield
         except InputError:
@@ -309,7 +312,7 @@ class HubSource(Source):
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             layers = {base.__module__.partition(".")[0] for base in type(error).__mro__}
             if isinstance(error, FileNotFoundError):
-                message = f"{self.path}: no such data set on the hub, or not for you, and no such file ({reason})"
+                message = f"{self.path}: no such data set on the hub (or a private one), and no such file ({reason})"
             elif "BuilderConfig" in reason or "Config name" in reason:
                 asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
                 names = re.search(r"\[.*\]", str(error))
@@ -330,7 +333,7 @@ class HubSource(Source):
 
 
 def hub_failure(seconds: float) -> str | None:
-    """Return why the hub does not answer within so many seconds; None where it does."""
+    """Return why the Hub does not answer within this many seconds, or None if it does."""
     from huggingface_hub import constants, get_session
 
     failure = [f"no answer in {seconds} s"]

@@ -1,7 +1,8 @@
-"""Documents in splits. This is the one place that decides what is trained on and what is held out.
+"""Splits: which documents of files and Hub data sets are trained on, and which are held out.
 
-Data brings its own splits where folders, or else files, are named after them, by the words that `datasets` knows. Where
-it brings no validation split, a share of its documents is held out: what shares a prompt stands on one side.
+Data brings its own splits if folders, or else files, are named after them, by the words that `datasets` knows. If it
+brings no validation split, a fraction of its documents is held out; those with one prompt are all in the same split.
+The built-in data decides for itself, in train/data/stories.
 """
 
 import hashlib
@@ -25,14 +26,15 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# So many prompts are remembered, in some 15 MB; a hash decides about those that are first met later.
+# The number of distinct prompts that are remembered, in some 15 MB. The split of a prompt that is first met later
+# follows from its hash instead of its number, so that memory stays bounded.
 REMEMBERED = 100_000
 # This changes when other documents are held out than before, or other files make a split.
 SPLIT_RULE = 2
 
-# A key is what documents have in common that must not be on both sides of a split.
+# A key function returns what documents of different splits must not have in common, such as their prompt.
 Key = Callable[[Any], Sequence[str]]
-# A place says how far a share has been read; None is its beginning.
+# A place is the position to which one process has read its documents, JSON-able; None is the beginning.
 Place = dict[str, Any] | None
 # A stream opens rows: those of each file, or all of a data set.
 Stream = Callable[[], Iterable[Iterable[Row]]]
@@ -58,10 +60,11 @@ def hash_of(key: Sequence[str]) -> int:
 
 
 def is_held_out(number: int, share: float) -> bool:
-    """Return whether this number is held out: one of every round(1/share) in a row, at a place mixed from their block.
+    """Return whether the document of this number is held out.
 
-    The number alone decides, so that a stream of unknown length is split while it is read. The first block gives its
-    second, so that even two make a training and a validation split.
+    Numbers are grouped in blocks of round(1/share). One number of each block is held out, at a pseudo-random position,
+    a hash of the block's number. In block 0 it is always number 1, so that two documents are enough for both splits.
+    The number alone decides, so that a stream of unknown length can be split while it is read.
     """
     size = max(2, round(1 / share))
     block, place = divmod(number, size)
@@ -75,16 +78,16 @@ def require_split(split: str) -> None:
 
 
 def split_of_name(name: str) -> str | None:
-    """Return the split that a word in a name stands for: tiny_val-00001 is validation, mytrain is nothing."""
+    """Return the split that a word in a name means: tiny_val-00001 is validation, mytrain is none."""
     words = re.split(r"[-._ 0-9]+", name.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 def files_by_split(files: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], str]:
-    """Return the files of each split, "train" always among them, and what told them apart: "" where nothing did.
+    """Return the files of each split, "train" always among them, and the rule: "folder", "file", or "" without splits.
 
-    By the names of folders below `root` where any is named after a split, else by the names of files. What is named
-    after none is trained on; so is all of it where nothing would be left to train on.
+    The names of folders below `root` decide if they name a split and leave some files to train on; else the names of
+    files decide in the same way; else all files are trained on. A file that is named after no split is trained on.
     """
 
     def of_folders(file: Path) -> str | None:
@@ -103,10 +106,10 @@ def files_by_split(files: Sequence[Path], root: Path) -> tuple[dict[str, list[Pa
 class Source:
     """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
 
-    Documents are what `pick` makes of rows; those with one `key` are held out together, a share of `holdout` where the
-    data brings no validation split; `limit` is the number taken of each split that it brings.
-    In the latest pass `rows` counts those that were read, and `skipped` those that were left out, by reason, with where
-    the first of each stood. `held_out_by` says what decides which documents are held out.
+    `pick` makes documents of rows. If the data brings no validation split, the fraction `holdout` of the documents is
+    held out, those with one `key` together. At most `limit` documents are taken of each split that the data brings.
+    `rows` counts the rows read in the latest pass; `skipped` counts those left out, by reason, each with file and line
+    of the first. `held_out_by` says what decides which documents are held out.
     """
 
     name: str
@@ -128,11 +131,11 @@ class Source:
         raise NotImplementedError
 
     def identity(self) -> list[Any]:
-        """Return what else decides which documents come out. It needs no network, and names no place on a disk."""
+        """Return what else decides which documents come out. It needs no network, and contains no absolute path."""
         raise NotImplementedError
 
     def split_rule(self) -> str:
-        """Say what told the data's own splits apart, in words that end a sentence."""
+        """Say how the data's own splits were recognised, in words that end a sentence."""
         return ""
 
     def fingerprint(self) -> str:
@@ -155,9 +158,9 @@ class Source:
         return in_chunks(self.documents(split, start))
 
     def share(self, rank: int, count: int, place: Place, size: int) -> Iterator[tuple[Place, list[Any]]]:
-        """Yield chunks of one of `count` shares of the documents to train on, and the place before each.
+        """Yield the documents to train on of process `rank` of `count`, in chunks, and the place before each chunk.
 
-        Every document is in one share, held-out and skipped ones too. It begins at a place, which is JSON-able.
+        Every document, held-out and skipped ones too, belongs to one process. Reading begins at `place`.
         """
         read = place["read"] if place else 0
         documents = self.every(rank + read * count, count)
@@ -196,7 +199,8 @@ class Source:
         rule = "documents, equal ones on one side" if texts else "prompts, with all answers to them"
         own = f"the data's own validation split{self.split_rule()}"
         self.held_out_by = own if brings else f"{self._held_out_share()} of the {rule}"
-        if brings if split == "train" else split in streams:
+        # Without a validation split of its own, some of the training split is held out, so neither is read as it is.
+        if split in streams and (brings or split != "train"):
             return self._present(streams[split])
         if split == "test":
             raise InputError(f"{self.name} has no test split; it has train and validation")
@@ -206,7 +210,7 @@ class Source:
         return f"one in {max(2, round(1 / self.holdout))}"
 
     def _present(self, stream: Stream) -> Iterator[Any]:
-        """Yield the documents of a stream, which is read anew; what it skips is counted."""
+        """Yield the documents of a stream, from its beginning. Skipped rows are counted."""
         self.rows, self.skipped = 0, {}
         for document in islice(self.read(stream), self.limit):
             if isinstance(document, Skipped):
@@ -216,9 +220,9 @@ class Source:
                 yield document
 
     def _side(self, documents: Iterator[Any], held_out: bool) -> Iterator[Any]:
-        """Yield the documents that are held out, or the others. Equal keys stand on one side, in every pass the same.
+        """Yield the documents that are held out, or the others. Documents with one key are always on the same side.
 
-        A key that has been met before is known by its hash; the number of a new one decides.
+        Distinct keys are numbered in the order in which they are first met, and is_held_out decides by that number.
         """
         first = list(islice(documents, 1))
         for document in documents:

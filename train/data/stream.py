@@ -1,7 +1,7 @@
 """Batches of documents that are read and tokenized while they are trained on, with a cursor that resumes to the bit.
 
 Nothing is prepared, and nothing is shuffled: documents come in the order in which they are stored, again and again.
-Each process reads a share of its own, so the stream of batches follows from their number.
+Each process reads its own part of the documents, so the batches depend on the number of processes.
 """
 
 import hashlib
@@ -20,16 +20,20 @@ from train.data.rows import Skipped
 from train.data.shards import TokenShards
 from train.data.splits import Place, Source
 
-# So many documents are encoded in one call, and read again by a run that resumes among them.
+# The number of documents that are encoded in one call. A run that is resumed within them reads them again.
 CHUNK_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
 class StreamCursor:
-    """A place in a process's stream: a chunk of a pass over the data, what is used of it, and what came before."""
+    """The position of a process in its stream.
+
+    It is in document number `document` of a chunk, `offset` tokens of which are used already, in pass number `passes`
+    over the data; `batches` and `tokens` have been handed out so far.
+    """
 
     passes: int = 0
-    chunk: Place = None  # where the source's share stands before it
+    chunk: Place = None  # the source's place before the chunk
     document: int = 0
     offset: int = 0
     batches: int = 0
@@ -39,7 +43,7 @@ class StreamCursor:
 class StreamLoader(Loader):
     """Endless batches of a source, packed as PackedLoader does.
 
-    What `held_out` holds is left out. Raises InputError where batches do not divide among the processes.
+    Documents of `held_out` are left out. Raises InputError if the tokens of a batch do not divide among the processes.
     """
 
     def __init__(

@@ -16,15 +16,19 @@ import numpy as np
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
 
-# A worker is dealt so much text at a time. Below the second number, starting workers costs more than they save.
+# Characters of text per task of a worker; and those below which starting workers costs more time than they save.
 CHUNK_CHARACTERS = 1 << 20
 SMALL_CHARACTERS = 4 << 20
-# So many documents go into one call of the tokenizer: enough to be fast, few enough to say where it failed.
+# Documents in one call of the tokenizer: enough to be fast, and few enough to tell which document made it fail.
 GROUP = 16
 
 
 class Chunk(NamedTuple):
-    """Encoded documents: the tokens, each document's after an eod; and per document its tokens and bytes of text."""
+    """Encoded documents.
+
+    `tokens` are those of all documents, with an eod before each. `lengths` are the tokens of each document, its eod
+    included, and `sizes` its UTF-8 bytes.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -34,9 +38,10 @@ class Chunk(NamedTuple):
 def encode_documents(
     chunks: Iterable[Sequence[str]], tokenizer: Tokenizer, dtype: str, workers: int, first: int = 0
 ) -> Generator[Chunk, None, None]:
-    """Encode documents in order, by so many processes, or by this one alone where there is little to do.
+    """Encode documents in order, with this number of worker processes, or in this process if there is little to do.
 
-    Raises InputError with the number of the document, counted on from `first`, where encoding fails or a worker dies.
+    Raises InputError with the number of the document, counted from `first`, if encoding fails or a worker dies. To know
+    the document even then, each worker writes the number of the one that it begins into shared memory.
     """
     numbered = _numbered(chunks, first)
     head = list(islice(numbered, SMALL_CHARACTERS // CHUNK_CHARACTERS + 1))
@@ -45,7 +50,8 @@ def encode_documents(
         return
     # Workers are spawned, not forked: a fork of a process that runs torch's or CUDA's threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    # The document that each worker has come to, counted from 1; 0 while it is idle.
+    # In shared memory: the first document of the group that each worker encodes, counted from 1, or 0 while it is idle;
+    # and the number of workers that have started, which gives each worker its own index.
     positions, begun = spawn.RawArray("q", workers), spawn.Value("i", 0)
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, dtype, positions, begun))
     waiting: deque[Future[Chunk]] = deque()
@@ -57,19 +63,20 @@ def encode_documents(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        # The pool ends the other workers, and they take back their positions: what remains is the dead one's.
+        # The pool terminates the other workers, which set their own positions to 0 first (see _start_worker). The
+        # position that remains is that of the worker that died.
         pool.shutdown()
         where = " or ".join(f" at {_span(position - 1, GROUP)}" for position in positions if position)
         raise InputError(
-            f"a tokenizing process died{where}, perhaps for want of memory; run again with fewer workers: it goes on "
-            "from here"
+            f"a tokenizing process died{where}, perhaps because memory ran out; run again with fewer workers: it "
+            "continues from here"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def in_chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents as workers are dealt them."""
+    """Group documents into tasks for the workers."""
     chunk: list[str] = []
     size = 0
     for document in documents:
@@ -121,11 +128,12 @@ def _start_worker(tokenizer: Tokenizer, dtype: str, positions: Any, begun: Any) 
         own = begun.value
         begun.value += 1
     _worker.update(tokenizer=tokenizer, dtype=dtype, arrive=lambda number: positions.__setitem__(own, number + 1))
-    # Ctrl-C is the parent's to handle; and a killed parent takes its workers with it.
+    # The parent alone handles Ctrl-C. If the parent is killed, its workers end too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def end(*_: object) -> None:
+        # A worker that is told to end did not fail: its position must not be taken for that of the one that did.
         positions[own] = 0
         os._exit(1)
 

@@ -304,8 +304,8 @@ def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
             b'""\n""\n',
             r"a.jsonl has no text for the train split: 2 left out, empty \(first: .*a.jsonl, line 1\)",
         ),
-        ("a.jsonl", b'{"text": "good"}\n{"text": \n', r"a.jsonl, line 2: broken JSON .*; mend or delete the line"),
-        ("a.json", b'[\n{"text": "good"},\n}]', r"a.json, line 3: broken JSON .*; mend the file"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": \n', r"a.jsonl, line 2: broken JSON .*; fix or delete the line"),
+        ("a.json", b'[\n{"text": "good"},\n}]', r"a.json, line 3: broken JSON .*; fix the file"),
         ("a.jsonl", b'{"text": "good"}\n{"txt": "bad"}\n', r"a.jsonl, line 2: no column 'text'; there are txt: choose"),
         (
             "a.jsonl",

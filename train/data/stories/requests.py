@@ -40,7 +40,7 @@ FRESH = (0.5, 0.9)
 LEAST, ENOUGH, MOST = 10, 50, 260
 BRIEF_ENOUGH, BRIEF_TOO_LONG = (8, 20), (50, 70)
 ENDS = (".", "!", "?", '."', '!"', '?"')
-ENDING_WORDS = 40  # so many last words tell the mood
+ENDING_WORDS = 40  # the number of last words that tell the mood
 
 
 @dataclass(frozen=True)
