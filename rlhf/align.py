@@ -53,8 +53,9 @@ def alignment_recipe(
 ) -> Recipe:
     """Return the recipe that aligns a chat run: AdamW at a rate that falls to 0, over `rounds` or an epoch of pairs.
 
-    `batch` counts answers, or rows of the context that pairs fill. Raises InputError where the run is no chat model, or
-    `data` names nothing.
+    `batch` is the number of answers in a step of PPO or GRPO; of DPO and IPO it is the number of sequences, each as
+    long as the context, which packed pairs fill. Raises InputError if the run is no chat model, or if `data` names
+    nothing.
     """
     recipe = feedback_recipe(base, checkpoint, data, RATES[alignment.method] if rate is None else rate)
     loop = dataclasses.replace(recipe.loop, batch=batch, micro_batch=None, compile=False)
@@ -67,7 +68,8 @@ def alignment_recipe(
         round_steps = max(1, alignment.answers * alignment.passes // batch)
         budget = BudgetConfig(steps=rounds * round_steps)
         schedule = ScheduleConfig(shape="wsd", warmup=0.0, decay=1.0)
-        # Every round leaves a checkpoint, and only the next round shows whether it is good: at least two are kept.
+        # A checkpoint is saved after each round. Only the KL of the next round shows whether it is good, so the one
+        # before it must still be there: at least two are kept.
         every, keep = round_steps * max(1, rounds // 10), max(2, loop.keep)
         loop = dataclasses.replace(loop, log_every=1, save_every=round_steps, evaluate_every=every, keep=keep)
     return dataclasses.replace(recipe, alignment=alignment, budget=budget, schedule=schedule, loop=loop)
@@ -80,6 +82,8 @@ def align(
 
     Raises KLAlarmError, a TrainingError, where the policy leaves the reference behind; its last good checkpoint stays.
     """
+    # The setting is true, false, or None, which lets the loop decide by memory. A policy that draws answers cannot be
+    # sharded: true is refused, and None becomes false.
     if recipe.loop.shard:
         raise InputError("a policy that answers is whole on each process: it cannot be aligned with loop.shard=true")
     recipe = override(recipe, "loop.shard", False)
@@ -103,6 +107,8 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
         )
     source = open_prompts(recipe.data)
     console.say(source.describe())
+    # A round has answers * passes / batch steps, so this is the number of rounds, rounded up. Each of them needs new
+    # prompts, and GRPO draws `group` answers to each prompt. More prompts need not be read.
     rounds = -(-(recipe.budget.steps or 1) * recipe.loop.batch // (config.answers * config.passes))
     asked = rounds * config.answers // (config.group if config.method == "grpo" else 1)
     train, held_out = (
@@ -119,6 +125,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
     monitor = PolicyMonitor(recipe, reference, prompts, rewards, tokenizer, console.say)
 
     def begin(config: ModelConfig) -> GPT:
+        """Make the model that is trained, and let the loader draw answers from that same model."""
         rollouts.policy = GPT(config)
         return rollouts.policy
 
@@ -152,7 +159,7 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
 
 
 def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) -> Stage:
-    """Prepare the stage of DPO or IPO: pairs of answers, and what the reference makes of them."""
+    """Prepare the stage of DPO or IPO: pairs of answers, and a loss that compares the policy with the reference."""
     base, tokenizer = load_base(recipe, run), Tokenizer.load(run.tokenizer)
     train, validation, batches = read_pairs(recipe, tokenizer, runtime, console)
     reference = load_reference(recipe, runtime)
@@ -178,9 +185,10 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
 
 
 def prompts_to_measure(recipe: Recipe, tokenizer: Tokenizer, held_out: Pairs) -> Sequence[Prompt]:
-    """Return held-out requests for stories where the base was finetuned on such, else the prompts of held-out pairs.
+    """Return the held-out prompts on which the policy is evaluated.
 
-    The program can score answers to the former, and its score tells more than a likelihood.
+    If the base was finetuned on requests for stories, these are such requests: the program itself can score the
+    answers, and its score says more than a likelihood. Else they are the prompts of the held-out pairs.
     """
     data = prompts_of(Run(Path(str(recipe.base))).read_recipe())
     source = open_conversations(data) if data else None

@@ -122,7 +122,7 @@ class DPO:
         return self._loss(policy, batch, self.metrics)
 
     def evaluate(self, held_out: Pairs, policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
-        """Measure the loss, and what goes with it, on the first pairs that hold so many tokens."""
+        """Return the loss and its metrics on the first held-out pairs, about `tokens` tokens of them."""
         metrics, read = RunningMetrics(), 0
         with inference(policy):
             for packed in batches_in_order(held_out, 2 * policy.config.context, tokens, tokens_per_batch):

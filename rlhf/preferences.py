@@ -5,7 +5,7 @@ chosen and rejected   texts beside a prompt: a text or turns in instruction, pro
                       texts with "\\n\\nHuman:" and "\\n\\nAssistant:", as in hh-rlhf
 gold                  where there is one: true where the chosen answer is truly the better one, false, or null
 
-What train.data.formats heeds or refuses beside a question, it does here as well.
+The other columns that train.data.formats supports or refuses beside a question are supported or refused here, too.
 """
 
 import dataclasses
@@ -268,7 +268,7 @@ class Pairs(Encoded):
         return ids[: len(ids) - ids[::-1].index(begin)]
 
     def amounts(self, held_out: "Pairs") -> Amounts:
-        """Say how many pairs there are, and how many of them so many steps learn."""
+        """Say how many pairs there are, and how many of them are learnt in a number of steps."""
         return Amounts(
             f"{len(self):,} pairs to train on, {len(held_out):,} pairs to validate",
             lambda steps, epochs: f"about {epochs * len(self):,.0f} pairs, {epochs:.2f} epochs",

@@ -58,7 +58,7 @@ class Prompts(Encoded):
         return [self[number] for number in range(min(count, len(self)))]
 
     def deal(self, first: int, count: int, seed: int) -> list[Prompt]:
-        """Return the prompts at these positions of an endless shuffled order, in which an epoch deals each once."""
+        """Return the prompts at these positions of an endless shuffled order, with every prompt once in each epoch."""
         dealt = []
         for position in range(first, first + count):
             epoch, within = divmod(position, len(self))

@@ -158,8 +158,8 @@ class ImplicitRewardModel(RewardModel):
     """A language model as a reward model: beta times the log of how much likelier it finds an answer than the base.
 
     Rafailov et al., arXiv:2305.18290, section 5: every language model is one. Where a model is small and comparisons
-    are few, it tells far more of them right than a head on the last hidden state: what was asked for is heeded at every
-    token already, and need not first be gathered at the end.
+    are few, it orders far more of them correctly than a head on the last hidden state: each token is already judged by
+    what was asked for, which need not first be gathered in the last state.
     """
 
     def __init__(self, config: ModelConfig, reference: GPT, assistant: int, beta: float) -> None:

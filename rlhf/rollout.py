@@ -134,7 +134,7 @@ def map_rollout(
 
 
 def split_by_tokens(sizes: Sequence[int], tokens_per_pass: int) -> Iterator[range]:
-    """Yield the numbers of sequences in order, as many at a time as hold so many tokens (at least one sequence)."""
+    """Yield the numbers of sequences in order, in groups of at most this many tokens (or a single longer sequence)."""
     first = held = 0
     for number, size in enumerate(sizes):
         if held and held + size > tokens_per_pass:

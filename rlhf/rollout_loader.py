@@ -28,15 +28,16 @@ from train.data.loader import IGNORE_INDEX, Batch
 from train.stage import TrainingError
 from train.tracking import RunningMetrics
 
-# The sum of k1 over an answer may be negative by chance, its mean over many answers hardly.
+# k1 is a noisy estimate of the KL: for one answer it may be negative, but its mean over a round is near 0 or above. A
+# mean below this value means that something is wrong.
 LEAST_KL = -1.0
-# How far the sampler's log-probabilities may be from the trainer's in fp32: on average, and anywhere.
+# The largest differences allowed between log-probabilities of sampler and trainer in fp32: mean and maximum.
 TOLERANCE = 1e-5
 WORST = 1e-4
 
 
 class KLAlarmError(TrainingError):
-    """The policy has left the reference behind. Up to step `good` it had not."""
+    """The KL of the policy to the reference is out of bounds. Up to step `good` it was within them."""
 
     def __init__(self, message: str, good: int) -> None:
         super().__init__(message)
@@ -45,10 +46,11 @@ class KLAlarmError(TrainingError):
 
 @dataclass(frozen=True)
 class ScoredRollout(Rollout):
-    """A rollout, its scores, and what models make of each token of the answers: fp32 [tokens] each, on the CPU.
+    """A rollout with its scores, and with outputs of the models for each token of the answers.
 
-    `old` and `reference` are log-probabilities of the policy and of the reference, `values` what the critic expects.
-    `error` is how far the sampler's log-probability was from the trainer's. Each reward has one score an answer.
+    `old` and `reference` are log-probabilities of the policy and of the reference, `entropy` is that of the policy's
+    distribution, `values` are the critic's estimates, and `error` is the difference between the log-probabilities of
+    sampler and trainer: fp32 [tokens] each, on the CPU. `scores` holds, for each reward, one score per answer.
     """
 
     old: Tensor
@@ -74,10 +76,10 @@ def _join(values: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class RolloutBatch(Batch):
-    """Packed prompts and answers, and for each target, in their order, fp32 [targets] each.
+    """Packed prompts and answers, with five numbers for each target, in the order of the targets: fp32 [targets] each.
 
-    These are log-probabilities of the policy that drew it and of the reference, its advantage, and what PPO's critic
-    expected and should have expected.
+    `old` is its log-probability under the policy that drew it, `reference` that under the reference; then there are its
+    advantage, the value that PPO's critic predicted, and the return that it should have predicted.
     """
 
     old: Tensor
@@ -108,7 +110,7 @@ class RolloutBatch(Batch):
 
 
 class Method:
-    """A method is what PPO and GRPO do differently: how scores become advantages, and the loss."""
+    """The base class of PPO and GRPO, which turn scores into advantages and compute the loss in their own ways."""
 
     # The model that is trained beside the policy, where there is one.
     critic: RewardModel | None = None
@@ -118,7 +120,7 @@ class Method:
         self.group = 1  # answers to each prompt
 
     def values(self, rollout: Rollout) -> Tensor:
-        """Return what is expected before each token of the answers. fp32 [tokens], on the CPU."""
+        """Return the critic's estimate before each token of the answers, 0 without one. fp32 [tokens], on the CPU."""
         return torch.zeros(len(rollout.sampled))
 
     def advantages(self, rollout: ScoredRollout, beta: float) -> Advantages:
@@ -140,11 +142,11 @@ class Method:
 class RolloutLoader:
     """The batches of a policy that learns from its own answers (train.data.loader.Batches), `micro` answers at a time.
 
-    A round: the policy as it is draws answers, they are scored, and all of them are handed out `passes` times, each
+    In a round the current policy draws answers, they are scored, and all of them are handed out `passes` times, each
     time in another order. Then the next round begins.
 
-    Each of many processes draws its part of the answers, and learns its part of each batch. What lies between, such as
-    whitened advantages, they all compute from all answers.
+    Each process draws its own part of the answers, and trains on its own part of each batch. The steps in between, such
+    as whitening the advantages, are computed by every process from all answers.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class RolloutLoader:
         self.recipe, self.config, self.prompts = recipe, recipe.alignment, prompts
         self.reference, self.rewards, self.method, self.ends = reference, rewards, method, ends
         self.processes = processes
-        self.policy = reference  # until there is one
+        self.policy = reference  # a placeholder: rlhf/align.py sets the policy as soon as the model is made
         self.micro = recipe.loop.micro_batch or recipe.loop.batch
         if self.config.answers % recipe.loop.batch:
             raise InputError(
@@ -211,7 +213,8 @@ class RolloutLoader:
         first = self.rounds * self.prompts_per_round
         prompts = self.prompts.deal(first, self.prompts_per_round, self.recipe.loop.seed)
         prompts = [prompt for prompt in prompts for _ in range(self.method.group)]
-        # It comes from the generator of the main process, which checkpoints hold.
+        # The main process draws the seed from its random generator. Checkpoints hold the state of that generator, so a
+        # resumed run draws the same answers.
         seed = self.processes.collect(int(torch.randint(2**62, ())))[0]
         rollout = ScoredRollout.join(self.processes.collect(self._draw(prompts, seed)))
         kl = answer_kl(k1(rollout.old, rollout.reference), rollout.mask)
@@ -232,6 +235,7 @@ class RolloutLoader:
         self._check(kl, rollout.error)
         advantages, returns = self.method.advantages(rollout, self.beta)
         if self.rounds < self.config.critic_rounds:
+            # Only the critic learns in these rounds: without advantages the policy gets no gradient.
             advantages = torch.zeros_like(advantages)
         if self.config.kl_target is not None:
             self.beta = adapted_beta(self.beta, kl, self.config.kl_target, len(prompts))
@@ -257,6 +261,7 @@ class RolloutLoader:
         )
         old, entropy = rollout_log_probs(self.policy, rollout, config.temperature, tokens)
         reference, _ = rollout_log_probs(self.reference, rollout, config.temperature, tokens)
+        # The sampler reports log-probabilities at temperature 1, so those of the trainer are compared at 1 as well.
         at_1 = old if config.temperature == 1 else rollout_log_probs(self.policy, rollout, 1.0, tokens)[0]
         return ScoredRollout(
             **vars(rollout),
@@ -269,9 +274,9 @@ class RolloutLoader:
         )
 
     def _check(self, kl: float, error: Tensor) -> None:
-        """Raise TrainingError where sampler and trainer disagree, KLAlarmError where the policy has run away."""
+        """Raise TrainingError if sampler and trainer disagree, KLAlarmError if the KL is outside its bounds."""
         mean, worst = float(error.mean()), float(error.max())
-        # Coarser formats round the cached keys and values as well.
+        # They are compared in fp32 only: in bf16 and fp16 the KV cache is rounded, so the sampler rightly differs.
         if self.recipe.precision == "fp32" and not (mean <= TOLERANCE and worst <= WORST):
             raise TrainingError(
                 f"sampler and trainer disagree by {mean:.1e} nats a token, {worst:.1e} at most; expected {TOLERANCE:g} "
@@ -286,7 +291,7 @@ class RolloutLoader:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the cursor, JSON-able; in the middle of a round with all that it has yet to hand out."""
+        """Return the state, JSON-able. Within a round it includes the answers that have yet to be handed out."""
         held = {}
         if self.held is not None and self.order:
             held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
@@ -294,11 +299,11 @@ class RolloutLoader:
         return {**counted, "order": self.order, "held": held, "prompts": self.prompts.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises InputError where the state belongs to other prompts."""
+        """Continue from that state. Raises InputError if it belongs to other prompts."""
         if state["prompts"] != self.prompts.fingerprint:
             raise InputError("this run cannot be resumed with other prompts; start a new run")
         self.rounds, self.beta, self.order = state["rounds"], state["beta"], state["order"]
-        # Older checkpoints have not counted: such a run counts from there.
+        # Older checkpoints have no count of tokens. Such a run counts from its resume on.
         self.tokens = state.get("tokens", 0)
         dtypes = {"tokens": torch.int64, "targets": torch.int64, "cu_seqlens": torch.int32}
         held = {name: torch.tensor(each, dtype=dtypes.get(name)) for name, each in state["held"].items()}
