@@ -128,7 +128,7 @@ def measured(
     found = in_turn({name: partial(outcome, timed, case, name, direction, runtime) for name in right}, rounds)
     for name in right:
         if "reason" not in found[name]:
-            # Where there are no entries of "checks" the error stands beside the times.
+            # Without entries of "checks" the error is beside the times.
             found[name] = ({} if case.checked else verdicts[name]) | found[name] | case.finish(name)
     return verdicts | found
 

@@ -78,7 +78,7 @@ FUSED = {
 
 @contextmanager
 def flex(device: torch.device, *case: Any, causal: int = 0, grouped: bool = False) -> Iterator[Function]:
-    """Yield flex attention, with a causal mask for so many queries and keys, if any."""
+    """Yield flex attention, with a causal mask for this many queries and keys, if any."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = None

@@ -33,7 +33,7 @@ PROMPTS = (
     "There was a brave rabbit who",
 )
 MAX_TOKENS = (32, 128)
-# Every so many streams one is asked for again, alone, when the load is over.
+# One in this many streams is requested again, alone, when the load is over.
 SAMPLE_EVERY = 16
 SAMPLES = 32
 
@@ -114,7 +114,7 @@ async def follow(port: int, body: dict[str, Any]) -> Stream:
 
 
 async def load(port: int, clients: int, seconds: float, numbers: Iterator[int]) -> list[Stream]:
-    """Have so many clients ask, each again as soon as it has its answer, until the time is over."""
+    """Let this many clients ask, each again as soon as it has its answer, until the time is over."""
     end, streams = time.perf_counter() + seconds, []
 
     async def client() -> None:

@@ -155,7 +155,7 @@ def profile(step: Step) -> list[Figures]:
 
 
 def train_plain(recipe: Recipe, data: str, runtime: Runtime, *, seconds: float, rate: float = 1e-3) -> Figures:
-    """Train the peer on prepared data for so long, with warm-up and cosine as ours, and evaluate it as ours."""
+    """Train the peer on prepared data for this long, with warm-up and cosine as ours, and evaluate it as ours."""
     tokenizer = Tokenizer.load(data)
     shards = {split: TokenShards(data, split, tokenizer.fingerprint) for split in ("train", "validation")}
     model_config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)

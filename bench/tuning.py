@@ -24,7 +24,7 @@ from kernels.tiles import Tile
 
 DIRECTION = {"forward": "forward", "keys": "backward", "queries": "backward"}
 LENGTH, BATCH = 4096, 4
-# One candidate may take so long, the start of its process included. A kernel that takes longer is of no use.
+# The seconds that one candidate may take, the start of its process included. A slower kernel is of no use.
 COMPILE_SECONDS, TIMING_SECONDS = 90, 30
 # The server imports torch once and never touches the GPU: its children start in no time.
 PROCESSES = multiprocessing.get_context("forkserver")

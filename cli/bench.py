@@ -20,7 +20,7 @@ class DecodeOptions(BenchOptions):
 
 def bench_train(
     preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
-    batch: Annotated[int | None, Option(min=1, help="Rows of one context each.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Sequences in a step, each as long as the context.")] = None,
     context: Annotated[int | None, Option(min=1, help="Instead of the preset's.")] = None,
     rounds: Annotated[int, Option(min=1, help="Steps to take the median of.")] = 10,
     compile: Annotated[bool, Option("--compile", help="Also time torch.compile.")] = False,
@@ -54,7 +54,7 @@ def bench_train(
 def bench_quality(
     data: Annotated[str, Argument(help="A folder made by `gpt data prepare`.")],
     minutes: Annotated[float, Option(help="How long the plain trainer runs.")] = 2.75,
-    batch: Annotated[int, Option(min=1, help="Rows of one context each.")] = 16,
+    batch: Annotated[int, Option(min=1, help="Sequences in a step, each as long as the context.")] = 16,
     rate: Annotated[float, Option(help="Its learning rate.")] = 1e-3,
     device: Device = "auto",
 ) -> None:
@@ -81,7 +81,7 @@ def bench_decode(
     preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
     batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
     only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
-    rounds: Annotated[int, Option(min=1, help="The median of so many.")] = 5,
+    rounds: Annotated[int, Option(min=1, help="The median of this many.")] = 5,
     *,
     on: DecodeOptions,
 ) -> None:

@@ -117,7 +117,7 @@ def memory() -> Iterator[Finding]:
 
 
 def fitting(room: int, *, gpu: bool = True) -> str:
-    """Say which presets train in so many bytes with a whole batch at once, and which in several passes."""
+    """Say which presets train in this many bytes with a whole batch at once, and which in several passes."""
 
     def fits(name: str, rows: int) -> bool:
         recipe = PRESETS[name]

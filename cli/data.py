@@ -27,8 +27,8 @@ def prepare_data(
     tokenizer: Annotated[Path | None, typer.Option(help="A file, a run or prepared data; else one is trained.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of a tokenizer that is trained.")] = 28_000,
     column: Column = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
-    max_tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="At most so many, such as 1e9.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="At most this many documents.")] = None,
+    max_tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="At most this many, such as 1e9.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")] = None,
 ) -> None:
     """Tokenize a data set into files that training maps into memory. Interrupted, the same command goes on.

@@ -18,7 +18,7 @@ BRIEF = "stories-instruct:brief"
 def demo(
     out: Annotated[Path, Option(help="Folder of the runs and of their report.")] = Path("runs/demo"),
     short: Annotated[bool, Option("--short", help="Two thirds of the time, and less to see.")] = False,
-    seeds: Annotated[int, Option(min=1, help="Do it all so many times over; the report says how much varies.")] = 1,
+    seeds: Annotated[int, Option(min=1, help="Do it all this many times; the report says how much varies.")] = 1,
     seed: Annotated[int, Option(min=0, help="The seed, or the first of --seeds.")] = 0,
     control: Annotated[
         bool, Option("--control", help="Also PPO without a price on KL, which takes long: is the true score lost?")

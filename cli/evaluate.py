@@ -38,7 +38,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, Option(help="validation, test or train.")] = "validation",
     tokens: Annotated[
-        int | None, Option(min=1, help="Read so many tokens; else as many as at the end of training.")
+        int | None, Option(min=1, help="Read this many tokens; else as many as at the end of training.")
     ] = None,
     reward: Annotated[Path | None, Option(help="The run of a reward model: how does it like the answers?")] = None,
     against: Annotated[Path | None, Option(help="Another run: which of the two completes them better?")] = None,

@@ -15,7 +15,7 @@ PRELOADED = ["cli.main", "train.pretrain", "torch.distributed.checkpoint"]
 
 
 def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
-    """Run this process's own command in so many workers on this machine, and on others. Returns the exit code."""
+    """Run this process's own command in this many workers on this machine, and on others. Return the exit code."""
     import multiprocessing
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -40,7 +40,7 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
         run_id="gpt",
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
-        # Once there are enough machines, more may come for so many seconds. Later ones make all start again.
+        # Once there are enough machines, more may join for this many seconds. If one joins later, all start again.
         rdzv_configs={"last_call_timeout": 5},
         local_addr=None if most > 1 else "localhost",
         max_restarts=RESTARTS,

@@ -108,14 +108,15 @@ def options(
 
 
 def protect_children() -> None:
-    """Keep child processes from importing what stands in the working directory, such as a train.py of somebody's own.
+    """Keep child processes from importing files of the working directory, such as a train.py of the user.
 
-    They find this project as this process does: where it is not installed, through PYTHONPATH.
+    They find this project as this process does: if it is not installed, through PYTHONPATH.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     root = str(Path(__file__).resolve().parents[1])
-    # The first entry is the working directory or the folder of the script, unless Python was told to be safe already.
-    if root not in sys.path[not sys.flags.safe_path :]:
+    # The first entry is the working directory or the folder of the script, unless safe_path left it out already.
+    kept = sys.path if sys.flags.safe_path else sys.path[1:]
+    if root not in kept:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 

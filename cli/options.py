@@ -1,8 +1,8 @@
 """Every option that commands share: what it means, and which setting of a recipe it sets, is declared here once.
 
-In an annotation, beside Typer's option, stand the setting's dotted name where there is one, and ON_RESUME where a run
-that goes on may be told another value. A command takes groups of options, which are dataclasses; `grouped` shows their
-fields to Typer as if they were parameters of the command.
+Besides Typer's Option, an annotation may hold two more things: the dotted name of the recipe's setting, such as
+"loop.seed", and ON_RESUME, if the option may be given together with --resume. A command takes groups of options, which
+are dataclasses; `grouped` shows their fields to Typer as if they were parameters of the command.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is bf16 w
 FAST = "auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones."
 GenerationPrecision = Annotated[str, Option("--precision", help=FAST)]
 CheckpointName = Annotated[str, Option("--checkpoint", help="latest, best, or a step.")]
-MaxTokens = Annotated[int | None, Option(min=1, help="At most so many tokens; else up to the context.")]
+MaxTokens = Annotated[int | None, Option(min=1, help="At most this many tokens; else up to the context.")]
 Temperature = Annotated[float, Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, Option(help="Choose among the likeliest tokens that hold this share.")]
 Column = Annotated[str | None, Option(help="The column of the text, if not the obvious one."), "data.column"]
 PromptColumn = Annotated[str | None, Option(help="The column of the requests."), "data.prompt_column"]
-Batch = Annotated[int | None, Option(help="Rows of one context in a step."), "loop.batch"]
-Tokens = Annotated[float | None, Option(help="Train on so many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
+Batch = Annotated[int | None, Option(help="Sequences in a step, each as long as the context."), "loop.batch"]
+Tokens = Annotated[float | None, Option(help="Train on this many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
 Setting = Annotated[list[str] | None, Option("--set", help="Any of gpt settings, as model.blocks=6. Repeatable.")]
 WandB = Annotated[bool, Option("--wandb", help="Also record to Weights & Biases, offline without a login."), ON_RESUME]
 
@@ -56,7 +56,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BenchOptions(Machine):
-    """These options say on what is timed, and where the figures go."""
+    """These options say on which machine a benchmark runs, and where its results are written."""
 
     device: Device = "auto"
     precision: Precision = "auto"
@@ -65,14 +65,14 @@ class BenchOptions(Machine):
 
 @dataclass(frozen=True)
 class ModelOptions(Machine):
-    """These options say which checkpoint of a run writes texts, and on what."""
+    """These options say which checkpoint of a run generates text, and on which machine."""
 
     device: Device = "auto"
     precision: GenerationPrecision = "auto"
     checkpoint: CheckpointName = "latest"
 
     def load(self, run: "Run") -> "tuple[GPT, Tokenizer]":
-        """Load the model of a run; what is wrong with its newest checkpoints is said on standard error."""
+        """Load the model of a run. A damaged newest checkpoint is reported on standard error."""
         return run.load_model(self.choose(), self.checkpoint, notice)
 
 
@@ -106,17 +106,17 @@ class PreferenceColumns:
 
 @dataclass(frozen=True)
 class Length:
-    """These options say how long to train: at most one of them is given."""
+    """These options say how long to train. At most one of them may be given."""
 
-    steps: Annotated[int | None, Option(help="Train for so many steps."), "budget.steps", ON_RESUME] = None
+    steps: Annotated[int | None, Option(help="Train for this many steps."), "budget.steps", ON_RESUME] = None
     tokens: Tokens = None
-    epochs: Annotated[float | None, Option(help="Read the data so many times."), "budget.epochs", ON_RESUME] = None
-    minutes: Annotated[float | None, Option(help="Train for so long, all in all."), "budget.minutes", ON_RESUME] = None
+    epochs: Annotated[float | None, Option(help="Read the data this many times."), "budget.epochs", ON_RESUME] = None
+    minutes: Annotated[float | None, Option(help="Train for this long in total."), "budget.minutes", ON_RESUME] = None
 
 
 @dataclass(frozen=True)
 class Sharding:
-    shard: Annotated[bool, Option("--shard", help="Each GPU holds a share of it."), "loop.shard", ON_RESUME] = False
+    shard: Annotated[bool, Option("--shard", help="Split the model over GPUs (FSDP)."), "loop.shard", ON_RESUME] = False
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,17 @@ class TrainingOptions(Machine):
     data: Annotated[str | None, Option(help="What to learn from.")] = None
     seed: Annotated[int | None, Option(help="Seed of all that is drawn at random."), "loop.seed"] = None
     setting: Setting = None
-    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint."), ON_RESUME] = False
+    resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint."), ON_RESUME] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder first.")] = False
     wandb: WandB = False
-    gpus: Annotated[int | None, Option(min=1, help="Train on so many GPUs, or CPU processes."), ON_RESUME] = None
+    gpus: Annotated[int | None, Option(min=1, help="Train on this many GPUs, or CPU processes."), ON_RESUME] = None
     nodes: Annotated[str | None, Option(help="Machines, or MIN:MAX that may come and go."), ON_RESUME] = None
     rendezvous: Annotated[str | None, Option(help="Where machines meet: the same HOST:PORT."), ON_RESUME] = None
 
 
 @dataclass(frozen=True)
 class DerivedOptions(TrainingOptions):
-    """Those commands take these whose run begins with the weights of another."""
+    """These options belong to commands that start from the weights of another run: finetune, reward and rlhf."""
 
     checkpoint: CheckpointName = "latest"
 
@@ -148,7 +148,7 @@ def folder(default: str) -> Any:
 
 
 def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Yield the values of a group that differ from their defaults, and what stands beside Typer's option."""
+    """Yield the value of each option that differs from its default, with the metadata of its annotation."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -162,14 +162,19 @@ def given_settings(options: Any) -> dict[str, Any]:
 
 
 def refuse_changes(options: Any) -> None:
-    """Raise InputError where an option is given that a run which goes on cannot be told anew."""
+    """Raise InputError if an option is given that may not be changed with --resume."""
     if any(ON_RESUME not in marks for _, marks in given(options)):
-        but = "; only --steps, --tokens, --epochs or --minutes may change" if isinstance(options, Length) else ""
-        raise InputError(f"--resume goes on with the run's own recipe{but}")
+        but = "; its length may change: --steps, --tokens, --epochs or --minutes" if isinstance(options, Length) else ""
+        raise InputError(f"--resume continues with the run's own recipe, which other options would change{but}")
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see the fields of each group that a command takes, a class's own before those that it inherits."""
+    """Return a command whose parameters are the fields of the groups that the given one takes.
+
+    Typer reads the options of a command from its signature and its annotations, so both are made here. The help lists
+    a class's own fields before those that it inherits: so they are collected in the order of the classes, while
+    dataclasses.fields would begin with the inherited ones.
+    """
     keyword, parameters, groups = inspect.Parameter.KEYWORD_ONLY, {}, {}
     for name, parameter in inspect.signature(command).parameters.items():
         kind = parameter.annotation
@@ -194,7 +199,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def integers(option: str, text: str) -> list[int]:
-    """Return the numbers of an option that takes several, with commas between. Raises InputError."""
+    """Return the numbers of an option that takes several, separated by commas. Raises InputError."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:

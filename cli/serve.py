@@ -12,7 +12,7 @@ from typer import Option
 from cli.options import ModelOptions, RunArgument
 from engine.errors import InputError
 
-# What is under way when the server is told to end may take so long; containers are killed after 30 seconds.
+# The seconds that running requests may take when the server is told to end; containers are killed after 30 seconds.
 GRACE_SECONDS = 25
 LOOPBACK = "127.0.0.1"
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 PRESET = "nano (1.8M parameters), tiny (24M) or large (360M)."
 TEXT = "stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
 CONVERSATIONS = (
-    "Conversations: stories-instruct (unless told else), stories-instruct:brief, dolly, alpaca, oasst1, smoltalk, "
+    "Conversations: stories-instruct (by default), stories-instruct:brief, dolly, alpaca, oasst1, smoltalk, "
     "smol-smoltalk, ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or documents, as for gpt "
     "train."
 )
 PREFERENCES = (
-    "Preferences: stories-preferences (unless told else), hh-rlhf, ultrafeedback_binarized, a Hub data set owner/name "
+    "Preferences: stories-preferences (by default), hh-rlhf, ultrafeedback_binarized, a Hub data set owner/name "
     "or a file, such as `gpt rlhf pairs` writes: columns chosen and rejected, and prompt where these do not hold it."
 )
 
@@ -95,7 +95,7 @@ class FinetuneOptions(options.ConversationColumns, options.Length, options.Shard
 
 
 def finetune(run: RunArgument, asked: FinetuneOptions) -> None:
-    """Finetune a run: to a chat model with conversations, or to other text with documents. One epoch unless told else.
+    """Finetune a run: to a chat model with conversations, or to other text with documents. One epoch by default.
 
     Example: gpt finetune runs/nano
 
@@ -124,7 +124,7 @@ class RewardOptions(options.PreferenceColumns, options.Length, options.Sharding,
 
 
 def reward(run: RunArgument, asked: RewardOptions) -> None:
-    """Train a reward model, which scores answers as people would, from a chat model. One epoch unless told else.
+    """Train a reward model, which scores answers as people would, from a chat model. One epoch by default.
 
     Example: gpt reward runs/nano-chat
 
@@ -202,7 +202,7 @@ class DPOOptions(options.PreferenceColumns, options.Length, AlignmentOptions):
 
 
 def dpo(run: RunArgument, asked: DPOOptions) -> None:
-    """Direct preference optimisation: from pairs of answers, without a reward model. One epoch unless told else.
+    """Direct preference optimisation: from pairs of answers, without a reward model. One epoch by default.
 
     Example: gpt rlhf dpo runs/nano-chat --data runs/nano-chat/pairs.jsonl
 

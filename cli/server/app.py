@@ -31,7 +31,7 @@ from engine.tokenizer import Tokenizer
 PAGE = Path(__file__).parent / "page"
 BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
-# A slow reader has so much time beyond the model's; then the connection is cut.
+# The seconds that a slow reader has beyond the model's time; then the connection is cut.
 READER_SECONDS = 60.0
 HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
