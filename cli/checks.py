@@ -10,7 +10,7 @@ import torch
 
 from cli import installed
 from engine.config import PRESETS
-from engine.memory import GIB, Setup, peak_memory, step_memory
+from engine.planning import GIB, Setup, peak_memory, step_memory
 
 HUB_SECONDS = 2.0
 # Below this not even a tokenizer can be written.

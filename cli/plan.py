@@ -13,7 +13,7 @@ from engine.errors import InputError
 
 if TYPE_CHECKING:
     from engine.config import Recipe
-    from engine.memory import Machine, Plan, Rate
+    from engine.planning import Machine, Plan, Rate
 
 
 def plan(
@@ -34,8 +34,7 @@ def plan(
 
     Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
     """
-    from engine import config
-    from engine import memory as planning
+    from engine import config, planning
 
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
@@ -64,7 +63,7 @@ def plan(
 
 def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate, str]":
     """Return the machine, how fast it trains this model, and in which precision."""
-    from engine import memory as planning
+    from engine import planning
 
     if gpu != "cpu":
         precision = "bf16" if recipe.precision == "auto" else recipe.precision
@@ -83,7 +82,7 @@ def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate,
 
 
 def _print_memory(found: "Plan", machine: "Machine") -> None:
-    from engine.memory import GIB, RESERVED, peak_memory, step_memory, total
+    from engine.planning import GIB, RESERVED, peak_memory, step_memory, total
 
     moments, rows = step_memory(found.setup), []
     for part in dict.fromkeys(part for parts in moments.values() for part in parts):
@@ -101,7 +100,7 @@ def _print_memory(found: "Plan", machine: "Machine") -> None:
 def _print_speed(
     found: "Plan", recipe: "Recipe", machine: "Machine", rate: "Rate", gpus: int, price: float | None
 ) -> None:
-    from engine.memory import LINK_EFFICIENCY
+    from engine.planning import LINK_EFFICIENCY
 
     step, tokens = found.step_seconds, recipe.tokens_per_step
     print(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.config import Recipe
 from engine.errors import InputError
-from engine.memory import GIB, RESERVED, Setup, peak_memory
+from engine.planning import GIB, RESERVED, Setup, peak_memory
 from engine.processes import Processes
 from engine.runtime import Runtime
 

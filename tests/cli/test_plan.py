@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import Recipe, override, preset
-from engine.memory import MACHINES, Rate, assumed_rate, measured_rate, muon_flops, plan, ring_seconds
+from engine.planning import MACHINES, Rate, assumed_rate, measured_rate, muon_flops, plan, ring_seconds
 from tests.cli.conftest import Gpt
 
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.config import ModelConfig, OptimizerConfig, preset
-from engine.memory import Setup, peak_memory, step_memory
 from engine.model import GPT
+from engine.planning import Setup, peak_memory, step_memory
 from tests.engine.memory import Step, packed, peak_bytes
 from train.optimizer import Optimizer
 from train.parallel import Objective, replicate, shard

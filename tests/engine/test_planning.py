@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig, OptimizerConfig, preset
-from engine.memory import Setup, elements, peak_memory, step_memory
 from engine.model import GPT
+from engine.planning import Setup, elements, peak_memory, step_memory
 from tests.engine.memory import Step, checkpointed, packed, peak_bytes
 from train.optimizer import Optimizer
 
