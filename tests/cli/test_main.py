@@ -1,6 +1,5 @@
 """The door itself: help in groups, versions, every setting listed, and no import from where a person stands."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -80,22 +79,3 @@ def test_from_the_tree_alone_children_find_the_project(tmp_path: Path) -> None:
     script += "sys.exit(subprocess.run([sys.executable, '-m', 'cli', '--version'], cwd='/').returncode)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_no_module_of_the_command_line_imports_in_a_circle() -> None:
-    """Imports inside functions count, too."""
-    imported: dict[str, set[str]] = {}
-    for path in (ROOT / "cli").rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        found = imported.setdefault(name, set())
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                found |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
-            elif isinstance(node, ast.Import):
-                found |= {each.name for each in node.names}
-    done: set[str] = set()
-    while free := {
-        name for name in imported if name not in done and not (imported[name] & imported.keys()) - done - {"cli"}
-    }:
-        done |= free
-    assert imported.keys() == done
