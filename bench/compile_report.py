@@ -54,7 +54,7 @@ def attention(architecture: int, head_dims: Sequence[int], dtype: str) -> Iterat
                 constants = {
                     "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_T": tile.queries, "BLOCK_S": tile.keys,
                     "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PACKED": True,
-                    "DESCRIPTOR": tile.descriptors, "SPECIALIZE": tile.specialize, "SPLIT": tile.split, "PAGE": 16,
+                    "DESCRIPTOR": tile.descriptors, "SPLIT": tile.split, "PAGE": 16,
                 }  # fmt: skip
                 about = {"head_dim": head_dim, "tile": vars(tile)}
                 yield Launch(name, function, dtype, constants, about, tile.warps, tile.stages)
@@ -153,5 +153,4 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
         "wgmma": "wgmma" in ptx or "tcgen05.mma" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         "async_copy": "cp.async" in ptx,
-        "specialized": "setmaxnreg" in ptx,
     }

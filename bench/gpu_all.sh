@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, from the tree, in two parts of under nine and a half minutes each: what is right first, then
-# how fast it is.
+# Everything that wants a GPU, from the tree, in three parts of a few minutes each: what is right first, then how fast it
+# is.
 #
-#   bash bench/gpu_all.sh [FOLDER [kernels|training]]        (PYTHON names another interpreter)
+#   bash bench/gpu_all.sh [FOLDER [tests|kernels|training]...]        (all three by default; PYTHON names an interpreter)
 #
 # Results (JSON, as they come; plots) and a log of every step go to FOLDER, bench/results unless given. A step that fails
 # or runs out of its time does not stop the next; what it had written stays.
 set -u
 
 folder=${1:-bench/results}
-part=${2:-kernels}
-case $part in kernels | training) ;; *) echo "the parts are kernels and training, not $part" >&2 && exit 2 ;; esac
+parts=("${@:2}")
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels training)
+for part in "${parts[@]}"; do
+    case $part in
+    tests | kernels | training) ;;
+    *) echo "the parts are tests, kernels and training, not $part" >&2 && exit 2 ;;
+    esac
+done
 mkdir -p "$folder" || exit 2
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -24,7 +30,8 @@ step() {
     local name=$1 limit=$2 begin=$SECONDS code
     shift 2
     echo "== $name: $*"
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$folder/$name.log"
+    # Interrupted, pytest still shows what has failed so far.
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$folder/$name.log"
     code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || failed=1
     summary+=("$(printf '%-20s %4s %7s of %s s' "$name" "$code" "$((SECONDS - begin))" "$limit")")
@@ -40,19 +47,21 @@ done
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' ||
     echo "MISSING: a CUDA device that torch can use"
 
-kernels() {
+tests() {
     if has pytest && has hypothesis; then
         local workers=()
-        # Most of the time is Triton compiling: one process for each core, up to eight.
-        has xdist && workers=(-n 8)
-        step tests-kernels 130 "$python" -m pytest tests/kernels "${workers[@]}"
-        step tests-gpu 25 "$python" -m pytest -m gpu --ignore=tests/kernels --continue-on-collection-errors tests
+        # Most of the time is Triton compiling: one process for each core, up to sixteen.
+        has xdist && workers=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
+        step tests-gpu 60 "$python" -m pytest -m gpu --continue-on-collection-errors --tb=short tests
+        step tests-kernels 170 "$python" -m pytest tests/kernels --tb=short "${workers[@]}"
     else
         echo "SKIPPED: the tests, which need pytest and hypothesis"
         summary+=("tests: SKIPPED, pytest or hypothesis is missing")
         failed=1
     fi
+}
 
+kernels() {
     # What matters most comes first. flex is compiled for every length, which takes longer than all else: it comes last.
     local quick="ours,plain,flash,efficient,cudnn"
     step attention 80 "$python" -m cli bench-attention --head-dim 128,64 --causal --only $quick --out "$folder/attention"
@@ -74,7 +83,7 @@ training() {
     step train-tiny 150 "${train[@]}" tiny --batch 178
 }
 
-"$part"
+for part in "${parts[@]}"; do "$part"; done
 
 echo
 echo "step                 exit seconds"

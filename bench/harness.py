@@ -206,6 +206,31 @@ def median_seconds(function: Callable[[], Any], device: torch.device, *, in_a_ro
     return timer.blocked_autorange(min_run_time=0.1).median
 
 
+def graph_seconds(functions: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Return the median seconds on a GPU of one of the functions, called in turn, many times over, in a CUDA graph.
+
+    Nothing of the host is in it. The functions must have been made on the current stream, since a backward pass runs on
+    that of its forward pass; together they should read more than the L2 cache holds.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    repeats = max(1, 20 // len(functions))
+    for function in functions:
+        function()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for function in list(functions) * repeats:
+            function()
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        stream.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / (repeats * len(functions)))
+    return statistics.median(times[5:])
+
+
 def copy_seconds(numbers: int, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     source = torch.randn(numbers, device=device, dtype=dtype)
     target = torch.empty_like(source)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -95,10 +95,13 @@ def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Ca
     return found
 
 
-def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False) -> Figures:
+def bench_training(
+    recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False, only: Collection[str] = ()
+) -> Figures:
     """Return tokens per second of each variant (medians of `rounds`, in turn), start-up seconds and peak memory."""
     steps: dict[str, Step] = {}
     builds = variants(recipe, runtime, compile=compile)
+    builds = {name: build for name, build in builds.items() if name in ("plain", "ours", *only) or not only}
 
     def start(name: str) -> None:
         steps[name] = builds[name]()
@@ -125,8 +128,10 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
                 "against_plain": seconds["plain"] / seconds[name],
                 "mfu": tokens * recipe.model.flops_per_token / seconds[name] / peak,
                 "start_up_seconds": start_up[name],
-                # Two steps run in a process that has done nothing else: nothing is made ready before them.
-                "peak_memory_bytes": added_memory(partial(partial, take_two, build), runtime),
+                # Two steps with nothing made ready before them. A CPU's peak is known only of a whole process.
+                "peak_memory_bytes": added_memory(
+                    partial(partial, take_two, build), runtime, fresh=runtime.device.type == "cpu"
+                ),
             }
             for name, build in builds.items()
         },

@@ -62,10 +62,8 @@ def candidates(key: Key) -> list[Tile]:
     grid = [Tile(*sizes) for sizes in itertools.product(queries, keys, (4, 8), stages)]
     if kernel == "keys":
         grid += [replace(tile, split=False) for tile in grid]
-    if family == "sm_90":
-        grid += [replace(tile, descriptors=True) for tile in grid]
-    if kernel == "forward":
-        grid += [replace(tile, specialize=True) for tile in grid if tile.descriptors and tile.warps == 4]
+    # Wherever there are descriptors, they save registers: pointers are tried only where the table has them.
+    grid = [replace(tile, descriptors=family == "sm_90") for tile in grid]
     return list(dict.fromkeys([*tiles.TABLE[key], *grid]))
 
 

@@ -179,6 +179,6 @@ def _how(line: dict[str, Any]) -> tuple[str, str, str]:
     if "tile" not in line:
         return str(line.get("width", line.get("vocab"))), str(line["warps"]), "bias" if line.get("bias") else ""
     tile = line["tile"]
-    flags = (("descriptors", "TMA"), ("specialize", "own warps"), ("split", "split"))
+    flags = (("descriptors", "TMA"), ("split", "split"))
     how = ", ".join(name for flag, name in flags if tile[flag] and (flag != "split" or line["kernel"] == "keys"))
     return str(line["head_dim"]), f"{tile['queries']}x{tile['keys']} {tile['warps']} {tile['stages']}", how

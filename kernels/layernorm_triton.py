@@ -169,6 +169,9 @@ def backward_options(width: int) -> dict[str, int]:
         "WIDTH": width, "ROWS": max(1, 2048 // columns), "BLOCK_N": columns, "SPLITS": splits,
         "STAGES": 2 if splits == 1 else 1,  # with two splits, one more stage would not fit into shared memory
         "num_warps": max(4, columns // 512),
+        # A product that is fused into the subtraction after it is not the rounded one whose mean is subtracted: where
+        # both should cancel, a rounding error would be left, and be multiplied by up to 1 / sqrt(eps).
+        "enable_fp_fusion": False,
     }  # fmt: skip
 
 

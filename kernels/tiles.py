@@ -1,10 +1,11 @@
 """Tile sizes: per kernel, family of architectures and head dim, the row that runs, then others that wait to be timed.
 
 Registers (of 255 a thread) and shared memory are what the compiler (Triton 3.7) says of bf16, causal and packed; no row
-spills on sm_80, 89 and 90. Some do on sm_100, which takes the rows of sm_90 until it has its own. No row has been timed
-yet: what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as long as its products at D = 64,
-twice as long at 32 and half as long at 128. Smaller heads therefore want more warps on a multiprocessor (it has 65,536
-registers), so that the products of some warps run during the exponentials of others.
+spills on sm_80, 89 and 90. Some do on sm_100, which takes the rows of sm_90 until it has its own. Rows for head dim 64
+on sm_90 were timed on an H200 (bench/results/attention-tiles-nvidia-h200.json): the first is the fastest that does not
+spill. Elsewhere what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as long as its products
+at D = 64, twice as long at 32 and half as long at 128. Smaller heads therefore want more warps on a multiprocessor (it
+has 65,536 registers), so that the products of some warps run during the exponentials of others.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import torch
 class Tile:
     """Queries (for decode: rows) and keys per block, warps per program, stages of the load pipeline.
 
-    descriptors: the copy engine (TMA) loads the tiles. specialize: warps of their own do it (forward kernel only).
-    split: tiles that need no mask have a loop of their own ("keys" only; the other kernels always do so).
+    descriptors: the copy engine (TMA) loads the tiles. split: tiles that need no mask have a loop of their own ("keys"
+    only; the other kernels always do so).
     """
 
     queries: int
@@ -26,7 +27,6 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
-    specialize: bool = False
     split: bool = True
 
 
@@ -36,25 +36,22 @@ HEAD_DIMS = (32, 64, 128, 256)
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     ("forward", "sm_90", 32): (Tile(128, 64, 4, 3, True),  # 167 registers: three programs at a time
                                Tile(128, 128, 8, 3, True),  # 153
-                               Tile(64, 128, 4, 3, True),  # 150
-                               Tile(128, 128, 4, 2, True, True)),
-    ("forward", "sm_90", 64): (Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
+                               Tile(64, 128, 4, 3, True)),  # 150
+    ("forward", "sm_90", 64): (Tile(64, 128, 4, 2, True),  # 155 registers: three programs at a time
+                               Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
                                Tile(128, 128, 8, 2, True),  # 164
-                               Tile(128, 128, 8, 3, True),  # 164
-                               Tile(128, 64, 4, 3, True, True),
-                               Tile(128, 128, 4, 2, True, True)),
+                               Tile(128, 128, 8, 3, True)),  # 164
     ("forward", "sm_90", 128): (Tile(128, 128, 8, 2, True),  # 200 registers, 161 KiB
                                 Tile(128, 64, 8, 3, True),  # 164
                                 Tile(64, 64, 4, 3, True),  # 145, 113 KiB: two programs at a time
-                                Tile(128, 64, 4, 3, True, True),
-                                Tile(128, 128, 4, 2, True, True),
                                 Tile(128, 128, 8, 2)),  # 246: what descriptors save
     ("forward", "sm_90", 256): (Tile(64, 64, 8, 2, True),  # 181 registers, 161 KiB
                                 Tile(128, 64, 8, 2, True)),  # 249
     ("keys", "sm_90", 32): (Tile(64, 128, 8, 2, True),  # 244 registers
                             Tile(64, 64, 4, 3, True, split=False),  # 215
                             Tile(64, 128, 8, 2, True, split=False)),  # 218
-    ("keys", "sm_90", 64): (Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
+    ("keys", "sm_90", 64): (Tile(32, 64, 4, 2, True),  # 191 registers
+                            Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
                             Tile(64, 128, 8, 3, True, split=False),  # 239
                             Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
                             Tile(64, 128, 8, 2, split=False)),  # 219

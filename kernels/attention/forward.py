@@ -32,7 +32,6 @@ def forward_kernel(
     window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    SPECIALIZE: tl.constexpr,  # see tiles.Tile
 ):  # fmt: skip
     row, batch, head = tile.program(queries, heads, BLOCK_T, True)  # True: the last rows first
     q_start, queries = tile.sequence(cu_q_ptr, batch, queries, stride_q_batch, stride_q_token, PACKED)
@@ -40,10 +39,8 @@ def forward_kernel(
     v_start, _ = tile.sequence(cu_k_ptr, batch, keys, stride_v_batch, stride_v_token, PACKED)
     out_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_out_batch, stride_out_token, PACKED)
     lse_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_lse_batch, 1, PACKED)
-    # These stay two ifs: the compiler decides the first one, and only the second one is decided at run time.
-    if not SPECIALIZE:  # noqa: SIM102
-        if row >= queries:
-            return
+    if row >= queries:
+        return
     q_ptr += q_start + head.to(tl.int64) * stride_q_head
     k_ptr += k_start + (head // group).to(tl.int64) * stride_k_head
     v_ptr += v_start + (head // group).to(tl.int64) * stride_v_head
@@ -51,22 +48,15 @@ def forward_kernel(
     v = tile.matrix(v_ptr, keys, stride_v_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR)
 
     o_query = row + keys - queries + tl.arange(0, BLOCK_T)
-    # Only where every load goes through a descriptor does the compiler hand the loads to warps of their own.
-    q = tile.matrix(q_ptr, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, SPECIALIZE)
-    b_q = tile.load(q, row, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, SPECIALIZE)
+    b_q = tile.load(q_ptr, row, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, False)
     b_out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     begin, full_begin, full_end, end = tile.keys_seen(row, queries, keys, window, BLOCK_T, BLOCK_S, CAUSAL, WINDOW)
-    if SPECIALIZE:
-        # Warp specialization works with one loop only, and not within an `if`. So part 0, which masks, walks over all
-        # keys, and a program without rows has an empty loop instead of an early return.
-        end = tl.where(row < queries, end, 0)
-        full_begin = end
     # The parts are unrolled, each into a loop of its own: 0 and 2 need a mask, 1 does not.
-    for part in tl.static_range(0 if WINDOW or SPECIALIZE else 1, 1 if SPECIALIZE else 3):
+    for part in tl.static_range(0 if WINDOW else 1, 3):
         first, last = tile.walk(part, begin, full_begin, full_end, end)
-        for key in tl.range(first, last, BLOCK_S, warp_specialize=SPECIALIZE):
+        for key in tl.range(first, last, BLOCK_S):
             b_k = tile.load(k, key, keys, stride_k_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR, part != 1)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
             unit = scale  # what turns b_s into scores in units of log2
@@ -105,6 +95,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         forward_kernel[(programs,)](
             q, k, v, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, *call.strides(q, k, v, out, lse),
             call.longest_q, call.longest_k, heads, heads // k.shape[-2], *call.scales(), call.window or 0,
-            SPECIALIZE=size.specialize and switches["DESCRIPTOR"], **switches,
+            **switches,
         )  # fmt: skip
     return out, lse

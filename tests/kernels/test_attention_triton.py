@@ -112,19 +112,6 @@ def test_every_row_of_the_table_that_runs(head_dim: int, dtype: torch.dtype) -> 
     hold_to_the_rule({**shape, "head_dim": head_dim}, dtype)
 
 
-def test_warps_of_their_own_for_the_loads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tile(monkeypatch, Tile(128, 64, 4, 2, descriptors=True, specialize=True))
-    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("warp specialisation is for sm_90")
-    tensors, _ = make({"batch": 2, "queries": 150, "keys": 190, "key_heads": 1, "heads": 2, "head_dim": 64,
-                       "strided": False, "seed": 0})  # fmt: skip
-    tensors = [tensor.half() for tensor in tensors]
-    ours, plain = flash_attention(*tensors, return_lse=True), attention_reference(*tensors)
-    exact = attention_reference(*(tensor.double() for tensor in tensors))
-    for name, mine, peer, truth in zip(("out", "lse"), ours, plain, exact, strict=True):
-        assert_within_twice(name, mine, peer, truth)
-
-
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False, "softcap": 2.0}], ids=str)
 def test_packed_sequences_empty_and_single_ones_too_equal_the_sequences_one_by_one(
