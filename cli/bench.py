@@ -7,7 +7,8 @@ from typer import Argument, Option
 
 from cli.bench_kernels import chosen
 from cli.console import print_table
-from cli.options import BenchOptions, Device, GenerationPrecision, RunArgument, integers
+from cli.options import BenchOptions, Device, Few, GenerationPrecision, RunArgument, integers
+from engine.config import Weight
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 
@@ -20,9 +21,9 @@ class DecodeOptions(BenchOptions):
 
 def bench_train(
     preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
-    batch: Annotated[int | None, Option(min=1, help="Sequences in a step, each as long as the context.")] = None,
-    context: Annotated[int | None, Option(min=1, help="Instead of the preset's.")] = None,
-    rounds: Annotated[int, Option(min=1, help="Steps to take the median of.")] = 10,
+    batch: Annotated[Few | None, Option(help="Sequences in a step, each as long as the context.")] = None,
+    context: Annotated[Few | None, Option(help="Instead of the preset's.")] = None,
+    rounds: Annotated[Few, Option(help="Steps to take the median of.")] = 10,
     compile: Annotated[bool, Option("--compile", help="Also time torch.compile.")] = False,
     *,
     on: BenchOptions,
@@ -53,9 +54,9 @@ def bench_train(
 
 def bench_quality(
     data: Annotated[str, Argument(help="A folder made by `gpt data prepare`.")],
-    minutes: Annotated[float, Option(help="How long the plain trainer runs.")] = 2.75,
-    batch: Annotated[int, Option(min=1, help="Sequences in a step, each as long as the context.")] = 16,
-    rate: Annotated[float, Option(help="Its learning rate.")] = 1e-3,
+    minutes: Annotated[float, "budget.minutes", Option(help="How long the plain trainer runs.")] = 2.75,
+    batch: Annotated[Few, Option(help="Sequences in a step, each as long as the context.")] = 16,
+    rate: Annotated[Weight, Option(help="Its learning rate.")] = 1e-3,
     device: Device = "auto",
 ) -> None:
     """What the plain trainer reaches on the same text in the same time: compare with `gpt train nano --minutes`.
@@ -81,7 +82,7 @@ def bench_decode(
     preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
     batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
     only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
-    rounds: Annotated[int, Option(min=1, help="The median of this many.")] = 5,
+    rounds: Annotated[Few, Option(help="The median of this many.")] = 5,
     *,
     on: DecodeOptions,
 ) -> None:
@@ -121,8 +122,8 @@ def bench_decode(
 
 def bench_serving(
     path: RunArgument,
-    clients: Annotated[int, Option(min=1, help="How many read a stream each at any time.")] = 64,
-    seconds: Annotated[float, Option(min=1, help="How long they go on.")] = 60.0,
+    clients: Annotated[Few, Option(help="How many read a stream each at any time.")] = 64,
+    seconds: Annotated[float, "at least 1 and at most 1000000", Option(help="How long they go on.")] = 60.0,
     *,
     on: BenchOptions,
 ) -> None:

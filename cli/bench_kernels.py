@@ -8,15 +8,15 @@ from typing import Annotated, Any
 from typer import Option
 
 from cli.console import print_table
-from cli.options import BenchOptions, integers
-from engine.errors import InputError
+from cli.options import BenchOptions, Few, integers
+from engine.errors import InputError, meant
 
 
 def chosen(only: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
     """Return the names that --only gives, or the default ones. Raises InputError."""
     names = only.split(",") if only else list(default)
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"--only knows no {unknown[0]!r}; it knows {', '.join(known)}")
+        raise InputError(f"--only knows no {unknown[0]!r}; it knows {', '.join(known)}{meant(unknown[0], known)}")
     return names
 
 
@@ -24,7 +24,7 @@ def bench_attention(
     head_dim: Annotated[str, Option(help="Head dims, in the order to run them in.")] = "32,64,128",
     lengths: Annotated[str | None, Option(help="512 to 16,384 on a GPU, 128 to 1,024 on a CPU.")] = None,
     causal: Annotated[bool | None, Option("--causal/--full", help="Both, unless one is given.")] = None,
-    tokens: Annotated[int | None, Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
+    tokens: Annotated[Few | None, Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
     only: Annotated[str | None, Option(help="Of ours, plain, flash, efficient, cudnn, flex.")] = None,
     tune: Annotated[bool, Option("--tune", help="Time rows for kernels/tiles.py instead.")] = False,
     *,
@@ -156,7 +156,7 @@ def bench_decode_attention(
 
 def bench_layernorm(
     widths: Annotated[str | None, Option(help="256 to 4,096 on a GPU, 256 to 1,024 on a CPU.")] = None,
-    rows: Annotated[int | None, Option(min=1, help="16,384 on a GPU, 4,096 on a CPU.")] = None,
+    rows: Annotated[Few | None, Option(help="16,384 on a GPU, 4,096 on a CPU.")] = None,
     only: Annotated[str, Option(help="Of ours, torch, compiled.")] = "ours,torch,compiled",
     *,
     on: BenchOptions,
@@ -196,8 +196,8 @@ def bench_layernorm(
 
 def bench_cross_entropy(
     vocab: Annotated[str | None, Option(help="Of 4096, 28000, 128256; all, unless given.")] = None,
-    tokens: Annotated[int | None, Option(min=1, help="16,384 on a GPU, 2,048 on a CPU.")] = None,
-    rounds: Annotated[int | None, Option(min=1, help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
+    tokens: Annotated[Few | None, Option(help="16,384 on a GPU, 2,048 on a CPU.")] = None,
+    rounds: Annotated[Few | None, Option(help="Turns, for a median: 1 on a GPU, 7 on a CPU.")] = None,
     *,
     on: BenchOptions,
 ) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer import Option
 
 from cli.options import ModelOptions, RunArgument, SamplingOptions
-from engine.errors import InputError
+from engine.errors import InputError, meant
 
 if TYPE_CHECKING:
     from cli.conversation import Conversation
@@ -154,8 +154,9 @@ class ChatTerminal:
                     self.note(f"{usage:18} {meaning}")
                 self.note(f"{SLASHES}; a line that ends in a backslash goes on in the next")
             case _:
-                names = ", ".join(usage.split()[0] for usage in COMMANDS)
-                self.note(f"error: no command is called {command}; there are {names}; {SLASHES}", style="red")
+                names = [usage.split()[0] for usage in COMMANDS]
+                there = f"there are {', '.join(names)}; {SLASHES}{meant(command, names)}"
+                self.note(f"error: no command is called {command}; {there}", style="red")
 
     def _answer(self, chunks: Iterator[str]) -> None:
         talk = self.conversation

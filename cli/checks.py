@@ -89,7 +89,13 @@ def kernels() -> Iterator[Finding]:
 
     gpu, asked = torch.cuda.is_available(), os.environ.get("GPT_KERNELS")
     device = torch.device("cuda" if gpu else "cpu")
-    chosen = backend(device)
+    try:
+        chosen, failure = backend(device), why_not_triton(device) if asked == "triton" else None
+    except ValueError as error:
+        chosen, failure = "none", str(error)
+    if failure:
+        yield Finding("kernels", f"GPT_KERNELS={asked} cannot run: {failure}", "unset it", "broken")
+        return
     why = f"GPT_KERNELS={asked} says so" if asked else "no GPU"
     if gpu and not asked:
         why = why_not_triton(device) or "a probe kernel ran and gave the right answer"

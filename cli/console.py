@@ -27,7 +27,10 @@ def print_table(
     table = Table(*heads, **style)
     for row in rows:
         table.add_row(*map(Text, row))
-    Terminal(highlight=False, soft_wrap=soft_wrap).print(table)
+    terminal = Terminal(highlight=False, soft_wrap=soft_wrap)
+    # COLUMNS may say 0, and a table would be nothing.
+    terminal.width = max(terminal.width, 40)
+    terminal.print(table)
 
 
 def span(seconds: float) -> str:

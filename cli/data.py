@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import Console
-from cli.options import Column
+from cli.options import Column, Few, grouped
+from engine.config import Count
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,15 +22,18 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, or look into one.", no_args
 
 
 @data_app.command("prepare", short_help="Tokenize text into files to train on")
+@grouped
 def prepare_data(
     data: Annotated[str, typer.Argument(help="What to prepare; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; then usable as --data.")],
     tokenizer: Annotated[Path | None, typer.Option(help="A file, a run or prepared data; else one is trained.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Tokens of a tokenizer that is trained.")] = 28_000,
+    vocab_size: Annotated[
+        int, "model.vocab_size", typer.Option(help="Tokens of a tokenizer that is trained.")
+    ] = 28_000,
     column: Column = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="At most this many documents.")] = None,
-    max_tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="At most this many, such as 1e9.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")] = None,
+    documents: Annotated[Count | None, typer.Option(help="At most this many documents.")] = None,
+    max_tokens: Annotated[float | None, "budget.tokens", typer.Option(help="At most this many, such as 1e9.")] = None,
+    workers: Annotated[Few | None, typer.Option(help="Processes; one per core unless given.")] = None,
 ) -> None:
     """Tokenize a data set into files that training maps into memory. Interrupted, the same command goes on.
 
@@ -41,6 +45,7 @@ def prepare_data(
     from train.pretrain import SAMPLE_BYTES_PER_TOKEN
 
     console = Console()
+    _require_room(out)
     source = open_source(data, column=column, limit=documents)
     console.say(source.describe())
     ready = tokenizer_file(out)
@@ -67,14 +72,24 @@ def prepare_data(
     console.say(f"use it     gpt train tiny --data {out}")
 
 
+def _require_room(out: Path) -> None:
+    """Refuse a folder with anything but prepared data in it, such as a run or somebody's own files."""
+    known = {"tokenizer.model", "tokenizer.json", "tokenizer.tmp", "train", "validation", "test"}
+    there = sorted(each.name for each in out.iterdir() if each.name not in known) if out.is_dir() else []
+    if there or (out.exists() and not out.is_dir()):
+        what = f"holds {there[0]}, which is no prepared data" if there else "is no folder"
+        raise InputError(f"{out} {what}; choose another --out")
+
+
 def describe(shards: "TokenShards") -> str:
     return f"{shards.documents:,} documents, {shards.tokens:,} tokens, {shards.bytes:,} bytes of text"
 
 
 @data_app.command("show")
+@grouped
 def show_data(
     data: Annotated[str, typer.Argument(help="A prepared folder, or any name that `gpt train --data` knows.")],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many documents to print.")] = 1,
+    count: Annotated[Few, typer.Option("--count", "-n", help="How many documents to print.")] = 1,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     column: Column = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of prepared files.")] = False,
@@ -94,6 +109,8 @@ def show_data(
             shards.verify()
         print(f"{data}, {split}: {describe(shards)}{', every checksum right' if verify else ''}")
         texts: Iterator[str] = (tokenizer.decode(shards.document(each).tolist()) for each in range(shards.documents))
+    elif verify:
+        raise InputError(f"--verify checks prepared data, and {data} is not: gpt data prepare --help")
     else:
         source = open_source(data, column=column)
         print(source.describe())
@@ -103,10 +120,13 @@ def show_data(
 
 
 @tokenizer_app.command("train")
+@grouped
 def train_new_tokenizer(
     data: Annotated[str, typer.Option(help="What to train it on; the names that `gpt train --data` knows.")],
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tokenizer.model"),
-    vocab_size: Annotated[int, typer.Option(help="Tokens, bytes and special tokens counted in.")] = 4096,
+    vocab_size: Annotated[
+        int, "model.vocab_size", typer.Option(help="Tokens, bytes and special tokens counted in.")
+    ] = 4096,
     column: Column = None,
 ) -> None:
     """Train a tokenizer on text.
@@ -124,6 +144,7 @@ def train_new_tokenizer(
 
 
 @tokenizer_app.command("show", short_help="Show a tokenizer, or how it cuts a text")
+@grouped
 def show_tokenizer(
     path: Annotated[Path, typer.Argument(help="A tokenizer's file, or the folder of a run or of prepared data.")],
     text: Annotated[str, typer.Argument(help="Show how this text is cut.")] = "",

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from cli.options import Few
+from engine.config import Seed
 from engine.errors import InputError
 
 BRIEF = "stories-instruct:brief"
@@ -18,8 +20,8 @@ BRIEF = "stories-instruct:brief"
 def demo(
     out: Annotated[Path, Option(help="Folder of the runs and of their report.")] = Path("runs/demo"),
     short: Annotated[bool, Option("--short", help="Two thirds of the time, and less to see.")] = False,
-    seeds: Annotated[int, Option(min=1, help="Do it all this many times; the report says how much varies.")] = 1,
-    seed: Annotated[int, Option(min=0, help="The seed, or the first of --seeds.")] = 0,
+    seeds: Annotated[Few, Option(help="Do it all this many times; the report says how much varies.")] = 1,
+    seed: Annotated[Seed, Option(help="The seed, or the first of --seeds.")] = 0,
     control: Annotated[
         bool, Option("--control", help="Also PPO without a price on KL, which takes long: is the true score lost?")
     ] = False,

@@ -7,15 +7,28 @@ from typing import Annotated
 from typer import Option
 
 from cli.console import FRAMELESS, notice, print_table
-from cli.options import CheckpointName, ConversationColumns, Machine, MaxTokens, RunArgument, Temperature, TopP, WandB
+from cli.options import (
+    CheckpointName,
+    ConversationColumns,
+    Machine,
+    MaxTokens,
+    RunArgument,
+    Seed,
+    Temperature,
+    TopP,
+    WandB,
+)
 from cli.training import located
+from engine.config import Count
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """These options say which texts are written, and how they are compared with the data."""
 
-    count: Annotated[int, Option("--count", "-n", min=0, help="How many of these documents to complete.")] = 200
+    count: Annotated[
+        int, "at least 0 and at most 1000000", Option("--count", "-n", help="How many of these documents to complete.")
+    ] = 200
     bleu_tokenizer: Annotated[
         str, Option(help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char, flores200 and others.")
     ] = "13a"
@@ -25,7 +38,7 @@ class TextOptions:
     max_tokens: MaxTokens = None
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    seed: Annotated[int, Option(help="The same seed gives the same texts.")] = 0
+    seed: Seed = 0
 
 
 def evaluate(
@@ -38,7 +51,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, Option(help="validation, test or train.")] = "validation",
     tokens: Annotated[
-        int | None, Option(min=1, help="Read this many tokens; else as many as at the end of training.")
+        Count | None, Option(help="Read this many tokens; else as many as at the end of training.")
     ] = None,
     reward: Annotated[Path | None, Option(help="The run of a reward model: how does it like the answers?")] = None,
     against: Annotated[Path | None, Option(help="Another run: which of the two completes them better?")] = None,

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from cli.options import ModelOptions, RunArgument, SamplingOptions
+from cli.options import Few, ModelOptions, RunArgument, SamplingOptions
 
 
 def generate(
@@ -12,7 +12,7 @@ def generate(
     sampling: SamplingOptions,
     model: ModelOptions,
     prompt: Annotated[str, Argument(help="The text to go on from; nothing begins a document.")] = "",
-    count: Annotated[int, Option("--count", "-n", min=1, help="How many texts.")] = 1,
+    count: Annotated[Few, Option("--count", "-n", help="How many texts.")] = 1,
     stop: Annotated[list[str] | None, Option(help="End before this text. Repeatable.")] = None,
 ) -> None:
     """Let a model go on from a prompt.

@@ -1,6 +1,7 @@
 """Many processes for one command, under torchrun's elastic agent: a worker that dies is replaced, and all go on."""
 
 import os
+import re
 import runpy
 import sys
 
@@ -27,6 +28,8 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
         raise InputError(
             "--nodes needs --rendezvous HOST:PORT, the same on every machine: one of them, and a free port"
         )
+    if rendezvous is not None and (nodes is None or not re.fullmatch(r".+:[0-9]{1,5}", rendezvous)):
+        raise InputError(f"--rendezvous {rendezvous}: it is HOST:PORT, where the machines of --nodes meet; give both")
     if nodes is not None:
         os.environ[GO_ON] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -55,6 +58,25 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
         print(f"error: failed {RESTARTS + 1} times, the last time first in process {rank}", file=sys.stderr)
         return 1
     return max(codes.values())
+
+
+def rank_here() -> int | None:
+    """Return the rank of this process among those that torchrun or `launch` started; None where nobody did.
+
+    Raises InputError where the variables that say so are not whole: one of them alone is somebody else's.
+    """
+    numbers, place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
+    if not any(name in os.environ for name in numbers):
+        return None
+    values = [os.environ.get(name, "") for name in numbers]
+    rank, count, local, here = (int(each) if re.fullmatch(r"[0-9]{1,6}", each) else -1 for each in values)
+    if 0 <= rank < count and 0 <= local < here <= count and (count == 1 or all(map(os.environ.get, place))):
+        return rank
+    found = ", ".join(f"{name} is {os.environ.get(name) or 'not set'}" for name in (*numbers, *place))
+    raise InputError(
+        f"the environment says that this is one of several processes, and not which of them: {found}; unset these "
+        "variables, or start the processes with --gpus or torchrun, which set all of them"
+    )
 
 
 def parse_nodes(nodes: str | None) -> tuple[int, int]:

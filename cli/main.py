@@ -1,5 +1,6 @@
 """The `gpt` command: it names every command, and makes a sentence and exit code 2 of an InputError."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from cli import (
     serve,
     train,
 )
+from cli.launch import rank_here
 from cli.options import grouped
 from engine.errors import InputError
 
@@ -120,15 +122,32 @@ def protect_children() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
+def open_streams() -> None:
+    """Make standard input, output and error such that every text can be written to them, and none is another file.
+
+    Where one was closed (`>&-`), the next file to be opened would take its number, and what is printed from then on.
+    """
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115 - open to the end
+        elif name != "stdin" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            # A terminal may know ASCII alone, and a file's name may be no text.
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
-    main_process = os.environ.get("RANK", "0") == "0"
-    if not main_process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
+    open_streams()
     protect_children()
+    rank: int | None = None
     try:
+        if rank := rank_here():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
         app()
     except InputError as error:
-        if main_process:
+        if not rank:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
@@ -140,4 +159,11 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # Only a command that computes has imported it.
+        runtime = sys.modules.get("engine.runtime")
+        if runtime is None or not runtime.is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({error}): ask for less at once, or use a smaller model", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,12 @@
 """Every option that commands share: what it means, and which setting of a recipe it sets, is declared here once.
 
-Besides Typer's Option, an annotation may hold two more things: the dotted name of the recipe's setting, such as
-"loop.seed", and ON_RESUME, if the option may be given together with --resume. A command takes groups of options, which
-are dataclasses; `grouped` shows their fields to Typer as if they were parameters of the command.
+Besides Typer's Option, an annotation may hold three more things: the dotted name of the recipe's setting, such as
+"loop.seed"; bounds, in the words of engine/config.py; and ON_RESUME, if the option may be given together with --resume.
+A command takes groups of options, which are dataclasses; `grouped` shows their fields to Typer as if they were
+parameters of the command, and checks every value before the command runs.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -13,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
+from typer.models import ArgumentInfo, ParameterInfo
 
 from cli.console import notice
+from engine import config
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
 ON_RESUME = object()
+# Processes, machines, seconds, texts: of these nobody wants a million.
+Few = Annotated[int, "at least 1 and at most 1000000"]
 
 RunArgument = Annotated[Path, Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one."), ON_RESUME]
@@ -32,9 +38,10 @@ Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is bf16 w
 FAST = "auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones."
 GenerationPrecision = Annotated[str, Option("--precision", help=FAST)]
 CheckpointName = Annotated[str, Option("--checkpoint", help="latest, best, or a step.")]
-MaxTokens = Annotated[int | None, Option(min=1, help="At most this many tokens; else up to the context.")]
-Temperature = Annotated[float, Option(help="0 always takes the likeliest token.")]
-TopP = Annotated[float, Option(help="Choose among the likeliest tokens that hold this share.")]
+MaxTokens = Annotated[config.Count | None, Option(help="At most this many tokens; else up to the context.")]
+Temperature = Annotated[config.Temperature, Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[config.TopP, Option(help="Choose among the likeliest tokens that hold this share.")]
+Seed = Annotated[config.Seed, Option(help="The same seed gives the same texts.")]
 Column = Annotated[str | None, Option(help="The column of the text, if not the obvious one."), "data.column"]
 PromptColumn = Annotated[str | None, Option(help="The column of the requests."), "data.prompt_column"]
 Batch = Annotated[int | None, Option(help="Sequences in a step, each as long as the context."), "loop.batch"]
@@ -82,11 +89,11 @@ class SamplingOptions:
 
     max_tokens: MaxTokens = None
     temperature: Temperature = 0.8
-    top_k: Annotated[int | None, Option(help="Choose among the k likeliest tokens.")] = None
+    top_k: Annotated[config.Count | None, Option(help="Choose among the k likeliest tokens.")] = None
     top_p: TopP = 0.95
-    min_p: Annotated[float, Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0
-    repetition_penalty: Annotated[float, Option(help="Above 1: repeat less.")] = 1.0
-    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None
+    min_p: Annotated[config.Decay, Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0
+    repetition_penalty: Annotated[config.Penalty, Option(help="Above 1: repeat less.")] = 1.0
+    seed: Annotated[config.Seed | None, Option(help="The same seed gives the same text.")] = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class TrainingOptions(Machine):
     resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint."), ON_RESUME] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder first.")] = False
     wandb: WandB = False
-    gpus: Annotated[int | None, Option(min=1, help="Train on this many GPUs, or CPU processes."), ON_RESUME] = None
+    gpus: Annotated[Few | None, Option(help="Train on this many GPUs, or CPU processes."), ON_RESUME] = None
     nodes: Annotated[str | None, Option(help="Machines, or MIN:MAX that may come and go."), ON_RESUME] = None
     rendezvous: Annotated[str | None, Option(help="Where machines meet: the same HOST:PORT."), ON_RESUME] = None
 
@@ -158,7 +165,9 @@ def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 def given_settings(options: Any) -> dict[str, Any]:
     """Return the settings that were asked for by options of their own, by dotted name."""
-    return {mark: value for value, marks in given(options) for mark in marks if isinstance(mark, str)}
+    return {
+        mark: value for value, marks in given(options) for mark in marks if isinstance(mark, str) and " " not in mark
+    }
 
 
 def refuse_changes(options: Any) -> None:
@@ -175,27 +184,63 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     a class's own fields before those that it inherits: so they are collected in the order of the classes, while
     dataclasses.fields would begin with the inherited ones.
     """
-    keyword, parameters, groups = inspect.Parameter.KEYWORD_ONLY, {}, {}
+    keyword, parameters, groups, plain = inspect.Parameter.KEYWORD_ONLY, {}, {}, {}
     for name, parameter in inspect.signature(command).parameters.items():
         kind = parameter.annotation
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             parameters[name] = parameter.replace(kind=keyword)
+            plain[name] = get_type_hints(command)[name]
             continue
         hints = get_type_hints(kind, include_extras=True)
+        plain |= get_type_hints(kind)
         names = dict.fromkeys(field for each in inspect.getmro(kind) for field in inspect.get_annotations(each))
         groups[name] = kind, names
         for field in names:
             default = getattr(kind, field)
             parameters[field] = inspect.Parameter(field, keyword, default=default, annotation=hints[field])
 
+    marks = {name: config.marks(parameter.annotation) for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        # Typer reads neither the bounds inside of a type nor "" as an error.
+        for info in [copy.copy(mark) for mark in marks[name] if isinstance(mark, ParameterInfo)]:
+            info.parser = path if "Path" in str(plain[name]) else None
+            parameters[name] = parameter.replace(annotation=Annotated[plain[name], info])
+
     @functools.wraps(command)
     def flat(**values: Any) -> None:
+        for name, value in values.items():
+            if value != parameters[name].default:
+                check(name, value, marks[name])
         built = {name: kind(**{field: values.pop(field) for field in names}) for name, (kind, names) in groups.items()}
         command(**built, **values)
 
     flat.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     flat.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return flat
+
+
+def path(text: str | Path) -> Path:
+    """Read a path that was typed. None is not the working directory, which Path makes of it."""
+    if text == "":
+        raise BadParameter("it is empty; name a file or folder, such as . for the working directory")
+    return Path(text)
+
+
+def check(name: str, value: Any, marks: list[Any]) -> None:
+    """Raise InputError where an option's value is beyond its bounds, or an empty text where that is no default."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            check(name, each, marks)
+        return
+    info = next((mark for mark in marks if isinstance(mark, ParameterInfo)), Option())
+    # In an annotation Typer keeps the first name of an option where its default would be.
+    names = [str(each) for each in (info.default, *(info.param_decls or ())) if str(each).startswith("--")]
+    shown = name.upper() if isinstance(info, ArgumentInfo) else (names or [f"--{name.replace('_', '-')}"])[0]
+    if value == "":
+        raise InputError(f"{shown} is empty; give it a value, or leave it out")
+    for mark in marks:
+        if isinstance(mark, str) and isinstance(value, int | float):
+            config.check_bounds(shown, value, [mark] if " " in mark else config.bounds_of(mark))
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -8,8 +8,9 @@ from typer import Argument, Option
 
 from cli import training
 from cli.console import FRAMELESS, print_table
-from cli.options import Batch, Precision, Setting, Tokens
-from engine.errors import InputError
+from cli.options import Batch, Few, Precision, Setting, Tokens
+from engine.config import Weight
+from engine.errors import InputError, meant
 
 if TYPE_CHECKING:
     from engine.config import Recipe
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 def plan(
     preset: Annotated[str, Argument(help="nano, tiny or large.", show_default=False)],
-    gpus: Annotated[int, Option(min=1, help="How many in all.")] = 1,
-    nodes: Annotated[int, Option(min=1, help="In how many machines.")] = 1,
+    gpus: Annotated[Few, Option(help="How many in all.")] = 1,
+    nodes: Annotated[Few, Option(help="In how many machines.")] = 1,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
     shard: Annotated[bool, Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
     batch: Batch = None,
-    context: Annotated[int | None, Option(min=1, help="Tokens in a row.")] = None,
+    context: Annotated[Few | None, Option(help="Tokens in a row.")] = None,
     tokens: Tokens = None,
     precision: Precision = "auto",
-    price: Annotated[float | None, Option(min=0, help="US dollars for a GPU and an hour.")] = None,
+    price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None,
     setting: Setting = None,
     results: Annotated[Path, Option(help="Measured rates, where there are any.")] = Path("bench/results"),
 ) -> None:
@@ -39,7 +40,8 @@ def plan(
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
     if gpu not in (*planning.MACHINES, "cpu"):
-        raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(planning.MACHINES)}, cpu")
+        known = (*planning.MACHINES, "cpu")
+        raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(known)}{meant(gpu, known)}")
     values = {"budget.tokens": tokens, "loop.batch": batch, "model.context": context, "precision": precision}
     recipe = training.adjust(config.preset(preset), values, setting)
     notice = ""

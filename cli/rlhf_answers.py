@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from cli.console import FRAMELESS, Console, print_table
-from cli.options import CheckpointName, Machine, PromptColumn, RunArgument, Temperature
+from cli.options import CheckpointName, Few, Machine, PromptColumn, RunArgument, Seed, Temperature
 from cli.training import located
 from engine.errors import InputError
 
@@ -58,7 +58,7 @@ class AnswerOptions(Machine):
     data: Prompts = None
     prompt_column: PromptColumn = None
     temperature: Temperature = 1.0
-    seed: Annotated[int, Option(help="The same seed gives the same answers.")] = 0
+    seed: Seed = 0
     checkpoint: CheckpointName = "latest"
 
 
@@ -69,8 +69,8 @@ def best_of_n(
         list[Path] | None, Argument(help="Aligned runs to measure on the same prompts.", show_default=False)
     ] = None,
     reward: Reward = None,
-    n: Annotated[int, Option("--count", "-n", min=1, help="Answers to each prompt.")] = 16,
-    prompts: Annotated[int, Option(min=2, help="How many held-out prompts.")] = 64,
+    n: Annotated[Few, Option("--count", "-n", help="Answers to each prompt.")] = 16,
+    prompts: Annotated[int, "at least 2 and at most 1000000", Option(help="How many held-out prompts.")] = 64,
 ) -> None:
     """Take the one of n answers that the reward likes best: what that is worth, beside runs aligned by training.
 
@@ -125,8 +125,10 @@ def pairs(
     how: AnswerOptions,
     out: Annotated[Path | None, Option(help="The file to write; RUN/pairs.jsonl unless given.")] = None,
     judge: Annotated[str, Option(help="Who scores the answers: `program`, or the run of a reward model.")] = "program",
-    prompts: Annotated[int, Option(min=1, help="How many prompts of the training split.")] = 2_000,
-    answers: Annotated[int, Option(min=2, help="Answers to each; every two of them make a pair.")] = 2,
+    prompts: Annotated[Few, Option(help="How many prompts of the training split.")] = 2_000,
+    answers: Annotated[
+        int, "at least 2 and at most 1000000", Option(help="Answers to each; every two of them make a pair.")
+    ] = 2,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Draw answers from a chat model and let a judge, who sometimes errs, say which of two is better.

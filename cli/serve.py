@@ -6,10 +6,11 @@ import signal
 import socket
 import sys
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from typer import Option
 
-from cli.options import ModelOptions, RunArgument
+from cli.options import Few, ModelOptions, RunArgument
 from engine.errors import InputError
 
 # The seconds that running requests may take when the server is told to end; containers are killed after 30 seconds.
@@ -24,16 +25,25 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key: Annotated[str | None, Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")] = None,
     insecure: Annotated[bool, Option("--insecure", help="Let everybody in, from everywhere.")] = False,
-    cors: Annotated[list[str] | None, Option(help="A site whose pages may call: https://... Repeatable.")] = None,
+    cors: Annotated[
+        list[str] | None, Option(help="A site whose pages may call: https://HOST[:PORT], or *. Repeatable.")
+    ] = None,
     name: Annotated[str | None, Option(help="The model's name; else that of its folder.")] = None,
-    slots: Annotated[int, Option(min=1, help="Texts to generate at once.")] = 32,
-    queue: Annotated[int, Option(min=0, help="Texts that may wait; more are refused.")] = 128,
-    max_seconds: Annotated[float, Option(min=0.001, help="The longest that a request may take.")] = 300.0,
+    slots: Annotated[Few, Option(help="Texts to generate at once.")] = 32,
+    queue: Annotated[
+        int, "at least 0 and at most 1000000", Option(help="Texts that may wait; more are refused.")
+    ] = 128,
+    max_seconds: Annotated[
+        float, "at least 0.001 and at most 1000000", Option(help="The longest that a request may take.")
+    ] = 300.0,
 ) -> None:
     """Serve a model: the OpenAI API under /v1, and a page to talk to it.
 
     Example: gpt serve runs/nano
     """
+    sites = [_origin(each) for each in cors or ()]
+    if "*" in sites and not (api_key or insecure):
+        raise InputError("--cors '*' lets every page call: ask for a key (--api-key or GPT_API_KEY), or say --insecure")
     loopback = _is_loopback(host)
     if not (loopback or api_key or insecure):
         raise InputError(f"--host {host} lets others in: give them a key (--api-key or GPT_API_KEY), or say --insecure")
@@ -55,10 +65,13 @@ def serve(
     name, created = name or path.resolve().name, int(run.config.stat().st_mtime)
     served = Served(name, run.read_recipe().chat, tokenizer, model.config.context, created)
     # The worker counts how many wait: the batcher's own queue never fills up.
-    batcher = Batcher(model, slots=slots, queue=slots + queue)
+    try:
+        batcher = Batcher(model, slots=slots, queue=slots + queue)
+    except InputError as error:
+        raise InputError(f"--slots {slots}: {error}") from None
     worker = Worker(batcher, queue=queue, seconds=max_seconds)
     hosts = {"localhost", "127.0.0.1", "::1", host} if loopback else None
-    app = create_app(served, worker, key=api_key, cors=cors or (), hosts=hosts)
+    app = create_app(served, worker, key=api_key, cors=sites, hosts=hosts)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
         quiet: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
@@ -71,6 +84,23 @@ def serve(
         print(f"{served.name}, {kind}; {options.choose().describe()}")
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
+
+
+def _origin(site: str) -> str:
+    """Return what browsers send as the origin of a site's pages. Raises InputError for what no browser sends."""
+    try:
+        parts = urlsplit(site)
+        host, port = parts.hostname or "", parts.port
+        host.encode("ascii")
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    standard = {"http": 80, "https": 443}
+    shown = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port is not None else "")
+    if site == "*" or (host and parts.scheme in standard and site.lower().removesuffix("/") == shown):
+        return site if site == "*" else shown.removesuffix(f":{standard[parts.scheme]}")
+    raise InputError(
+        f"--cors is {site!r}; a site is http:// or https://, its name, and maybe a port: https://a.example"
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -10,7 +10,8 @@ import typer
 from typer import Argument, Option
 
 from cli import options, rlhf_answers, training
-from cli.options import ON_RESUME, RunArgument, folder
+from cli.options import ON_RESUME, Few, RunArgument, folder
+from engine import config
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def train(asked: TrainOptions, preset: Annotated[str | None, Argument(help=PRESE
     Ctrl-C finishes the step and saves; the same command with --resume goes on from there.
     """
     training.distribute(asked)
-    from engine import config
     from engine.run import Run
     from train.data.shards import TokenShards, is_prepared
     from train.data.sources import open_source
@@ -91,7 +91,7 @@ class FinetuneOptions(options.ConversationColumns, options.Length, options.Shard
     out: Annotated[Path | None, folder("RUN-chat or RUN-tuned"), ON_RESUME] = None
     data: Annotated[str | None, Option(help=CONVERSATIONS)] = None
     batch: options.Batch = None
-    rate: Annotated[float | None, Option(help="Learning rates, as a share of pretraining's.")] = None
+    rate: Annotated[config.Weight | None, Option(help="Learning rates, as a share of pretraining's.")] = None
 
 
 def finetune(run: RunArgument, asked: FinetuneOptions) -> None:
@@ -118,7 +118,9 @@ class RewardOptions(options.PreferenceColumns, options.Length, options.Sharding,
     out: Annotated[Path | None, folder("RUN-reward"), ON_RESUME] = None
     data: Annotated[str | None, Option(help=PREFERENCES)] = None
     batch: options.Batch = None
-    rate: Annotated[float | None, Option(help="Learning rate at its highest; 5e-4, or 1e-4 if implicit.")] = None
+    rate: Annotated[config.Weight | None, Option(help="Learning rate at its highest; 5e-4, or 1e-4 if implicit.")] = (
+        None
+    )
     implicit: Annotated[bool, Option("--implicit", help="Score by how much likelier an answer has become.")] = False
     margin: Annotated[float | None, Option(help="By how much the chosen answer has to win."), "reward.margin"] = None
 
@@ -146,7 +148,7 @@ def reward(run: RunArgument, asked: RewardOptions) -> None:
 @dataclass(frozen=True)
 class AlignmentOptions(options.DerivedOptions):
     beta: Annotated[float | None, Option(help="The price of KL: higher stays closer to RUN."), "alignment.beta"] = None
-    rate: Annotated[float | None, Option(help="Learning rate at the start; it falls to 0.")] = None
+    rate: Annotated[config.Weight | None, Option(help="Learning rate at the start; it falls to 0.")] = None
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ class OnPolicyOptions(AlignmentOptions):
     reward: rlhf_answers.Reward = None
     data: rlhf_answers.Prompts = None
     prompt_column: options.PromptColumn = None
-    rounds: Annotated[int | None, Option(min=1, help="Rollouts of alignment.answers answers; 40 unless given.")] = None
-    batch: Annotated[int | None, Option(min=1, help="Answers in a step; 32 unless given.")] = None
+    rounds: Annotated[Few | None, Option(help="Rollouts of alignment.answers answers; 40 unless given.")] = None
+    batch: Annotated[Few | None, Option(help="Answers in a step; 32 unless given.")] = None
 
 
 @dataclass(frozen=True)

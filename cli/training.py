@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from cli.console import Console
-from cli.launch import GO_ON, launch
+from cli.launch import GO_ON, launch, rank_here
 from cli.options import DerivedOptions, TrainingOptions, given_settings, refuse_changes
 from engine.errors import InputError
 
@@ -142,7 +142,7 @@ def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
 
 def distribute(options: TrainingOptions) -> None:
     """Go on in as many processes as were asked for, unless this is one of them; this one then ends when they do."""
-    if (options.gpus or options.nodes) and "RANK" not in os.environ:
+    if (options.gpus or options.nodes or options.rendezvous) and rank_here() is None:
         raise typer.Exit(launch(options.gpus or 1, options.nodes, options.rendezvous))
 
 

@@ -8,12 +8,12 @@ import math
 import operator
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from engine.errors import InputError
+from engine.errors import InputError, meant
 
 # The source of data that others have trained a model on: nothing can be read from it.
 IMPORTED = "imported"
@@ -21,24 +21,30 @@ IMPORTED = "imported"
 PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
 
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-# A type with bounds: where a value is not None, all of them hold.
-Count = Annotated[int, "at least 1"]
-Whole = Annotated[int, "at least 0"]
-Weight = Annotated[float, "at least 0"]
-Positive = Annotated[float, "above 0"]
+# A type with bounds: where a value is not None, all of them hold. Larger numbers would overflow where they are used, or
+# keep a program busy that can only fail.
+Count = Annotated[int, "at least 1 and at most 1000000000000000"]  # 10**15
+Whole = Annotated[int, "at least 0 and at most 1000000000000000"]
+Weight = Annotated[float, "at least 0 and at most 1000000000"]
+Positive = Annotated[float, "above 0 and at most 1000000000"]
+Sequences = Annotated[int, "at least 1 and at most 1048576"]  # 2**20
+Temperature = Annotated[float, "at least 0 and at most 100"]
+Penalty = Annotated[float, "above 0 and at most 100"]
+TopP = Annotated[float, "above 0 and at most 1"]
 Share = Annotated[float, "at least 0 and at most 1"]
 Decay = Annotated[float, "at least 0 and below 1"]
 Seed = Annotated[int, "at least 0 and below 4611686018427387904"]  # 2**62
-FINITE = "above 0 and below inf"
+FINITE = "above 0 and at most 1000000000000000"
+
+
+def marks(hint: Any) -> list[Any]:
+    """Return what a type and its parts are annotated with."""
+    own = list(getattr(hint, "__metadata__", ()))
+    return [mark for part in typing.get_args(hint)[: 1 if own else None] for mark in marks(part)] + own
 
 
 def _read_annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
     """Return each field's type, and what it is annotated with: bounds, and last a sentence."""
-
-    def marks(hint: Any) -> list[str]:
-        own = list(getattr(hint, "__metadata__", ()))
-        return [mark for part in typing.get_args(hint)[: 1 if own else None] for mark in marks(part)] + own
-
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: (hint, marks(hints[name])) for name, hint in typing.get_type_hints(kind).items()}
 
@@ -60,24 +66,41 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (_, (*bounds, _)) in _annotations(type(self)).items():
             value = getattr(self, name)
-            for bound in bounds if value is not None else ():
-                if not all(holds(value, limit) for holds, limit in _limits(bound)):
-                    group, config, _ = type(self).__name__.partition("Config")
-                    where = f"{group.lower()}.{name}" if config else name
-                    raise InputError(f"{where} is {value}; it must be {bound}")
+            group, config, _ = type(self).__name__.partition("Config")
+            check_bounds(f"{group.lower()}.{name}" if config else name, value, bounds)
+
+
+def check_bounds(where: str, value: Any, bounds: Iterable[str]) -> None:
+    """Raise InputError where a number is beyond one of its bounds, as NaN is beyond every one."""
+    for bound in bounds if value is not None else ():
+        if not all(holds(value, limit) for holds, limit in _limits(bound)):
+            raise InputError(f"{where} is {value}; it must be {bound}")
+
+
+def bounds_of(setting: str) -> list[str]:
+    """Return the bounds of a recipe's setting, by its dotted name."""
+    kind: Any = Recipe
+    *groups, name = setting.split(".")
+    for group in groups:
+        kind = _annotations(kind)[group][0]
+    return _annotations(kind)[name][1][:-1]
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """The shape of the decoder."""
 
-    vocab_size: Annotated[Count, "Tokens in the vocabulary: at most this many, until a tokenizer is trained."]
-    width: Annotated[Count, "Numbers that stand for a token between two blocks."]
-    blocks: Annotated[Count, "Blocks of attention and MLP, one after another."]
+    vocab_size: Annotated[
+        int,
+        "at least 1 and at most 16777216",
+        "Tokens in the vocabulary: at most this many, until a tokenizer is trained.",
+    ]
+    width: Annotated[int, "at least 1 and at most 65536", "Numbers that stand for a token between two blocks."]
+    blocks: Annotated[int, "at least 1 and at most 1000", "Blocks of attention and MLP, one after another."]
     heads: Annotated[Count, "Attention heads of a block."]
-    context: Annotated[Count, "Tokens that the model sees at once."]
+    context: Annotated[Sequences, "Tokens that the model sees at once."]
     rotary_base: Annotated[Positive, "The base of the rotary positions."] = 10_000.0
-    norm_eps: Annotated[Positive, "What LayerNorm adds to the variance."] = 1e-5
+    norm_eps: Annotated[float, "above 0 and at most 1", "What LayerNorm adds to the variance."] = 1e-5
     rotary_share: Annotated[Share, "The share of each head's dimensions that rotate; below 1 in Pythia."] = 1.0
     parallel_residual: Annotated[bool, "Attention and MLP read the same sum, as in GPT-NeoX and Pythia."] = False
     biases: Annotated[bool, "Linear layers add biases, as in GPT-NeoX and Pythia."] = False
@@ -204,18 +227,20 @@ class BudgetConfig(Settings):
 class LoopConfig(Settings):
     """The training loop."""
 
-    batch: Annotated[Count, "Sequences in a step, each as long as the context."] = 16
-    micro_batch: Annotated[Count | None, "Sequences in one pass; none is the batch. Cut if memory runs out."] = None
+    batch: Annotated[Sequences, "Sequences in a step, each as long as the context."] = 16
+    micro_batch: Annotated[Sequences | None, "Sequences in one pass; none is the batch. Cut if memory runs out."] = None
     log_every: Annotated[Count, "Steps between lines of metrics."] = 1
     evaluate_every: Annotated[Count | None, "Steps between evaluations; none is ten times over the run."] = None
     save_every: Annotated[Count | None, "Steps between checkpoints; none saves by time and at evaluations."] = None
     save_minutes: Annotated[Positive, "Minutes between checkpoints, at most, where save_every is none."] = 10.0
     keep: Annotated[Count, "The number of checkpoints to keep, besides the best."] = 2
-    samples: Annotated[Whole, "Texts that are drawn after an evaluation."] = 3
+    samples: Annotated[int, "at least 0 and at most 10000", "Texts that are drawn after an evaluation."] = 3
     compile: Annotated[bool | None, "Use torch.compile; none decides by the device."] = None
     shard: Annotated[bool | None, "Each process holds a shard of the model (FSDP); none decides by memory."] = None
     checkpoint_activations: Annotated[bool, "Compute blocks again in the backward pass: less memory, slower."] = False
-    timeout_minutes: Annotated[Positive, "Minutes that a process waits for another one."] = 10.0
+    timeout_minutes: Annotated[
+        float, "above 0 and at most 1000000", "Minutes that a process waits for another one."
+    ] = 10.0
     seed: Annotated[Seed, "Seed of all that is drawn at random."] = 0
     deterministic: Annotated[bool, "Refuse operations that vary from run to run, as some do on GPUs."] = False
 
@@ -245,10 +270,10 @@ class AlignmentConfig(Settings):
     beta: Annotated[Weight, "The price of a nat of KL; of dpo and ipo the inverse slope of the same."] = 0.15
     kl_target: Annotated[Positive | None, "The KL that ppo's beta is steered to; none leaves beta alone."] = None
     kl_budget: Annotated[Positive, "The run stops above this KL."] = 20.0
-    answers: Annotated[Count, "Answers that are drawn before the policy changes."] = 128
-    group: Annotated[int, "Answers to each prompt, which grpo compares."] = 8
+    answers: Annotated[Sequences, "Answers that are drawn before the policy changes."] = 128
+    group: Annotated[int, "at most 1048576", "Answers to each prompt, which grpo compares."] = 8
     passes: Annotated[Count, "How often the drawn answers are learnt."] = 4
-    temperature: Annotated[Positive, "The temperature at which answers are drawn."] = 1.0
+    temperature: Annotated[float, "above 0 and at most 100", "The temperature at which answers are drawn."] = 1.0
     max_tokens: Annotated[Count | None, "The longest answer; none is what the context leaves."] = None
     missing_end: Annotated[Weight, "What is taken from the reward of an answer that does not end."] = 1.0
     clip: Annotated[Positive, "How far the ratio of new to old probabilities counts."] = 0.2
@@ -346,7 +371,7 @@ PRESETS = {
 
 def preset(name: str) -> Recipe:
     if name not in PRESETS:
-        raise InputError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+        raise InputError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}{meant(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -361,7 +386,8 @@ def override(config: Config, path: str, value: Any) -> Config:
     name, _, rest = path.partition(".")
     fields = _annotations(type(config))
     if name not in fields:
-        raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}")
+        like = meant(path, (each for each, _, _ in settings(config)))
+        raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}{like}")
     current = getattr(config, name)
     group = dataclasses.is_dataclass(current)
     if rest and not group:
@@ -389,7 +415,7 @@ def _typed(name: str, value: Any, kind: Any, *, parse: bool = True) -> Any:
     kinds = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is Literal:
         if value not in kinds:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(kinds)}")
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(kinds)}{meant(str(value), kinds)}")
         return value
     parse = parse and isinstance(value, str)
     if type(None) in kinds and (value is None or (parse and value.lower() == "none")):

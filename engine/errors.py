@@ -1,5 +1,15 @@
 """The one error that a person, not a programmer, is meant to read."""
 
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what to do; the CLI exits with 2."""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return what a message about an unknown name ends with: the known one that is like it, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""

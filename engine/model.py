@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig
+from engine.errors import InputError
+from engine.runtime import free_memory
 from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, linear_scores
 
 
@@ -47,6 +49,11 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
+        each = 2 * config.blocks * config.width * capacity * torch.empty(0, dtype=dtype).element_size()
+        if (most := free_memory(torch.device(device)) // each) < batch:
+            raise InputError(
+                f"a cache for {batch:,} texts at once takes {batch * each / 2**30:,.1f} GiB; there is room for {most:,}"
+            )
         # A head's keys lie together: attention reads them four times as fast as with the heads of a token together.
         # The keys of all heads come first, then the values.
         shape = (config.blocks, batch, 2 * config.heads, capacity, config.head_dim)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
+from engine.errors import InputError, meant
 from engine.processes import ALONE, Processes
+from kernels.backend import backend, why_not_triton
 
 # int8 is fp32, except for the weights of decoding steps on a CPU (engine/decoders.py).
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
@@ -58,6 +60,8 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
 
     Raises InputError for a device that does not exist, or for a precision that it cannot compute in.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise InputError(f"--device {device} cannot be used: it takes auto, cpu, cuda or cuda:N")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if name == "cuda" and here > 1:
@@ -71,15 +75,39 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
     except (RuntimeError, AssertionError):
         has = "a CUDA device" if torch.cuda.is_available() else "no CUDA device"
         raise InputError(f"--device {device} cannot be used: this machine has {has}; try --device cpu") from None
+    try:
+        why = why_not_triton(chosen) if backend(chosen) == "triton" else None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if why:
+        raise InputError(
+            f"GPT_KERNELS=triton cannot run on {chosen}: {why.splitlines()[0]}; unset it, or set TRITON_INTERPRET=1 "
+            "too, with which a CPU runs the kernels, slowly"
+        )
     if precision == "auto":
         precision = native_precision(chosen)
     if precision not in DTYPES:
-        raise InputError(f"--precision is {precision!r}; it must be auto, {', '.join(DTYPES)}")
+        known = ("auto", *DTYPES)
+        raise InputError(f"--precision is {precision!r}; it must be {', '.join(known)}{meant(precision, known)}")
     if precision == "int8" and chosen.type != "cpu":
         raise InputError("--precision int8 is for decoding on a CPU; on a GPU use bf16 or fp16")
     if precision == "fp16" and chosen.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     return Runtime(chosen, precision)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a device has left for more tensors; on the CPU what programs could still be given."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def native_precision(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from engine.config import Count, Decay, Seed, Settings
+from engine.config import Count, Decay, Penalty, Seed, Settings, Temperature, TopP
 
 # Tokens that nearly always hold top_p of the probability. To sort them all takes a CPU as long as a small model's pass.
 FEW = 512
@@ -17,12 +17,12 @@ FEW = 512
 class Sampling(Settings):
     """How to choose the next token. The defaults change nothing but the temperature."""
 
-    temperature: Annotated[float, "at least 0 and at most 100", "0 takes the likeliest token."] = 1.0
+    temperature: Annotated[Temperature, "0 takes the likeliest token."] = 1.0
     top_k: Annotated[Count | None, "Keep the k likeliest tokens."] = None
     # top_p: Holtzman et al., arXiv:1904.09751; min_p: Nguyen et al., 2407.01082; the penalty: Keskar et al., 1909.05858
-    top_p: Annotated[float, "above 0 and at most 1", "Keep the fewest tokens that hold this share."] = 1.0
+    top_p: Annotated[TopP, "Keep the fewest tokens that hold this share."] = 1.0
     min_p: Annotated[Decay, "Drop what is less likely than this share of the likeliest."] = 0.0
-    repetition_penalty: Annotated[float, "above 0 and at most 100", "Above 1, the text repeats less."] = 1.0
+    repetition_penalty: Annotated[Penalty, "Above 1, the text repeats less."] = 1.0
     seed: Annotated[Seed | None, "The same seed gives the same text."] = None
 
     def of_row(self, index: int) -> "Sampling":

@@ -20,7 +20,7 @@ from engine import checkpoint
 from engine.model import GPT
 from engine.processes import Coordinator
 from engine.run import Run
-from engine.runtime import Runtime, random_state, set_random_state, synchronize
+from engine.runtime import Runtime, is_out_of_memory, random_state, set_random_state, synchronize
 from train import parallel
 from train.data.loader import IGNORE_INDEX, Batch
 from train.optimizer import Optimizer, muon_dtype, rate_factor
@@ -133,7 +133,7 @@ class Loop:
             with contextlib.closing(self.saver), self.coordinator.listening():
                 return self._train()
         except RuntimeError as error:
-            if self.processes.count == 1 or _is_out_of_memory(error):
+            if self.processes.count == 1 or is_out_of_memory(error):
                 raise
             raise self.processes.lost(error) from error
 
@@ -239,7 +239,7 @@ class Loop:
                     total += loss.detach()
         except RuntimeError as error:
             # One of several processes cannot repeat the step alone, because the others wait for its gradients.
-            if not _is_out_of_memory(error) or self.processes.count > 1:
+            if not is_out_of_memory(error) or self.processes.count > 1:
                 raise
             # The step is repeated, so what it has measured up to here would count twice.
             self.stage.metrics.held = measured
@@ -383,14 +383,10 @@ class Loop:
                 if self.recipe.loop.samples:
                     self.run.add_samples(self.step, self.stage.sample(model))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             evaluation = {}
             self.say("out of memory while evaluating: left out; the checkpoint is saved")
         if self.layout.shard:
             model.to("cpu")
         return evaluation
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -238,7 +238,7 @@ class PackedLoader(Loader):
         if self.tokens_per_epoch < tokens_per_batch:
             raise InputError(
                 f"the data has {self.tokens_per_epoch:,} tokens, too few for one batch of {tokens_per_batch:,}; "
-                "give more data with --data, or choose a smaller batch"
+                "give more data with --data, or take a smaller batch with --set loop.batch=N"
             )
         # [documents + 1]: the number of each document's first segment.
         self._first = np.concatenate([[0], -(-self._lengths // context)]).cumsum(dtype=np.int64)

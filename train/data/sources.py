@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from engine.chat_template import Message
 from engine.config import DataConfig
-from engine.errors import InputError
+from engine.errors import InputError, meant
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
 from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, peek, read_rows, sample_hash
@@ -91,6 +91,7 @@ def open_source(
         f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
         "also stories-instruct, dolly and others: gpt finetune --help), a Hugging Face data set as owner/name, or a "
         f"file, folder or glob of {' '.join(EXTENSIONS)}"
+        + meant(name, (STORIES, STORIES_INSTRUCT, STORIES_BRIEF, *HUB_TEXTS, *HUB_CONVERSATIONS))
     )
 
 

@@ -117,7 +117,7 @@ class StreamLoader(Loader):
             if empty:
                 raise InputError(
                     f"{self.source.name} has no text to train on for process {rank + 1} of {count}; "
-                    "give more data with --data, or use fewer processes"
+                    "give more data with --data, or use fewer processes with --gpus"
                 )
             passes, place = passes + 1, None
 
