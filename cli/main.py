@@ -145,6 +145,11 @@ def main() -> None:
     try:
         if rank := rank_here():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            # In such a folder MKL, which torch computes with, ends the process.
+            raise InputError("the working directory is gone; change to one that is there, such as: cd ~") from None
         app()
     except InputError as error:
         if not rank:

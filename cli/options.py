@@ -226,16 +226,22 @@ def path(text: str | Path) -> Path:
     return Path(text)
 
 
+def typed_name(name: str, info: Any) -> str:
+    """Return what a person types for a parameter: --set, or NAME where it is an argument."""
+    if isinstance(info, ArgumentInfo):
+        return name.upper()
+    # In an annotation Typer keeps the first name of an option where its default would be.
+    names = [str(each) for each in (info.default, *(info.param_decls or ())) if str(each).startswith("--")]
+    return names[0].partition("/")[0] if names else f"--{name.replace('_', '-')}"
+
+
 def check(name: str, value: Any, marks: list[Any]) -> None:
     """Raise InputError where an option's value is beyond its bounds, or an empty text where that is no default."""
     if isinstance(value, list | tuple):
         for each in value:
             check(name, each, marks)
         return
-    info = next((mark for mark in marks if isinstance(mark, ParameterInfo)), Option())
-    # In an annotation Typer keeps the first name of an option where its default would be.
-    names = [str(each) for each in (info.default, *(info.param_decls or ())) if str(each).startswith("--")]
-    shown = name.upper() if isinstance(info, ArgumentInfo) else (names or [f"--{name.replace('_', '-')}"])[0]
+    shown = typed_name(name, next((mark for mark in marks if isinstance(mark, ParameterInfo)), Option()))
     if value == "":
         raise InputError(f"{shown} is empty; give it a value, or leave it out")
     for mark in marks:

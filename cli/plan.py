@@ -29,7 +29,7 @@ def plan(
     precision: Precision = "auto",
     price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None,
     setting: Setting = None,
-    results: Annotated[Path, Option(help="Measured rates, where there are any.")] = Path("bench/results"),
+    results: Annotated[Path, Option(help="Folder of measured rates, where there are any.")] = Path("bench/results"),
 ) -> None:
     """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import re
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ def serve(
     path: RunArgument,
     options: ModelOptions,
     host: Annotated[str, Option(help="The address to listen on. Others than 127.0.0.1 need a key.")] = LOOPBACK,
-    port: Annotated[int, Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    port: Annotated[int, "at least 0 and at most 65535", Option(help="0 takes any that is free.")] = 8000,
     api_key: Annotated[str | None, Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")] = None,
     insecure: Annotated[bool, Option("--insecure", help="Let everybody in, from everywhere.")] = False,
     cors: Annotated[
@@ -41,7 +42,7 @@ def serve(
 
     Example: gpt serve runs/nano
     """
-    sites = [_origin(each) for each in cors or ()]
+    sites = [origin(each) for each in cors or ()]
     if "*" in sites and not (api_key or insecure):
         raise InputError("--cors '*' lets every page call: ask for a key (--api-key or GPT_API_KEY), or say --insecure")
     loopback = _is_loopback(host)
@@ -86,17 +87,18 @@ def serve(
         server.run(sockets=[listening])
 
 
-def _origin(site: str) -> str:
+def origin(site: str) -> str:
     """Return what browsers send as the origin of a site's pages. Raises InputError for what no browser sends."""
     try:
         parts = urlsplit(site)
         host, port = parts.hostname or "", parts.port
-        host.encode("ascii")
     except ValueError:
         parts, host, port = urlsplit(""), "", None
     standard = {"http": 80, "https": 443}
     shown = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port is not None else "")
-    if site == "*" or (host and parts.scheme in standard and site.lower().removesuffix("/") == shown):
+    if site == "*" or (
+        re.fullmatch("[a-z0-9.:_-]+", host) and parts.scheme in standard and site.lower().removesuffix("/") == shown
+    ):
         return site if site == "*" else shown.removesuffix(f":{standard[parts.scheme]}")
     raise InputError(
         f"--cors is {site!r}; a site is http:// or https://, its name, and maybe a port: https://a.example"

@@ -271,7 +271,7 @@ class AlignmentConfig(Settings):
     kl_target: Annotated[Positive | None, "The KL that ppo's beta is steered to; none leaves beta alone."] = None
     kl_budget: Annotated[Positive, "The run stops above this KL."] = 20.0
     answers: Annotated[Sequences, "Answers that are drawn before the policy changes."] = 128
-    group: Annotated[int, "at most 1048576", "Answers to each prompt, which grpo compares."] = 8
+    group: Annotated[int, "at least 2 and at most 1048576", "Answers to each prompt, which grpo compares."] = 8
     passes: Annotated[Count, "How often the drawn answers are learnt."] = 4
     temperature: Annotated[float, "above 0 and at most 100", "The temperature at which answers are drawn."] = 1.0
     max_tokens: Annotated[Count | None, "The longest answer; none is what the context leaves."] = None
@@ -286,8 +286,8 @@ class AlignmentConfig(Settings):
         super().__post_init__()
         if self.kl_target is not None and self.method not in ("none", "ppo"):
             raise InputError(f"alignment.kl_target steers the beta of ppo; {self.method} has a fixed one")
-        if self.group < 2 or self.answers % self.group:
-            raise InputError(f"alignment.group is {self.group}; it must be 2 or more and divide {self.answers} answers")
+        if self.answers % self.group:
+            raise InputError(f"alignment.group is {self.group}; it must divide {self.answers} answers")
 
 
 @dataclass(frozen=True)

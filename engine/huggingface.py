@@ -142,8 +142,12 @@ def their_config(config: ModelConfig) -> dict[str, Any]:
 def _our_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return our model's settings, types unchecked. Where config.json is silent it means GPT-NeoX's default."""
     width = values.get("hidden_size", 0)
+    if not isinstance(width, int):
+        raise InputError(f"config.json has hidden_size {width!r}; it must be a whole number")
     # Since version 5 transformers gathers what concerns rotary positions.
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"config.json has rope_parameters or rope_scaling {rope!r}; they must be an object, or null")
     demands = {
         "model_type": (values.get("model_type"), "gpt_neox"),
         "hidden_act": (values.get("hidden_act", "gelu"), "gelu"),
@@ -199,6 +203,8 @@ def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
             found = tuple(theirs[their_name].shape) if their_name in theirs else "missing"
             raise InputError(f"the tensor {their_name} is {found}; by config.json it is {tuple(shape)}")
         tensors[name] = theirs[their_name].float()
+        if not (theirs[their_name].is_floating_point() and tensors[name].isfinite().all()):
+            raise InputError(f"the tensor {their_name} holds NaN, infinity, or no fp32, fp16 or bf16: it is damaged")
         if "qkv" in name:
             tensors[name] = _restack(tensors[name], config.heads, 3)
     return tensors
@@ -218,11 +224,11 @@ def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:
     backend = open_json(model)
     # Written anew: what old versions of `tokenizers` left out is there then.
     json_speller(json.loads(backend.to_str()))
-    ids = backend.get_vocab().values()
+    ids = [*backend.get_vocab().values()]
     if backend.token_to_id(END_OF_DOCUMENT) is None or max(ids) >= min(rows, len(ids)):
         raise InputError(
-            f"it has {len(ids)} tokens with ids up to {max(ids)}, for a model of {rows}; expected ids without gaps, "
-            f"and {END_OF_DOCUMENT} among the tokens"
+            f"it has {len(ids)} tokens with ids up to {max(ids, default=0)}, for a model of {rows}; expected ids "
+            f"without gaps, and {END_OF_DOCUMENT} among the tokens"
         )
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.add_special_tokens([f"<|reserved-{index}|>" for index in range(backend.get_vocab_size(), rows)])
@@ -307,9 +313,12 @@ def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
+            found = load_file(file)
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is damaged: {error}") from None
+        if twice := next(iter(found.keys() & tensors.keys()), None):
+            raise InputError(f"{file} and another file both hold the tensor {twice}; leave one model in {folder}")
+        tensors |= found
     # Tied, both maps are the embedding. transformers 5 calls the head by another name.
     head = "gpt_neox.embed_in.weight" if tied else "lm_head.weight"
     return tensors | ({"embed_out.weight": tensors[head]} if head in tensors else {})
@@ -318,15 +327,16 @@ def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
 def _chat_template(folder: Path) -> str | None:
     # transformers 5 keeps it in a file of its own.
     if (alone := folder / "chat_template.jinja").exists():
-        return alone.read_text()
+        # What is no text is another template than ours, too.
+        return alone.read_text(encoding="utf-8", errors="replace")
     beside = folder / "tokenizer_config.json"
     return _read_json(beside).get("chat_template") if beside.exists() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings")

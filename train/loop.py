@@ -337,9 +337,12 @@ class Loop:
         self.announced = True
         left = self.budget.seconds_left(self.step, self.seconds, statistics.median(self.step_seconds))
         if self.budget.steps is not None and left > LONG_RUN_SECONDS:
+            fewer = "--minutes N trains for N minutes with the schedule fitted to them"
+            if self.recipe.alignment.method in ("ppo", "grpo"):
+                fewer = "--rounds N takes fewer steps"
             self.say(
                 f"the whole recipe takes about {left / 3600:,.1f} hours on this machine; "
-                "Ctrl-C stops and saves it, and --minutes N trains for N minutes with the schedule fitted to them"
+                f"Ctrl-C stops and saves it, and {fewer}"
             )
 
     def _save(self) -> None:

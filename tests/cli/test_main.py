@@ -10,6 +10,7 @@ import pytest
 from cli.main import COMMANDS
 from engine.config import Recipe, override_text, preset
 from engine.config import settings as all_settings
+from engine.tokenizer import Tokenizer
 from tests.cli.conftest import SMALL, Gpt
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,47 @@ def test_from_the_tree_alone_children_find_the_project(tmp_path: Path) -> None:
     script += "sys.exit(subprocess.run([sys.executable, '-m', 'cli', '--version'], cwd='/').returncode)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line with `gpt` in it, in a folder, with more in the environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    line = command.replace("gpt", f"{sys.executable} -m cli")
+    return subprocess.run(["sh", "-c", line], cwd=folder, env=environment, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": "1"}, "RANK is 1, WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, WORLD_SIZE is 2"),
+        ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE is many"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "RANK is 2, WORLD_SIZE is 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+    ],
+    ids=str,
+)
+def test_an_environment_of_half_a_group_of_processes_is_refused_aloud(
+    gpt: Gpt, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = gpt("settings", "nano")
+    assert done.code == 2 and done.out == "" and expected in done.err
+
+
+def test_text_reaches_an_ascii_terminal_and_closed_streams_harm_no_file(tmp_path: Path) -> None:
+    plain = shell("gpt settings 'na\u00efve\udcff'", tmp_path, PYTHONIOENCODING="ascii")
+    assert plain.returncode == 2 and plain.stderr.startswith(b"error: no preset is called 'na\\xefve\\udcff'")
+    # Without a standard output, error or input the next files to be opened would get their numbers.
+    (tmp_path / "words.txt").write_text("the cat sat on the mat. " * 50)
+    closed = shell("gpt tokenizer train --data words.txt --vocab-size 280 >&- 2>&- <&-", tmp_path)
+    assert closed.returncode == 0 and closed.stderr == b""
+    assert Tokenizer.load(tmp_path / "tokenizer.model").vocab_size == 280
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = shell("mkdir gone && cd gone && rmdir ../gone && gpt data show words.txt", tmp_path)
+    assert gone.returncode == 2 and b"working directory" in gone.stderr and b"Traceback" not in gone.stderr

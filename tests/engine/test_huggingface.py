@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from engine import checkpoint
@@ -242,6 +243,9 @@ def test_weights_in_several_files_and_of_old_and_tied_models_are_read(
         ({"num_attention_heads": "four"}, "heads is 'four'"),
         ({"rotary_pct": 0.2, "rope_parameters": None}, r"rotary_share 0\.2 rotates 3 of a head's 16"),
         ({"num_hidden_layers": 3}, r"gpt_neox\.layers\.2\.\S+ is missing; by config.json it is \(64,\)"),
+        ({"num_hidden_layers": 10**6}, "blocks is 1000000; it must be at least 1 and at most 1000"),
+        ({"rope_scaling": [1], "rope_parameters": None}, r"rope_scaling \[1\]; they must be an object"),
+        ({"hidden_size": None}, "hidden_size None; it must be a whole number"),
         ({"vocab_size": 400}, r"gpt_neox\.embed_in\.weight is \(384, 64\); by config.json it is \(400, 64\)"),
     ],
     ids=str,
@@ -266,6 +270,37 @@ def test_a_pickle_is_not_read(documents: tuple[str, ...], tmp_path: Path) -> Non
     (folder / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         import_(folder, tmp_path / "run")
+
+
+def test_odd_files_beside_a_model_are_read_or_refused_by_name(documents: tuple[str, ...], tmp_path: Path) -> None:
+    folder, weights = tmp_path / "neox", tmp_path / "neox" / "model.safetensors"
+    neox(folder, documents)
+    tensors = safetensors.load_file(weights)
+
+    def refused(expected: str) -> None:
+        with pytest.raises(InputError, match=expected):
+            import_(folder, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    for bad in (torch.full_like(tensors[name], torch.nan), torch.full_like(tensors[name], 1e300, dtype=torch.float64)):
+        safetensors.save_file(tensors | {name: bad}, weights)
+        refused(rf"the tensor {name} holds NaN, infinity")
+    safetensors.save_file(tensors | {name: torch.ones_like(tensors[name], dtype=torch.int8)}, weights)
+    refused(rf"the tensor {name} holds")
+    safetensors.save_file(tensors, weights)
+    safetensors.save_file({name: tensors[name]}, folder / "model.fp16.safetensors")
+    refused(rf"model\.safetensors and another file both hold the tensor {name}")
+    (folder / "model.fp16.safetensors").unlink()
+    (folder / "model-2.safetensors").mkdir()
+    refused(r"model-2\.safetensors is damaged")
+    (folder / "model-2.safetensors").rmdir()
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    kept = (folder / "config.json").read_text()
+    (folder / "config.json").write_text("[" * 100_000)
+    refused(r"cannot read .*config\.json")
+    (folder / "config.json").write_text(kept)
+    assert not import_(folder, tmp_path / "run").chat
 
 
 def test_the_product_never_imports_transformers() -> None:

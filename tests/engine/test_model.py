@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.errors import InputError
 from engine.model import GPT, KVCache, rotary_angles, rotate
 
 LENGTHS = [7, 1, 12, 4]
@@ -186,3 +187,8 @@ def test_a_sequence_longer_than_the_context_is_refused(gpt: GPT) -> None:
     longer = gpt.config.context + 1
     with pytest.raises(ValueError, match="max_seqlen"):
         gpt(torch.zeros(longer, dtype=torch.int64), cu_seqlens=torch.tensor([0, longer], dtype=torch.int32))
+
+
+def test_a_cache_that_no_memory_holds_is_refused_before_it_is_made(gpt: GPT) -> None:
+    with pytest.raises(InputError, match=r"1,000,000,000 texts at once takes [\d,.]+ GiB; there is room for [\d,]+"):
+        KVCache(gpt.config, 10**9, 96, device="cpu", dtype=torch.float32)

@@ -28,6 +28,11 @@ def test_a_precision_is_a_dtype(precision: str, dtype: torch.dtype) -> None:
     [
         ("cuda:99", "auto", "--device cuda:99 cannot be used.*--device cpu"),
         ("toaster", "auto", "--device toaster cannot be used"),
+        *(
+            (device, "auto", "it takes auto, cpu, cuda or cuda:N")
+            for device in ("meta", "mps", "xla", "cpu:1", "cuda:-1", "")
+        ),
+        ("cpu", "bf61", "did you mean bf16?"),
         ("cpu", "fp8", "'fp8'.*auto, fp32, bf16, fp16"),
         ("cpu", "fp16", "needs a GPU"),
     ],
@@ -35,6 +40,16 @@ def test_a_precision_is_a_dtype(precision: str, dtype: torch.dtype) -> None:
 def test_what_this_machine_cannot_do_is_refused_by_name(device: str, precision: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         choose(device, precision)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"), [("foo", "'foo'; expected torch or triton"), ("triton", "on cpu: .*unset")]
+)
+def test_kernels_that_cannot_run_here_are_refused(kernels: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_KERNELS", kernels)
+    monkeypatch.setattr(runtime, "why_not_triton", lambda device: "no driver\nat all")
+    with pytest.raises(InputError, match=expected):
+        choose("cpu", "fp32")
 
 
 @pytest.mark.skipif(not CPU_FLAGS.exists(), reason="the flags of the CPU are known on Linux alone")

@@ -84,10 +84,8 @@ def read_conversations(
     read = recognise(head, data, answers=answers)
     if read is None:
         for where, row in rows:
-            raise InputError(
-                f"{where}: where is the conversation? There are {column_names(row)}: name --prompt-column and "
-                "--response-column, or --messages-column"
-            )
+            named = "--prompt-column and --response-column, or --messages-column" if answers else "--prompt-column"
+            raise InputError(f"{where}: where is the conversation? There are {column_names(row)}: name {named}")
         return
     for where, messages in read(rows):
         if isinstance(messages, Skipped):
