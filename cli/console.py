@@ -1,8 +1,11 @@
 """The console shows a run: with a live progress bar on a terminal, in plain lines elsewhere."""
 
+import contextlib
+import errno
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -52,6 +55,19 @@ def training_line(metrics: Mapping[str, Any]) -> str:
     return "  ".join(parts + ([f"{metrics['skipped']} skipped"] if metrics["skipped"] else []))
 
 
+@contextlib.contextmanager
+def may_be_closed() -> Iterator[None]:
+    """Lose what is written to a terminal that was closed meanwhile: a run has yet to be saved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+
+
 class Console:
     """Shows a run (train.tracking.Tracker) and the preparation of its data."""
 
@@ -61,7 +77,8 @@ class Console:
         self.last_plain = 0.0
 
     def say(self, message: str) -> None:
-        self.terminal.print(message, markup=False)
+        with may_be_closed():
+            self.terminal.print(message, markup=False)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         # Imported here: it brings torch along, and commands that print only a table need none.
@@ -86,7 +103,8 @@ class Console:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with may_be_closed():
+                self.bar.stop()
             self.bar = None
 
     def progress(self, line: str, share: float | None) -> None:
@@ -101,5 +119,6 @@ class Console:
                 BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.terminal, transient=True
             )
             self.bar.add_task("", total=1.0)
-            self.bar.start()
+            with may_be_closed():
+                self.bar.start()
         self.bar.update(self.bar.task_ids[0], description=line, completed=share, total=None if share is None else 1.0)

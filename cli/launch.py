@@ -23,6 +23,8 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+    from engine.processes import heeded_signals
+
     least, most = parse_nodes(nodes)
     if most > 1 and rendezvous is None:
         raise InputError(
@@ -48,6 +50,7 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
         local_addr=None if most > 1 else "localhost",
         max_restarts=RESTARTS,
         start_method="forkserver",
+        signals_to_handle=",".join([*(each.name for each in heeded_signals()), "SIGQUIT"]),
     )
     try:
         codes = elastic_launch(config, work)(sys.argv[1:])

@@ -19,6 +19,15 @@ Value = TypeVar("Value")
 # The main process may take long to prepare data or to evaluate: the others then wait longer than for a collective.
 PATIENCE = timedelta(days=7)
 
+# These ask for a stop: Ctrl-C, a scheduler's end, a terminal that was closed, and a scheduler's warning.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Return the signals that ask this process for a stop: without SIGHUP under nohup, which lets it be ignored."""
+    ignored = [each for each in STOP_SIGNALS[2:] if signal.getsignal(each) is signal.SIG_IGN]
+    return [each for each in STOP_SIGNALS if each not in ignored]
+
 
 class LostProcessError(Exception):
     """Another process has not come to a collective in time, or is gone. The message says which, and where it was."""
@@ -176,27 +185,26 @@ class Coordinator:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block Ctrl-C or SIGTERM is only noted, in `stop`; a second one acts as it did before.
+        """Within the block a signal that asks for a stop is only noted, in `stop`.
 
-        The handler prints nothing: that could break into a print that is under way.
+        A second Ctrl-C, or a second SIGTERM, acts as it did before. SIGHUP often comes twice: from the shell and from
+        the kernel. The handler prints nothing: that could break into a print that is under way.
         """
         # Python delivers signals to the main thread only; a run in another thread cannot be interrupted.
         in_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        before = {number: signal.getsignal(number) for number in heeded_signals() if in_main}
 
         def note(number: int, frame: object) -> None:
             self.own_signal = number
             if self.processes.count == 1:
                 self.stop = signal.Signals(number)
-            restore()
+            if number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, before[signal.Signals(number)])
 
         for number in before:
             signal.signal(number, note)
         try:
             yield
         finally:
-            restore()
+            for number, handler in before.items():
+                signal.signal(number, handler)

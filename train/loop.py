@@ -125,7 +125,7 @@ class Loop:
         return self.budget.progress(self.step, self.seconds)
 
     def train(self) -> Outcome:
-        """Run to the end of the budget, or until Ctrl-C or SIGTERM.
+        """Run to the end of the budget, or until a signal asks for a stop.
 
         Raises TrainingError when the loss stays not finite, LostProcessError when another process has died.
         """

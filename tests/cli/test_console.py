@@ -1,12 +1,17 @@
 """What a run looks like while it goes."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console as Terminal
 
 from cli.console import Console, span, training_line
 
+ROOTED = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 METRICS = {
     "step": 1200,
     "loss": 3.14159,
@@ -41,3 +46,26 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_plain_lines(interactive: bool) ->
     console.close()
     assert "loss 3.142" in written.getvalue() and "validation loss 1.5000" in written.getvalue()
     assert ("\x1b" in written.getvalue()) == interactive
+
+
+def test_a_terminal_that_is_closed_takes_no_run_with_it() -> None:
+    script = """
+import time
+from cli.console import Console
+console = Console()
+console.progress("step 1", 0.5)
+print("begun", flush=True)
+while time.sleep(0.02) or os.isatty(1):
+    console.say("more")
+console.progress("step 2", 0.6)
+console.close()
+os._exit(7) if os.isatty(2) else print("never seen")
+"""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", f"import os{script}"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ROOTED) as process:
+        os.close(theirs)
+        while b"begun" not in os.read(ours, 10_000):
+            pass
+        os.close(ours)
+        assert process.wait(20) == 0

@@ -18,7 +18,7 @@ import torch
 
 from engine import checkpoint
 from engine.config import BudgetConfig, Recipe, override, to_dict
-from engine.processes import Coordinator
+from engine.processes import ALONE, Coordinator
 from engine.run import Run
 from engine.runtime import Runtime
 from tests.train.conftest import stop_after
@@ -60,14 +60,45 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_sigterm_finishes_the_step_and_saves(
-    small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_finishes_the_step_and_saves(
+    small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    stop_after(monkeypatch, 2, signal.SIGTERM)
+    before = signal.getsignal(number)
+    stop_after(monkeypatch, 2, number)
     outcome, recorder = train(small)
-    assert outcome.stopped_by is signal.SIGTERM and outcome.checkpoint.step == 2
-    assert any("SIGTERM" in line for line in recorder.said)
+    assert outcome.stopped_by is number and outcome.checkpoint.step == 2
+    assert any(number.name in line for line in recorder.said)
     outcome.checkpoint.verify()
+    assert signal.getsignal(number) is before
+
+
+def test_a_closed_terminal_stops_no_run_under_nohup(
+    small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_after(monkeypatch, 2, signal.SIGHUP)
+        outcome, _ = train(small)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert outcome.stopped_by is None and outcome.step == 6
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_what_comes_after_a_warning_does_not_end_the_save(first: signal.Signals) -> None:
+    """The shell and the kernel both send SIGHUP; a scheduler warns, and later asks."""
+    coordinator = Coordinator(ALONE)
+    with coordinator.listening():
+        before = signal.getsignal(signal.SIGTERM)
+        os.kill(os.getpid(), first)
+        if first is signal.SIGTERM:  # of a person who means it
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            return
+        os.kill(os.getpid(), first)
+        assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert coordinator.stop is signal.SIGTERM
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_ended(small: Recipe, train: Train) -> None:

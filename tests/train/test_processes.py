@@ -126,7 +126,7 @@ def after_step(number: int, act: Callable[[], None]) -> None:
 
 def interrupted(rank: int) -> None:
     if rank == 1:
-        after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        after_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(steady: Recipe, tmp_path: Path) -> None:
