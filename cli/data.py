@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.console import Console
+from cli.console import Console, notice
 from cli.options import Column, Few, grouped
+from cli.training import is_of_use
 from engine.config import Count
 from engine.errors import InputError
+from engine.folders import one_writer, require_free
 
 if TYPE_CHECKING:
     from train.data.shards import TokenShards
@@ -39,6 +41,7 @@ def prepare_data(
 
     Example: gpt data prepare tinystories --out data/tinystories
     """
+    from engine.run import PREPARED_FILES
     from engine.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
     from train.data.shards import prepare
     from train.data.sources import open_source
@@ -48,18 +51,24 @@ def prepare_data(
     _require_room(out)
     source = open_source(data, column=column, limit=documents)
     console.say(source.describe())
-    ready = tokenizer_file(out)
-    if tokenizer is not None:
-        chosen = Tokenizer.load(tokenizer)
-    elif ready.exists():
-        chosen = Tokenizer.load(ready)
-    else:
-        sample_bytes = SAMPLE_BYTES_PER_TOKEN * vocab_size
-        chosen = train_tokenizer(source.documents("train"), vocab_size, sample_bytes=sample_bytes, notice=console.say)
-        out.mkdir(parents=True, exist_ok=True)
-        chosen.save(ready)
-    limits = {"train": None if max_tokens is None else int(max_tokens), "validation": None}
-    with contextlib.closing(console):
+    goes_on = any(out.glob("*/*.json"))
+
+    def keep(error: BaseException) -> bool:
+        return goes_on or is_of_use(out, error)
+
+    with contextlib.closing(console), one_writer(out, PREPARED_FILES, keep=keep, say=notice):
+        ready = tokenizer_file(out)
+        if tokenizer is not None:
+            chosen = Tokenizer.load(tokenizer)
+        elif ready.exists():
+            chosen = Tokenizer.load(ready)
+        else:
+            sample_bytes = SAMPLE_BYTES_PER_TOKEN * vocab_size
+            chosen = train_tokenizer(
+                source.documents("train"), vocab_size, sample_bytes=sample_bytes, notice=console.say
+            )
+            chosen.save(ready)
+        limits = {"train": None if max_tokens is None else int(max_tokens), "validation": None}
         for split, limit in limits.items():
             progress, begin, fresh = console.preparing(split), time.perf_counter(), not (out / split).exists()
             shards = prepare(source, chosen, out, split, workers=workers, max_tokens=limit, progress=progress)
@@ -128,14 +137,16 @@ def train_new_tokenizer(
         int, "model.vocab_size", typer.Option(help="Tokens, bytes and special tokens counted in.")
     ] = 4096,
     column: Column = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that is there.")] = False,
 ) -> None:
     """Train a tokenizer on text.
 
     Example: gpt tokenizer train --data 'stories/*.txt' --vocab-size 8000 --out tokenizer.model
     """
-    from engine.tokenizer import train_tokenizer
+    from engine.tokenizer import Tokenizer, train_tokenizer
     from train.data.sources import open_source
 
+    require_free(out, overwrite, Tokenizer.load)
     source = open_source(data, column=column)
     tokenizer = train_tokenizer(source.documents("train"), vocab_size, notice=print)
     out.parent.mkdir(parents=True, exist_ok=True)

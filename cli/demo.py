@@ -1,6 +1,9 @@
 """gpt demo: the whole pipeline, from stories to an aligned chat model, as the commands that a person would type."""
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +13,14 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from cli.console import Console, notice
 from cli.options import Few
 from engine.config import Seed
 from engine.errors import InputError
+from engine.folders import LOCK, one_writer
 
+# By this file, and what it says, a folder is known as a demo's.
+MARK, MARKED = "demo.txt", "This folder was made by gpt demo, and gpt demo --overwrite may delete it.\n"
 BRIEF = "stories-instruct:brief"
 
 
@@ -33,28 +40,36 @@ def demo(
 
     Under twelve minutes on two CPU cores, with no network. The report is OUT/report.md.
     """
-    import shutil
-
     from cli.demo_report import read_demo, write_demo_report
+    from engine.run import RUN_FILES
 
-    if out.exists() and any(out.iterdir()):
-        # Only a demo is deleted.
-        if not overwrite or not (out / "report.md").exists():
-            raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a demo")
-        shutil.rmtree(out)
-    folders = {each: out / f"seed-{each}" if seeds > 1 else out for each in range(seed, seed + seeds)}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text("This demo has not come to its end.\n")
-    results = []
-    for each, folder in folders.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        groups = commands(folder, each, short=short, control=control)
-        seconds = {" and ".join(group): run_together(group, folder) for group in groups}
-        results.append(read_demo(folder, seconds, each))
-    typer.echo("")
-    for line in write_demo_report(out, results, folders[seed]):
-        typer.echo(line)
-    typer.echo(f"\nreport     {out / 'report.md'}\ntalk to it gpt chat {folders[seed] / 'chat-ppo'}")
+    run = rf"(base|chat(-(reward|dpo|ppo|grpo|ppo-free))?)/({RUN_FILES.pattern})"
+    files = rf"(seed-\d+/)?({run}|(reward|dpo|ppo|grpo|ppo-free)\.log|(\.writing-)?result\.json)"
+    files = rf"{re.escape(LOCK)}|{files}|report\.md|frontier\.png|{re.escape(MARK)}"
+
+    def is_demo(*_: object) -> bool:
+        return (out / MARK).is_file() and (out / MARK).read_text(errors="replace") == MARKED
+
+    with one_writer(out, re.compile(files), keep=is_demo, say=notice) as held:
+        if held.before:
+            # Only a demo is deleted.
+            if not (overwrite and is_demo()):
+                raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a demo")
+            held.replace("the demo", notice)
+            shutil.rmtree(held.replaced)
+        folders = {each: out / f"seed-{each}" if seeds > 1 else out for each in range(seed, seed + seeds)}
+        (out / MARK).write_text(MARKED)
+        (out / "report.md").write_text("This demo has not come to its end.\n")
+        results = []
+        for each, folder in folders.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            groups = commands(folder, each, short=short, control=control)
+            seconds = {" and ".join(group): run_together(group, folder) for group in groups}
+            results.append(read_demo(folder, seconds, each))
+        typer.echo("")
+        for line in write_demo_report(out, results, folders[seed]):
+            typer.echo(line)
+        typer.echo(f"\nreport     {out / 'report.md'}\ntalk to it gpt chat {folders[seed] / 'chat-ppo'}")
 
 
 def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[str, list[str]]]:
@@ -114,21 +129,43 @@ def words(*parts: str | Path) -> list[str]:
 def run_together(group: dict[str, list[str]], out: Path) -> float:
     """Run commands at the same time, each with its share of the cores: small models gain little from more.
 
-    One alone writes to the console, several to files. Returns seconds. Raises InputError where one fails.
+    One alone writes to the console, several to files. Returns seconds. Raises InputError where one fails. A signal
+    that asks for a stop is passed on, and waited for: what trains saves.
     """
+    from engine.processes import heeded_signals
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // len(group))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    begin, running = time.perf_counter(), {}
-    for name, command in group.items():
-        typer.echo(f"\n$ gpt {' '.join(command)}" + (f"  > {out / name}.log" if len(group) > 1 else ""))
-        log = (out / f"{name}.log").open("w") if len(group) > 1 else None
-        running[name] = subprocess.Popen(
-            [sys.executable, "-m", "cli", *command], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-    for name, process in running.items():
-        if process.wait():
-            for other in running.values():
-                other.terminate()
-            raise InputError(f"gpt {' '.join(group[name])} failed; see {out / name}.log")
+    begin = time.perf_counter()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    stopped: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        # One that asks kindly twice means it. A terminal that is closed may do so by itself.
+        if not stopped or number in (signal.SIGINT, signal.SIGTERM):
+            stopped.append(number)
+            for process in running.values():
+                process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in heeded_signals()}
+    try:
+        for name, command in group.items():
+            typer.echo(f"\n$ gpt {' '.join(command)}" + (f"  > {out / name}.log" if len(group) > 1 else ""))
+            log = (out / f"{name}.log").open("w") if len(group) > 1 else None
+            running[name] = subprocess.Popen(
+                [sys.executable, "-m", "cli", *command], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        for name, process in running.items():
+            if process.wait() and not stopped:
+                for other in running.values():
+                    other.terminate()
+                    other.wait()
+                raise InputError(f"gpt {' '.join(group[name])} failed; see {out / name}.log")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        Console().say(f"the demo is stopped; what its commands have saved is in {out}")
+        raise typer.Exit(128 + stopped[0])
     return time.perf_counter() - begin

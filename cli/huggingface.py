@@ -1,12 +1,17 @@
 """gpt export and import: a model in Hugging Face's format."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from cli.console import notice
 from cli.options import CheckpointName, RunArgument
 from engine.errors import InputError
+from engine.folders import one_writer
 
 
 def export_run(
@@ -18,11 +23,12 @@ def export_run(
 
     Example: gpt export runs/nano --out nano-hf
     """
-    _require_room(out)
-    from engine.huggingface import export
+    from engine.huggingface import EXPORTED_FILES, export
     from engine.run import Run
 
-    for file in export(Run(path), out, which, print):
+    with _empty(out, EXPORTED_FILES):
+        files = export(Run(path), out, which, print)
+    for file in files:
         print(f"{file}: {file.stat().st_size:,} bytes")
     print(f"use it     transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
     print(f"           transformers.AutoTokenizer.from_pretrained({str(out)!r})")
@@ -36,14 +42,19 @@ def import_folder(
 
     Example: gpt import pythia-160m --out runs/pythia
     """
-    _require_room(out)
     from engine.huggingface import import_
+    from engine.run import RUN_FILES
 
-    model = import_(folder, out).model
+    with _empty(out, RUN_FILES):
+        model = import_(folder, out).model
     print(f"{out}: {model.parameters:,} parameters, context {model.context}, vocabulary {model.vocab_size:,}")
     print(f'try it     gpt generate {out} "Once upon a time"')
 
 
-def _require_room(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} is there already and not an empty folder; choose another with --out")
+@contextlib.contextmanager
+def _empty(out: Path, files: re.Pattern[str]) -> Iterator[None]:
+    """Be the one writer of a folder that must be new or empty; after an error it is so again."""
+    with one_writer(out, files, say=notice) as folder:
+        if folder.before:
+            raise InputError(f"{out} is there already and not an empty folder; choose another with --out")
+        yield

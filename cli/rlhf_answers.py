@@ -14,6 +14,7 @@ from cli.console import FRAMELESS, Console, print_table
 from cli.options import CheckpointName, Few, Machine, PromptColumn, RunArgument, Seed, Temperature
 from cli.training import located
 from engine.errors import InputError
+from engine.folders import require_free
 
 if TYPE_CHECKING:
     from engine.config import DataConfig
@@ -142,12 +143,11 @@ def pairs(
     from rlhf.preferences import Preference
     from rlhf.prompts import encode_prompts, open_prompts
     from rlhf.reward_model import open_reward
-    from rlhf.sampled_pairs import sample_pairs
+    from rlhf.sampled_pairs import require_sampled, sample_pairs
 
     base, machine, console = Run(run), how.choose(), Console()
     path = out or base.path / "pairs.jsonl"
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} is there already: --overwrite replaces it, --out writes elsewhere")
+    require_free(path, overwrite, require_sampled)
     source = open_prompts(prompt_data(base, how))
     model, tokenizer = base.load_model(machine, how.checkpoint, console.say)
     asked = encode_prompts(source, "train", tokenizer, model.config.context, prompts)

@@ -1,9 +1,9 @@
 """The commands that train share this: from options to a recipe, the folder of the run, and how a run ends."""
 
+import contextlib
 import dataclasses
 import glob
 import os
-import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from cli.console import Console
+from cli.console import Console, notice
 from cli.launch import GO_ON, launch, rank_here
 from cli.options import DerivedOptions, TrainingOptions, given_settings, refuse_changes
-from engine.errors import InputError
+from engine.errors import InputError, UnfinishedError
+from engine.folders import PATIENCE_SECONDS, Writer, one_writer
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -123,9 +124,9 @@ def kind_and_command(run: "Run", recipe: "Recipe", base: Path | str | None = Non
     return kind, f"gpt {command} --out {run.path} --resume"
 
 
-def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
-    """Refuse a folder that holds something else. A run that is there is deleted where that was asked for."""
-    if not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir())):
+def make_room(folder: Writer, run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
+    """Refuse a folder that holds something else. A run that is there is replaced where that was asked for."""
+    if not folder.before:
         return
     if not run.config.exists():
         raise InputError(f"{run.path} is not empty and holds no run; choose another folder with --out")
@@ -137,7 +138,18 @@ def make_room(run: "Run", overwrite: bool, check: Callable[[], object]) -> None:
     # Only a run is deleted, and only for a command that can work.
     run.read_recipe()
     check()
-    shutil.rmtree(run.path)
+    folder.replace("the run", notice)
+
+
+def is_of_use(data: Path, error: BaseException) -> bool:
+    """Return whether a command that failed on the way can go on with what it has tokenized into the folder `data`.
+
+    Once the input is mended, that would be in the way.
+    """
+    if not isinstance(error, Exception):
+        return True
+    mendable = isinstance(error, InputError) and not isinstance(error, UnfinishedError)
+    return not mendable and any(data.glob("*/*.json"))
 
 
 def distribute(options: TrainingOptions) -> None:
@@ -158,26 +170,36 @@ def start(
     import torch
 
     from engine import processes, runtime
+    from engine.run import RUN_FILES
     from train.stage import TrainingError
 
     machine = runtime.choose(options.device, recipe.precision)
     together = processes.join(machine.device, recipe.loop.timeout_minutes)
     machine = dataclasses.replace(machine, processes=together)
 
+    held = contextlib.ExitStack()
+
     def begin() -> "tuple[Recipe, bool]":
         # Processes that were started again, or joined by another machine, go on with what they began.
         again = GO_ON in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+        def keep(error: BaseException) -> bool:
+            return run.begun or options.resume or again or is_of_use(run.data, error)
+
+        patience = PATIENCE_SECONDS if again else 0.0
+        folder = held.enter_context(one_writer(run.path, RUN_FILES, keep=keep, patience=patience, say=notice))
         if again and run.config.exists():
             return run.read_recipe(), True
         if not options.resume:
-            make_room(run, options.overwrite, check)
+            make_room(folder, run, options.overwrite, check)
         return recipe, options.resume
 
-    recipe, resume = together.from_main(begin)
     console = Console()
     go_on = f"go on with: {kind_and_command(run, recipe, base)[1]}"
     try:
-        outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
+        with held:
+            recipe, resume = together.from_main(begin)
+            outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
     except TrainingError as failure:
         console.say(f"training failed: {failure}")
         raise typer.Exit(1) from None

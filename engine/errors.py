@@ -13,3 +13,7 @@ def meant(name: str, known: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+class UnfinishedError(InputError):
+    """Something was lacking on the way, such as room or a network: what is done is of use, the same command goes on."""

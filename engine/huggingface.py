@@ -49,6 +49,8 @@ NAMES = {
     "head": "embed_out",
 }
 
+EXPORTED_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config)\.json|model\.safetensors")
+
 
 def export(
     run: Run, out: Path, which: str = "latest", notice: Callable[[str], None] = lambda message: None
@@ -78,7 +80,7 @@ def export(
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     (out / "tokenizer.json").write_bytes(tokenizer_content)
     save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
-    return sorted(out.iterdir())
+    return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))
 
 
 def import_(folder: Path, out: Path) -> Recipe:

@@ -9,6 +9,7 @@ import json
 import operator
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -18,11 +19,26 @@ from typing import TYPE_CHECKING, Any
 from engine import checkpoint
 from engine.config import PATHS, Recipe, from_dict, override, to_dict
 from engine.errors import InputError
+from engine.folders import LOCK, REPLACED
 from engine.tokenizer import Tokenizer, tokenizer_file
 
 if TYPE_CHECKING:
     from engine.model import GPT
     from engine.runtime import Runtime
+
+# The paths of all files that commands write: into a folder of prepared data, and into a run. What is being written has
+# a name of its own until it is whole.
+PREPARED_FILES = re.compile(
+    rf"{re.escape(LOCK)}|(\.writing-)?tokenizer\.(model|json|tmp)"
+    r"|(train|validation|test)/((\.writing-)?(index|unfinished)\.json|\d{5,}\.(tokens|starts)(\.tmp)?)"
+)
+RUN_FILES = re.compile(
+    rf"{re.escape(LOCK)}|data/({PREPARED_FILES.pattern})|wandb/.*|(\.writing-)?("
+    r"(config|answers|best-of-n|evaluation-.*)\.json|(metrics|pairs)\.jsonl|tokenizer\.(model|json)|wandb-id"
+    r"|(samples|report)\.md|(loss|best-of-n)\.png)"
+    r"|checkpoints/(\.writing-.*|(damaged-)?step-\d{8,}/(\.writing-)?"
+    r"((model|critic|random|optimizer(-\d+-of-\d+)?)\.safetensors|(state|manifest|evaluation)\.json))"
+)
 
 
 class Run:
@@ -30,6 +46,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.begun = False  # has this process begun to train it?
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -42,13 +59,10 @@ class Run:
     def tokenizer(self) -> Path:
         return tokenizer_file(self.path)
 
-    def discard_preparation(self) -> None:
-        """Delete what is in the folder before training begins, unless some text is tokenized already."""
-        if any(self.data.glob("*/*.json")):
-            return
-        shutil.rmtree(self.data, ignore_errors=True)
-        self.tokenizer.unlink(missing_ok=True)
-        self.config.unlink(missing_ok=True)
+    def begin(self) -> None:
+        """Note that all is ready to train. From here on the folder keeps this run; what it has replaced is deleted."""
+        self.begun = True
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     def add_samples(self, step: int, texts: Sequence[str]) -> None:
         """Write down what the model said after `step` steps."""

@@ -1,16 +1,21 @@
 """Pairs of a model's own answers: drawn, scored, and compared by a noisy judge."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from random import Random
 
 from engine.chat_template import answer_ends
+from engine.errors import InputError
 from engine.model import GPT
 from rlhf.preferences import Preference, prefer
 from rlhf.prompts import Prompts
 from rlhf.reward_model import ProgramReward, Reward
 from rlhf.rollout import roll_out
+
+COLUMNS = ["prompt", "chosen", "rejected", "gold"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,18 @@ class SampledPairs:
             f"{len(self.pairs):,} pairs of {answers:,} answers, mean score {sum(self.scores) / answers:.3f}{right}; "
             f"left out: {self.ties:,} ties, {self.same:,} of equal texts, {self.unfinished:,} answers that did not end"
         )
+
+
+def require_sampled(path: Path) -> None:
+    """Raise InputError where a line of a file is not, to the letter, as `Preference.to_json_line` writes it."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or [*row] != COLUMNS or json.dumps(row, ensure_ascii=False) + "\n" != line:
+                raise InputError(f"line {number:,} is no pair that was sampled")
 
 
 def sample_pairs(

@@ -72,6 +72,8 @@ def run_stage(
     layout = [loop.layout.description] if processes.count > 1 else []
     for line in (*describe(stage, runtime), *layout, *stage.notes):
         console.say(line)
+    if processes.main:
+        run.begin()
     try:
         outcome = loop.train()
         if outcome.stopped_by is None and processes.main:
@@ -106,13 +108,7 @@ def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, 
     with processes.first():
         if processes.main and not resume:
             run.write_recipe(recipe)
-        try:
-            stage = prepare(recipe)
-        except Exception:
-            # An unfinished folder would make the next try fail, so it is deleted after every error.
-            if processes.main and not resume:
-                run.discard_preparation()
-            raise
+        stage = prepare(recipe)
     stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
     # The main process may have drawn random numbers for what the others have only read.
     set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)

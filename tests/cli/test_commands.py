@@ -333,14 +333,14 @@ def test_an_interrupted_preparation_goes_on_with_resume(gpt: Gpt, monkeypatch: p
 def test_what_is_tokenized_is_kept_when_the_preparation_fails_on_the_way(
     gpt: Gpt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.errors import InputError
+    from engine.errors import UnfinishedError
     from train import pretrain
 
     honest = pretrain.prepare
 
     def full(source: Any, tokenizer: Any, folder: Any, split: str, **options: Any) -> Any:
         if split == "validation":
-            raise InputError("the disk is full")
+            raise UnfinishedError("the disk is full")
         return honest(source, tokenizer, folder, split, **options)
 
     with monkeypatch.context() as patch:

@@ -1,9 +1,16 @@
 """gpt demo: its commands are such as gpt knows, they run at the same time, and its report says what came of them."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.main import get_command
 
 from cli import demo_report
@@ -39,6 +46,36 @@ def test_commands_run_together_and_one_that_fails_is_named(tmp_path: Path, capsy
     assert "Say what a run is" in (tmp_path / "one.log").read_text() and "gpt train --help" in capsys.readouterr().out
     with pytest.raises(InputError, match="gpt info nowhere failed"):
         run_together({"one": ["train", "--help"], "bad": ["info", "nowhere"]}, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_demo_that_is_stopped_waits_for_its_commands_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    saving = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: None); "
+    saving += "pathlib.Path(sys.argv[1]).touch(); signal.pause(); time.sleep(0.2); print('saved'); sys.exit(143)"
+    starts: list[Any] = []
+
+    def start(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        starts.append(Popen([sys.executable, "-c", saving, str(tmp_path / command[-1])], **how))
+        return starts[-1]
+
+    def ask() -> None:
+        while not ((tmp_path / "a").exists() and (tmp_path / "b").exists()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        if number is signal.SIGHUP:  # the shell's and the kernel's
+            os.kill(os.getpid(), number)
+
+    Popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    before = signal.getsignal(number)
+    threading.Thread(target=ask).start()
+    with pytest.raises(typer.Exit) as stopped:
+        run_together({"one": ["a"], "two": ["b"]}, tmp_path)
+    assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
+    assert [process.returncode for process in starts] == [143, 143]
+    assert {(tmp_path / name).read_text() for name in ("one.log", "two.log")} == {"saved\n"}
 
 
 def test_the_report_holds_every_method_over_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.checkpoint import sync, write_atomically
-from engine.errors import InputError
+from engine.errors import InputError, UnfinishedError
 from engine.tokenizer import Tokenizer, tokenizer_file
 from train.data.workers import encode_documents
 
@@ -93,7 +93,7 @@ def prepare(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(
+        raise UnfinishedError(
             f"the disk of {place} is full; make room and run the same command again: it goes on from here"
         ) from None
     return TokenShards(root, split)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from engine.chat_template import Message
 from engine.config import DataConfig
-from engine.errors import InputError, meant
+from engine.errors import InputError, UnfinishedError, meant
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
 from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, peek, read_rows, sample_hash
@@ -227,7 +227,7 @@ class StoryRequests(WrittenSource):
             yield [Message("user", request.text), Message("assistant", request.story)]
 
 
-class HubUnreachable(InputError):  # noqa: N818
+class HubUnreachable(UnfinishedError):  # noqa: N818
     """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.errors import InputError, UnfinishedError
 from engine.tokenizer import Tokenizer
 
 # Characters of text per task of a worker; and those below which starting workers costs more time than they save.
@@ -67,7 +67,7 @@ def encode_documents(
         # position that remains is that of the worker that died.
         pool.shutdown()
         where = " or ".join(f" at {_span(position - 1, GROUP)}" for position in positions if position)
-        raise InputError(
+        raise UnfinishedError(
             f"a tokenizing process died{where}, perhaps because memory ran out; run again with fewer workers: it "
             "continues from here"
         ) from None
