@@ -20,6 +20,7 @@ from cli.options import (
 )
 from cli.training import located
 from engine.config import Count
+from engine.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,18 @@ def evaluate(
         scorers=scorers,
         say=notice,
     )
-    written = evaluation.write(run, result)
+    # It is shown first: the run may be on a disk that nothing can be written to.
     heading, *rows = evaluation.evaluation_table(result)
     print_table(heading, rows, soft_wrap=True, title=held_out.name, title_justify="left", **FRAMELESS)
-    for note in (*evaluation.evaluation_notes(result), f"written to {written} and {run.report}"):
+    for note in evaluation.evaluation_notes(result):
         print(note)
+    try:
+        written = evaluation.write(run, result)
+        print(f"written to {written} and {run.report}")
+    except (InputError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        notice(f"the result could not be written into {run.path}: {reason}")
+        return
     if wandb:
         tracker = Wandb(run.path, run.path.name, dataclasses.asdict(recipe), notice)
         values = {f"{written.stem}/{key}": own.value for key, own in result["runs"][0]["measures"].items()}

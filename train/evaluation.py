@@ -4,6 +4,7 @@ First comes the loss, which training evaluates as well; then held-out documents,
 then the whole of `gpt evaluate`, of one run alone or of two against each other.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -19,9 +20,10 @@ from engine.chat_template import Message, answer_prompt, text_ends
 from engine.checkpoint import write_atomically
 from engine.config import DataConfig
 from engine.errors import InputError
+from engine.folders import one_writer
 from engine.generate import Completion, document_prompt, generate
 from engine.model import GPT
-from engine.run import Run
+from engine.run import RUN_FILES, Run
 from engine.runtime import Runtime, inference
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
@@ -304,7 +306,9 @@ def write(run: Run, result: Mapping[str, Any]) -> Path:
     name = "-against-".join([result["data"], *(Path(each["run"]).name for each in result["runs"][1:])])
     path = run.path / f"evaluation-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.json"
     write_atomically(path, json.dumps(result, indent=1, default=vars).encode())
-    write_evaluations(run)
+    # A run that is being trained puts this into its report at its end.
+    with contextlib.suppress(InputError), one_writer(run.path, RUN_FILES, keep=lambda error: True):
+        write_evaluations(run)
     return path
 
 
@@ -319,7 +323,8 @@ def write_evaluations(run: Run) -> None:
         sections += ["", f"The texts are in {path.name}.", ""]
     report = run.report.read_text() if run.report.exists() else f"# {run.path.name}\n"
     if sections:
-        run.report.write_text(report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections))
+        text = report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections)
+        write_atomically(run.report, text.encode())
 
 
 def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:

@@ -1,11 +1,13 @@
 """gpt evaluate"""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import LEARN, Gpt
+from tests.engine.test_folders import holder
 
 FEW = ("-n", "2", "--tokens", "500")
 
@@ -25,6 +27,28 @@ def test_a_run_is_measured_shown_and_written(gpt: Gpt, trained: Path) -> None:
     assert written["runs"][0]["step"] == 2 and len(written["cases"]) == 1
     assert "| perplexity |" in (trained / "report.md").read_text()
     assert gpt("evaluate", str(trained), *FEW) == result
+
+
+def test_a_result_that_cannot_be_written_is_shown(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    before = sorted(trained.rglob("*"))
+    monkeypatch.setattr("train.evaluation.write_atomically", refuse)
+    result = gpt("evaluate", str(trained), *FEW)
+    assert result.code == 0 and "perplexity" in result.out and "written to" not in result.out
+    assert "the result could not be written into runs/small: Read-only file system" in result.err
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_while_a_run_is_trained_its_report_is_left_to_its_end(gpt: Gpt, trained: Path) -> None:
+    report = (trained / "report.md").read_text()
+    with holder(trained):
+        assert gpt("evaluate", str(trained), *FEW).code == 0
+        assert (trained / "report.md").read_text() == report
+    assert (trained / "evaluation-stories-validation.json").exists()
+    assert gpt("train", "--out", str(trained), "--resume", "--steps", "3").code == 0
+    assert "| perplexity |" in (trained / "report.md").read_text()
 
 
 def test_another_run_and_other_data(gpt: Gpt, trained: Path) -> None:
