@@ -154,27 +154,24 @@ def folder(default: str) -> Any:
     return Option(help=f"Folder of the run; {default} unless given.")
 
 
-def given(options: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Yield the value of each option that differs from its default, with the metadata of its annotation."""
+def given(options: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield the field, the value and the metadata of its annotation of each option that differs from its default."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value not in ([], field.default):
-            yield value, hints[field.name].__metadata__
+            yield field.name, value, hints[field.name].__metadata__
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """Return the settings that were asked for by options of their own, by dotted name."""
-    return {
-        mark: value for value, marks in given(options) for mark in marks if isinstance(mark, str) and " " not in mark
-    }
+    """Return the settings of options that were given, by dotted name; with --resume, those that it lets change."""
+    allowed = [(value, marks) for _, value, marks in given(options) if ON_RESUME in marks or not options.resume]
+    return {mark: value for value, marks in allowed for mark in marks if isinstance(mark, str) and " " not in mark}
 
 
-def refuse_changes(options: Any) -> None:
-    """Raise InputError if an option is given that may not be changed with --resume."""
-    if any(ON_RESUME not in marks for _, marks in given(options)):
-        but = "; its length may change: --steps, --tokens, --epochs or --minutes" if isinstance(options, Length) else ""
-        raise InputError(f"--resume continues with the run's own recipe, which other options would change{but}")
+def recipe_options(options: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the value and metadata, by field, of the options that make a recipe, and so may not change later."""
+    return {name: (value, marks) for name, value, marks in given(options) if ON_RESUME not in marks}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

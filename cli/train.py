@@ -65,11 +65,11 @@ def train(asked: TrainOptions, preset: Annotated[str | None, Argument(help=PRESE
             f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
             f"{training.kind_and_command(run, recipe)[1]}, or leave --resume and choose another --out"
         )
-    if asked.data is not None:
+    if asked.data is not None and not asked.resume:
         recipe = config.override(recipe, "data.source", training.located(asked.data))
         # Where data was asked for by name, nothing else will do.
         recipe = config.override(recipe, "data.fallback", None)
-    recipe = training.adjust(recipe, options.given_settings(asked), asked.setting)
+    recipe = training.adjust(recipe, options.given_settings(asked), None if asked.resume else asked.setting)
 
     if asked.verify:
         prepared = next((each for each in (Path(recipe.data.source), run.data) if is_prepared(each)), None)

@@ -3,17 +3,18 @@
 import contextlib
 import dataclasses
 import glob
+import operator
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from cli.console import Console, notice
 from cli.launch import GO_ON, launch, rank_here
-from cli.options import DerivedOptions, TrainingOptions, given_settings, refuse_changes
+from cli.options import DerivedOptions, Length, TrainingOptions, given_settings, recipe_options
 from engine.errors import InputError, UnfinishedError
 from engine.folders import PATIENCE_SECONDS, Writer, one_writer
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+# The settings of options whose values need more than to be put into a recipe.
+SETTINGS = {"data": "data.source", "reward": "alignment.reward", "implicit": "reward.implicit", "batch": "loop.batch"}
 PRETRAINED, FINETUNED, REWARD_MODEL = "a pretrained run", "a finetuned run", "a reward model"
 
 
@@ -93,17 +96,41 @@ def begin_with(
         target = Run(options.out or base.with_name(f"{base.name}-{suffix if recipe.chat else 'tuned'}"))
         if target.path.resolve() == base.resolve():
             raise InputError(f"{base} cannot become {kind} in its own folder; choose another with --out")
-    return adjust(recipe, given_settings(options), options.setting), target
+    return adjust(recipe, given_settings(options), None if options.resume else options.setting), target
 
 
 def resumed(target: "Run", kind: str, options: TrainingOptions) -> "Recipe":
     """Return the recipe of a run to go on with. Raises InputError where it is of another kind, or would change."""
-    refuse_changes(options)
     recipe = target.read_recipe()
     found, command = kind_and_command(target, recipe)
     if found != kind:
         raise InputError(f"{target.path} is {found}; name another --out, or go on with it: {command}")
+    refuse_changes(options, recipe, target.read_asked())
     return recipe
+
+
+def refuse_changes(options: TrainingOptions, recipe: "Recipe", asked: Mapping[str, Any]) -> None:
+    """Raise InputError if an option has another value than in the run that --resume goes on with.
+
+    A value is the run's own where its recipe has it, or where it was `asked` for when the run began: what came of that
+    may have been settled by the data, as the vocabulary is, or by the base.
+    """
+    asked = {"checkpoint": str(recipe.base_step), **asked}
+    but = "; its length may change: --steps, --tokens, --epochs or --minutes" if isinstance(options, Length) else ""
+    for name, (value, marks) in recipe_options(options).items():
+        if name == "overwrite":
+            raise InputError("--overwrite deletes the run that --resume goes on with: leave out one of them")
+        flag, path = f"--{name.replace('_', '-')}", next((mark for mark in marks if isinstance(mark, str)), None)
+        known, wanted = asked.get(name), {(path or SETTINGS.get(name)): value}
+        if name == "setting":
+            texts = [each.partition("=") for each in value if not (isinstance(known, list) and each in known)]
+            wanted = {place.strip(): text for place, _, text in texts}
+        for place, each in wanted.items():
+            if known == each or (place and adjust_group(recipe, "", {}, [f"{place}={each}"]) == recipe):
+                continue
+            own = operator.attrgetter(place)(recipe) if place else asked.get(name, "not given")
+            what = f"--set {place}" if name == "setting" else flag
+            raise InputError(f"--resume goes on with the run's own recipe, where {what} is {own}, not {each}{but}")
 
 
 def kind_and_command(run: "Run", recipe: "Recipe", base: Path | str | None = None) -> tuple[str, str]:
@@ -192,6 +219,7 @@ def start(
             return run.read_recipe(), True
         if not options.resume:
             make_room(folder, run, options.overwrite, check)
+            run.asked = {name: value for name, (value, _) in recipe_options(options).items() if name != "overwrite"}
         return recipe, options.resume
 
     console = Console()

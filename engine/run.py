@@ -47,6 +47,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.begun = False  # has this process begun to train it?
+        self.asked: dict[str, Any] | None = None  # the options that a new run was begun with, as they were typed
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -77,7 +78,8 @@ class Run:
         folder = self.path.resolve()
         recipe = _with_paths(recipe, os.path.isabs, lambda path: _seen_from(folder, path))
         # The place of the folder is kept, too: it tells where the paths led before the folder was moved.
-        content = {"recipe": to_dict(recipe), "folder": str(folder), "versions": versions()}
+        asked = self.read_asked() if self.asked is None else self.asked
+        content = {"recipe": to_dict(recipe), "asked": asked, "folder": str(folder), "versions": versions()}
         checkpoint.write_atomically(self.config, json.dumps(content, indent=2).encode())
 
     def read_config(self) -> dict[str, Any]:
@@ -90,6 +92,11 @@ class Run:
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from None
+
+    def read_asked(self) -> dict[str, Any]:
+        """Return the options that the run was begun with, by name; none where they were not noted."""
+        asked = self.read_config().get("asked") if self.config.exists() else None
+        return asked if isinstance(asked, dict) else {}
 
     def read_recipe(self) -> Recipe:
         config = self.read_config()

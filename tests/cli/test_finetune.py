@@ -52,11 +52,12 @@ def test_resume_overwrite_and_the_columns(gpt: Gpt, base: str, chats: str) -> No
     assert gpt("finetune", base, *data, *TUNE).code == 0
     refused = gpt("finetune", base, *data, *TUNE)
     assert refused.code == 2 and "--resume" in refused.err
-    for change in (("--rate", "1"), ("--seed", "0"), ("--checkpoint", "1")):
+    own = ("--seed", "0", "--checkpoint", "1")
+    for change in (("--rate", "1"), ("--seed", "1"), ("--checkpoint", "2"), ("--data", base)):
         changed = gpt("finetune", base, "--resume", *change)
         assert changed.code == 2 and "own recipe" in changed.err
-    resumed = gpt("finetune", base, "--resume", "--steps", "3")
-    assert resumed.code == 0 and "after step 2" in resumed.out
+    resumed = gpt("finetune", base, *data, *TUNE, *own, "--resume", "--steps", "3")
+    assert resumed.code == 0 and "after step 2" in resumed.out, resumed.err
     pretraining = gpt("train", "nano", "--out", "runs/small-chat", "--resume")
     assert pretraining.code == 2 and "gpt finetune" in pretraining.err
     assert gpt("finetune", base, *data, *TUNE, "--overwrite").code == 0

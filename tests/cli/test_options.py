@@ -13,7 +13,8 @@ import typer
 
 from cli import options, train
 from cli.main import COMMANDS, app
-from engine.config import Recipe, settings
+from cli.training import refuse_changes
+from engine.config import Recipe, override, preset, settings
 from engine.errors import InputError
 from tests.cli.conftest import Gpt
 
@@ -34,28 +35,64 @@ def marks(group: Any) -> dict[str, tuple[Any, ...]]:
     return {field.name: hints[field.name].__metadata__ for field in dataclasses.fields(group)}
 
 
-def other_value(default: Any) -> Any:
-    return True if default is False else ["model.blocks=2"] if default is None else "other"
+def other_value(name: str, default: Any) -> Any:
+    """A value that is not the default, of a type that its setting takes."""
+    if name == "setting":
+        return ["model.blocks=2"]
+    if name == "precision":
+        return "bf16"
+    known = {"data": "x", "reward": "x", "seed": 7, "group": 4, "batch": 3, "kl_target": 0.5}
+    text = "column" in name or default == "latest"
+    return True if default is False else known.get(name, "other" if text else 0.25)
+
+
+RUN = override(preset("nano"), "data.source", "stories")
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
 def test_a_run_that_goes_on_refuses_every_option_that_would_change_it(group: Any) -> None:
-    options.refuse_changes(group())
-    options.refuse_changes(group(setting=[]))
+    refuse_changes(group(), RUN, {})
+    refuse_changes(group(setting=[]), RUN, {})
     for field in dataclasses.fields(group):
-        asked = group(**{field.name: other_value(field.default)})
+        value = other_value(field.name, field.default)
+        asked = group(**{field.name: value})
         if field.name in FREE:
-            options.refuse_changes(asked)
+            refuse_changes(asked, RUN, {})
             continue
-        with pytest.raises(InputError, match="own recipe") as refused:
-            options.refuse_changes(asked)
-        assert ("--steps" in str(refused.value)) == issubclass(group, options.Length), field.name
+        with pytest.raises(InputError, match=r"own recipe|leave out one") as refused:
+            refuse_changes(asked, RUN, {})
+        if field.name != "overwrite":
+            assert ("--steps" in str(refused.value)) == issubclass(group, options.Length), field.name
+            # As the run was begun, it may be gone on with.
+            refuse_changes(asked, RUN, {field.name: value})
+
+
+def test_what_is_the_runs_own_is_taken_and_another_value_is_named_beside_it() -> None:
+    run = override(override(RUN, "loop.seed", 4), "model.vocab_size", 380)
+    same = train.TrainOptions(seed=4, data="stories", setting=["model.blocks=4", "model.vocab_size = 380"])
+    refuse_changes(same, run, {})
+    refuse_changes(train.TrainOptions(setting=["model.vocab_size=400"]), run, {"setting": ["model.vocab_size=400"]})
+    for asked, named in {
+        train.TrainOptions(seed=5): "--seed is 4, not 5",
+        train.TrainOptions(data="tinystories"): "--data is stories, not tinystories",
+        train.TrainOptions(precision="bf16"): "--precision is auto, not bf16",
+        train.FinetuneOptions(rate=0.5): "--rate is not given, not 0.5",
+        train.PPOOptions(reward="other"): "--reward is program, not other",
+    }.items():
+        with pytest.raises(InputError, match=named):
+            refuse_changes(asked, run, {})
+    with pytest.raises(InputError, match=r"--set model\.blocks is 4, not 5"):
+        refuse_changes(train.TrainOptions(setting=["model.width=128", "model.blocks=5"]), run, {})
+    with pytest.raises(InputError, match=r"--rate is 0\.3, not 0\.5"):
+        refuse_changes(train.FinetuneOptions(rate=0.5), run, {"rate": 0.3})
 
 
 def test_zero_is_a_change_though_it_equals_false() -> None:
     with pytest.raises(InputError, match="own recipe"):
-        options.refuse_changes(train.RewardOptions(margin=0.0))
+        refuse_changes(train.RewardOptions(margin=0.0), override(RUN, "reward.margin", 1.0), {})
     assert options.given_settings(train.TrainOptions(seed=0, stream=True)) == {"loop.seed": 0, "data.stream": True}
+    # What the run has settled since is not undone by what it was asked for.
+    assert options.given_settings(train.TrainOptions(seed=0, steps=3, resume=True)) == {"budget.steps": 3}
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)

@@ -38,11 +38,12 @@ def test_ppo_stopped_and_resumed_is_bit_equal_to_ppo_that_never_stopped(
         stop_after(patch, 3)
         stopped = gpt("rlhf", "ppo", rewarded, *SMALL_ROUNDS, *target)
     assert stopped.code == 130 and f"gpt rlhf ppo {rewarded} --out {rewarded}-ppo --resume" in stopped.out
-    changed = gpt("rlhf", "ppo", rewarded, "--resume", "--beta", "1")
-    assert changed.code == 2 and "own recipe" in changed.err and "--steps" not in changed.err
+    for change in (("--beta", "1"), (*SMALL_ROUNDS, "--kl-target", "0.25"), ("--rounds", "3")):
+        changed = gpt("rlhf", "ppo", rewarded, "--resume", *change)
+        assert changed.code == 2 and "own recipe" in changed.err and "--steps" not in changed.err
     crossed = gpt("rlhf", "grpo", rewarded, "--out", f"{rewarded}-ppo", "--resume")
     assert crossed.code == 2 and "is a run of ppo" in crossed.err
-    resumed = gpt("rlhf", "ppo", rewarded, "--resume")
+    resumed = gpt("rlhf", "ppo", rewarded, *SMALL_ROUNDS, *target, "--resume")
     assert resumed.code == 0 and "after step 3" in resumed.out, resumed.err
     ours, theirs = (Run(Path(path)) for path in (f"{rewarded}-ppo", "runs/whole"))
     for name in ("model", "critic", "optimizer"):
