@@ -56,9 +56,9 @@ def demo(
             if not (overwrite and is_demo()):
                 raise InputError(f"{out} is not empty: --out takes another folder, --overwrite replaces a demo")
             held.replace("the demo", notice)
-            shutil.rmtree(held.replaced)
         folders = {each: out / f"seed-{each}" if seeds > 1 else out for each in range(seed, seed + seeds)}
         (out / MARK).write_text(MARKED)
+        shutil.rmtree(held.replaced, ignore_errors=True)
         (out / "report.md").write_text("This demo has not come to its end.\n")
         results = []
         for each, folder in folders.items():

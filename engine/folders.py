@@ -32,7 +32,9 @@ class Writer:
 
     def __init__(self, folder: Path, files: re.Pattern[str]) -> None:
         self.folder, self.files = folder, files
-        self.replaced = folder / REPLACED
+        self.replaced, self.replaces = folder / REPLACED, False
+        if [path for path in folder.iterdir() if path.name != LOCK] == [self.replaced]:
+            self._bring_back()  # who was to replace it was killed before anything new was there
         self.before = set(self.entries())
 
     def entries(self) -> list[Path]:
@@ -61,6 +63,7 @@ class Writer:
                 os.close(_lock(path.parent, 0.0, say))
         files = [path.lstat().st_size for path in entries if not _is_folder(path)]
         say(f"deleting {what} in {self.folder}: {len(files):,} files, {sum(files) / 1e6:,.1f} MB")
+        self.replaces = True
         if self.replaced.exists():
             # An earlier try was killed: what it has made goes, what it was to replace stays set aside.
             self._delete([path for path in entries if self.replaced not in (path, *path.parents)])
@@ -72,9 +75,12 @@ class Writer:
         """Delete what was written since, and bring back what it was to replace."""
         written = [path for path in self.entries() if path not in self.before and self.knows(path)]
         self._delete([path for path in written if self.replaced not in (path, *path.parents)])
-        if self.replaced.exists() and not self.before:
-            self._move(list(self.replaced.iterdir()), self.folder)
-            self.replaced.rmdir()
+        if self.replaces and self.replaced.exists():
+            self._bring_back()
+
+    def _bring_back(self) -> None:
+        self._move(list(self.replaced.iterdir()), self.folder)
+        self.replaced.rmdir()
 
     def _move(self, paths: list[Path], folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -84,7 +90,7 @@ class Writer:
     def _delete(self, paths: list[Path]) -> None:
         for path in paths:
             if not _is_folder(path):
-                path.unlink()
+                path.unlink(missing_ok=True)
             else:
                 with contextlib.suppress(OSError):  # something that is not ours is in it
                     path.rmdir()

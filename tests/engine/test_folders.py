@@ -189,6 +189,35 @@ def test_what_a_killed_try_had_set_aside_is_still_what_comes_back(tmp_path: Path
     assert contents(tmp_path) == before
 
 
+def test_what_was_set_aside_comes_back_after_a_kill_or_an_error_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = old(tmp_path)
+    script = """
+import os, re, sys
+from pathlib import Path
+from engine.folders import one_writer
+with one_writer(Path(sys.argv[1]), re.compile(".*")) as folder:
+    folder.replace("the run", print)
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, REPLACED}
+    with one_writer(tmp_path, FILES):
+        assert contents(tmp_path).items() >= before.items()
+    honest = os.rename
+
+    def busy(path: Path, to: Path) -> None:
+        if path.name == "parts" and to.parent.name == REPLACED:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        honest(path, to)
+
+    monkeypatch.setattr(os, "rename", busy)
+    with pytest.raises(OSError, match="busy"), one_writer(tmp_path, FILES) as folder:
+        folder.replace("the run", lambda message: None)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "parts/notes", "link", "parts/1x", ".hidden"])
 def test_nothing_is_deleted_where_something_is_not_known(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
