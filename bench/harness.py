@@ -5,6 +5,7 @@ results have forms of their own, use the same clocks, turns, tables and files.
 """
 
 import datetime
+import io
 import json
 import multiprocessing
 import re
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
+from engine.disk import write_atomically
 from engine.run import versions
 from engine.runtime import Runtime, synchronize
 from kernels.backend import backend
@@ -333,18 +334,18 @@ def plot(
         axes.set_ylim(bottom=0)
     figure.suptitle(title)
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(picture := io.BytesIO(), dpi=110)
+    write_atomically(path, picture.getvalue())
     pyplot.close(figure)
     print(f"drawn in {path}")
 
 
 def write_result(name: str, runtime: Runtime, content: Figures, folder: Path = RESULTS) -> Path:
     """Write NAME-DEVICE.json: what ran, on what, from which commit, and when."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = device_name(runtime)
     path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     header = {"device": device, "date": datetime.date.today().isoformat(), "versions": versions()}
-    write_atomically(path, (json.dumps({**header, **content}, indent=2) + "\n").encode())
+    write_atomically(path, json.dumps({**header, **content}, indent=2) + "\n")
     return path
 
 

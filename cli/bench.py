@@ -159,6 +159,7 @@ def bench_compile(dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "b
     import json
 
     from bench.compile_report import FAMILIES, report
+    from engine.disk import write_atomically
     from engine.run import versions
 
     lines = {family: list(report(family, dtype=dtype)) for family in FAMILIES}
@@ -169,10 +170,9 @@ def bench_compile(dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "b
         rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures)])
     print_table(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
     path = BenchOptions.out / f"compile-{dtype}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Each kernel gets a line of the file.
     parts = [f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]" for family, found in lines.items()]
-    path.write_text("{\n" + ",\n".join([f'"versions": {json.dumps(versions())}', *parts]) + "\n}\n")
+    write_atomically(path, "{\n" + ",\n".join([f'"versions": {json.dumps(versions())}', *parts]) + "\n}\n")
     print(f"written to {path}")
 
 

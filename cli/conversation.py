@@ -10,6 +10,7 @@ from typing import Annotated
 from cli.console import notice
 from engine.chat_template import Message, answer_prompt, text_ends, trim
 from engine.config import Count, override
+from engine.disk import write_atomically
 from engine.errors import InputError
 from engine.generate import document_prompt, stream
 from engine.model import GPT
@@ -147,7 +148,7 @@ class Conversation:
             written = json.dumps({"messages": turns} if self.chat else {"text": text}, ensure_ascii=False)
         else:
             written = "\n\n".join(map(_markdown, said)) if self.chat else text
-        path.write_text(written + "\n", encoding="utf-8")
+        write_atomically(path, written + "\n")
         self.written.add(path)
 
 

@@ -149,7 +149,6 @@ def train_new_tokenizer(
     require_free(out, overwrite, Tokenizer.load)
     source = open_source(data, column=column)
     tokenizer = train_tokenizer(source.documents("train"), vocab_size, notice=print)
-    out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
     print(f"{out}: a vocabulary of {tokenizer.vocab_size:,} tokens")
 

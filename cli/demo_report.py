@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.chat_template import answer_ends
-from engine.checkpoint import write_atomically
+from engine.disk import write_atomically
 from engine.run import Run, versions
 from engine.runtime import choose
 from engine.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str
         BEST_OF_N_GOLD: curves[BEST_OF_N_GOLD],
         "versions": versions(),
     }
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_atomically(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 
@@ -105,7 +105,7 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]], sample
         *(f"- {name}: {_spread([each['seconds'][name] for each in results], 0)}" for name in results[0]["seconds"]),
         "",
     ]
-    (folder / "report.md").write_text("\n".join(lines))
+    write_atomically(folder / "report.md", "\n".join(lines))
     return table
 
 

@@ -80,7 +80,7 @@ def best_of_n(
     Scores, KL and their picture are written to best-of-n.json and best-of-n.png in RUN.
     """
     from engine.chat_template import answer_ends
-    from engine.checkpoint import write_atomically
+    from engine.disk import write_atomically
     from engine.run import Run
     from engine.tokenizer import Tokenizer
     from rlhf.policy_metrics import BEST_OF_N, BEST_OF_N_GOLD, best_of_n, measure_policy, plot_reward_vs_kl
@@ -116,7 +116,7 @@ def best_of_n(
             rows.append([label, *scores, f"{'' if 'kl_error' in point else 'at most '}{point['kl']:.2f}"])
     print_table(("", *rewards, "KL"), rows, **FRAMELESS)
     result, path = {"data": source.name, "prompts": len(asked), "curves": curves}, base.path / "best-of-n.json"
-    write_atomically(path, json.dumps(result, indent=1).encode())
+    write_atomically(path, json.dumps(result, indent=1))
     picture = path.with_suffix(".png")
     typer.echo(f"written to {path}" + (f" and {picture}" if plot_reward_vs_kl(curves, picture) else ""))
 
@@ -138,7 +138,7 @@ def pairs(
 
     Each line has prompt, chosen, rejected, and as gold whether the judge was right.
     """
-    from engine.checkpoint import write_atomically
+    from engine.disk import write_atomically
     from engine.run import Run
     from rlhf.preferences import Preference
     from rlhf.prompts import encode_prompts, open_prompts
@@ -169,8 +169,7 @@ def pairs(
     console.say(found.describe())
     if not found.pairs:
         raise InputError("no two answers to a prompt differ: nothing is written")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(map(Preference.to_json_line, found.pairs)).encode())
+    write_atomically(path, "".join(map(Preference.to_json_line, found.pairs)))
     console.say(f"written to {path}")
     console.say(f"use it     gpt reward {run} --data {path}")
     console.say(f"           gpt rlhf dpo {run} --data {path}")

@@ -15,7 +15,7 @@ import typer
 from cli.console import Console, notice
 from cli.launch import GO_ON, launch, rank_here
 from cli.options import DerivedOptions, Length, TrainingOptions, given_settings, recipe_options
-from engine.errors import InputError, UnfinishedError
+from engine.errors import DiskError, InputError, UnfinishedError
 from engine.folders import PATIENCE_SECONDS, Writer, one_writer
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ def start(
     except KeyboardInterrupt:
         console.say(f"stopped at once, what came after the last checkpoint is lost; {go_on}")
         raise typer.Exit(130) from None
+    except DiskError as refusal:
+        raise DiskError(f"{refusal}; then {go_on if run.config.exists() else 'run the same command again'}") from None
     except InputError:
         raise
     except Exception:

@@ -9,6 +9,7 @@ several, each writes its share to `optimizer-00001-of-00002.safetensors` and so 
 torch.distributed.checkpoint, and any number of processes can read it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
+from engine import disk
+from engine.errors import DiskError, InputError
 from engine.processes import ALONE, Processes
 
 # The contents of a checkpoint, by the names of its files without their endings.
@@ -104,7 +106,7 @@ class Checkpoint:
 
     def record_evaluation(self, values: Mapping[str, Any]) -> None:
         """Put an evaluation beside the checkpoint. It comes later, so the manifest does not list it."""
-        write_atomically(self.path / EVALUATION, json.dumps(dict(values), indent=2).encode())
+        disk.write_atomically(self.path / EVALUATION, json.dumps(dict(values), indent=2))
 
 
 def save(
@@ -117,34 +119,45 @@ def save(
 ) -> Checkpoint:
     """Write checkpoint `step` into folder: each entry of tensors as NAME.safetensors, each of values as NAME.json.
 
-    The main process writes these. Each of several processes writes its share of the optimizer's state.
+    The main process writes these. Each of several processes writes its share of the optimizer's state. Raises DiskError
+    where the disk refuses; nothing of it is left then.
     """
     final = folder / f"step-{step:08d}"
     writing = folder / f".writing-{final.name}"
-    if processes.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.glob(".writing-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
-        writing.mkdir()
-    if optimizer is not None and processes.count > 1:
-        _save_shares(writing, optimizer, processes)
-    elif optimizer is not None:
-        tensors = {**tensors, "optimizer": optimizer}
-    if processes.main:
-        _save_rest(writing, step, tensors, values)
-        if final.exists():
-            # The run resumed from an earlier step, because this checkpoint was damaged, and has come here again.
-            _remove(final)
-        os.rename(writing, final)
-        sync(folder)
+    groups = [*tensors.values(), optimizer or {}]
+    wanted = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+
+    def begin() -> None:
+        if processes.main:
+            with disk.writing(final, wanted):
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(folder)
+                writing.mkdir()
+
+    try:
+        processes.together(begin)
+        with disk.writing(final, wanted):
+            if optimizer is not None and processes.count > 1:
+                _save_shares(writing, optimizer, processes)
+            elif optimizer is not None:
+                tensors = {**tensors, "optimizer": optimizer}
+            if processes.main:
+                _save_rest(writing, step, tensors, values)
+                if final.exists():
+                    # The run resumed from an earlier step, because this checkpoint was damaged, and came here again.
+                    _remove(final)
+                os.rename(writing, final)
+                disk.sync(folder)
+    except DiskError:
+        if processes.main:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise
     return Checkpoint(final, step)
 
 
 def _save_shares(writing: Path, optimizer: Mapping[str, Tensor], processes: Processes) -> None:
     from torch.distributed import checkpoint as distributed
 
-    # Wait until the main process has made the folder. An empty gather would not wait.
-    processes.gather(0)
     # The usual format of torch.distributed.checkpoint is read by unpickling; safetensors are not.
     writer = distributed.HuggingFaceStorageWriter(str(writing), save_distributed=True)
     distributed.save(dict(optimizer), storage_writer=writer, process_group=processes.group)
@@ -165,21 +178,28 @@ def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values) -> No
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(writing.iterdir())}
     (writing / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2))
     for file in writing.iterdir():
-        sync(file)
-    sync(writing)
+        disk.sync(file)
+    disk.sync(writing)
 
 
 class Saver:
-    """Saves in a thread while training goes on, one checkpoint at a time, and prunes the folder to `keep` of them."""
+    """Saves in a thread while training goes on, one checkpoint at a time, and prunes the folder to `keep` of them.
+
+    A checkpoint that the disk refuses is left out, and said in `refusal`; the next one then must not be.
+    """
 
     def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
         self.folder, self.keep, self.processes = folder, keep, processes.apart()
         self.pool = ThreadPoolExecutor(1)
         self.writing: Future[Checkpoint] | None = None
         self.saved: Checkpoint | None = None
+        self.refusal: DiskError | None = None
 
     def start(self, step: int, tensors: Tensors, values: Values, optimizer: Mapping[str, Tensor]) -> None:
-        """Begin to `save` this. Nobody may change its tensors from now on."""
+        """Begin to `save` this. Nobody may change its tensors from now on.
+
+        Where the last one was refused, make room and wait for this one. Raises DiskError if it is refused as well.
+        """
         self.collect()
 
         def write() -> Checkpoint:
@@ -188,17 +208,38 @@ class Saver:
                 prune(self.folder, self.keep)
             return saved
 
+        refused = self.refusal is not None
+        if refused:
+            self.make_room()
         self.writing = self.pool.submit(write)
+        if refused:
+            self.collect()
+            if self.refusal is not None:
+                raise self.refusal
+
+    @property
+    def failed(self) -> bool:
+        """Return whether there is a refusal to `collect`. Several processes come to know of it only there, together."""
+        done = self.processes.count == 1 and self.writing is not None and self.writing.done()
+        return done and self.writing is not None and self.writing.exception() is not None
 
     def collect(self) -> Checkpoint | None:
-        """Return the newest checkpoint, once it is on disk. Raises what went wrong with it."""
+        """Return the newest checkpoint, once it is on disk. All processes call it at once."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
-            self.saved = writing.result()
+            try:
+                self.saved, self.refusal = self.processes.together(writing.result), None
+            except DiskError as refusal:
+                self.refusal = refusal
         return self.saved
 
+    def make_room(self) -> None:
+        """Remove what a new checkpoint may replace, once the one that is being written is there."""
+        wait([self.writing] if self.writing else [])
+        if self.processes.main:
+            make_room(self.folder, self.keep)
+
     def close(self) -> None:
-        self.collect()
         self.pool.shutdown()
 
 
@@ -236,7 +277,20 @@ def prune(folder: Path, keep: int) -> None:
     kept = best(folder)
     for checkpoint in checkpoints(folder)[:-keep]:
         if checkpoint != kept:
-            _remove(checkpoint.path)
+            with disk.writing(folder):
+                _remove(checkpoint.path)
+
+
+def make_room(folder: Path, keep: int) -> None:
+    """Remove what a new checkpoint may replace: what a crash left half written, and all but `keep` with the new one."""
+    with contextlib.suppress(DiskError):
+        prune(folder, max(keep - 1, 1))
+    remove_abandoned(folder)
+
+
+def remove_abandoned(folder: Path) -> None:
+    for abandoned in folder.glob(".writing-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -253,23 +307,6 @@ def set_aside_newer(folder: Path, step: int) -> None:
             aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint.path, aside)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content such that a reader finds the old content or the new one, even after a crash."""
-    writing = path.with_name(f".writing-{path.name}")
-    writing.write_bytes(content)
-    sync(writing)
-    os.replace(writing, path)
-
-
-def sync(path: Path) -> None:
-    """Make the operating system write a file's content, or a folder's list of names, to disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

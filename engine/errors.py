@@ -17,3 +17,7 @@ def meant(name: str, known: Iterable[str]) -> str:
 
 class UnfinishedError(InputError):
     """Something was lacking on the way, such as room or a network: what is done is of use, the same command goes on."""
+
+
+class DiskError(UnfinishedError):
+    """A disk refuses what is to be written. The message names the file, and what is free there."""

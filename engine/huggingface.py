@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import checkpoint
+from engine import checkpoint, disk
 from engine.chat_template import JINJA, text_ends
 from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
 from engine.errors import InputError
@@ -75,11 +75,16 @@ def export(
         | ({"chat_template": JINJA} if chat else {}),
     }
     tokenizer_content = tokenizer_json(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    (out / "tokenizer.json").write_bytes(tokenizer_content)
-    save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
+    with disk.writing(out, 4 * model.config.parameters):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (out / name).write_text(
+                json.dumps(content, indent=2)
+                + "\\\
+"
+            )
+        (out / "tokenizer.json").write_bytes(tokenizer_content)
+        save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))
 
 
@@ -114,9 +119,10 @@ def import_(folder: Path, out: Path) -> Recipe:
         tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(old), -1)])
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
     run = Run(out)
-    run.write_recipe(recipe)
-    tokenizer.save(run.path / tokenizer.file_name)
-    checkpoint.save(run.checkpoints, 0, {"model": tensors}, {})
+    with disk.writing(out):
+        run.write_recipe(recipe)
+        tokenizer.save(run.path / tokenizer.file_name)
+        checkpoint.save(run.checkpoints, 0, {"model": tensors}, {})
     return recipe
 
 

@@ -79,12 +79,25 @@ def kept_by_block(setup: Setup) -> int:
     return sums * setup.wide_row + rows * setup.row + setup.tokens * (2 * 8 + 4 * setup.model.heads)
 
 
+def saved_state(setup: Setup) -> Parts:
+    """Return bytes on one rank that stay between steps, and that a checkpoint holds: Muon has one moment, AdamW two."""
+    inside, outside = elements(setup)
+    optimizer = 8 * outside + (4 if setup.optimizer == "muon" else 8) * inside
+    return {"weights": 4 * (inside + outside), "optimizer": optimizer}
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Return the size of a run's checkpoints: of its model, of PPO's critic, and of their optimizer's state."""
+    models = 2 if recipe.alignment.method == "ppo" else 1
+    return models * total(saved_state(Setup(recipe.model, recipe.optimizer.kind, tokens=1)))
+
+
 def step_memory(setup: Setup) -> dict[str, Parts]:
     """Return bytes on one rank, by part, at the four moments of which one is the peak, in a step after the first."""
     model, size, row = setup.model, setup.element_size, setup.row
     inside, outside = elements(setup)
     gradients = 4 * (inside + outside)
-    state = {"weights": gradients, "optimizer": 8 * outside + (4 if setup.optimizer == "muon" else 8) * inside}
+    state = saved_state(setup)
     # DDP's buckets, in which the gradients lie, stay between steps.
     resident = gradients if setup.accumulate or (setup.ranks > 1 and not setup.shard) else 0
     block_weights, embedding = 12 * model.width**2, model.vocab_size * model.width

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
+from engine.errors import DiskError, InputError
 
 Value = TypeVar("Value")
 
@@ -81,6 +81,17 @@ class Processes:
         if self.count > 1:
             torch.distributed.all_gather_object(everyone, value, group=self.group)
         return everyone
+
+    def together(self, work: Callable[[], Value]) -> Value:
+        """Return the result of this process's own work. Where the disk refuses any process, all raise its DiskError."""
+        result, refusal = None, ""
+        try:
+            result = work()
+        except DiskError as error:
+            refusal = str(error)
+        for each in filter(None, self.collect(refusal)):
+            raise DiskError(each)
+        return result  # type: ignore[return-value]
 
     def from_main(self, work: Callable[[], Value]) -> Value:
         """Return the result of work that only the main process does, however long it takes."""
@@ -179,6 +190,12 @@ class Coordinator:
         number = int(max(number for _, number in everyone))
         self.stop = signal.Signals(number) if number else None
 
+    def ask_to_stop(self, number: int) -> None:
+        """Ask all processes to stop, as this signal does."""
+        self.own_signal = number
+        if self.processes.count == 1:
+            self.stop = signal.Signals(number)
+
     def now(self) -> float:
         """Return the time in seconds since some moment."""
         return time.perf_counter() if self.processes.count == 1 else self.agreed_time
@@ -195,9 +212,7 @@ class Coordinator:
         before = {number: signal.getsignal(number) for number in heeded_signals() if in_main}
 
         def note(number: int, frame: object) -> None:
-            self.own_signal = number
-            if self.processes.count == 1:
-                self.stop = signal.Signals(number)
+            self.ask_to_stop(number)
             if number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, before[signal.Signals(number)])
 

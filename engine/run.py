@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint
+from engine import checkpoint, disk
 from engine.config import PATHS, Recipe, from_dict, override, to_dict
 from engine.errors import InputError
 from engine.folders import LOCK, REPLACED
@@ -67,20 +67,18 @@ class Run:
 
     def add_samples(self, step: int, texts: Sequence[str]) -> None:
         """Write down what the model said after `step` steps."""
-        with open(self.samples, "a") as file:
-            file.write(f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
+        disk.append(self.samples, f"## Step {step:,}\n\n" + "\n\n---\n\n".join(texts) + "\n\n")
 
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.checkpoints(self.checkpoints))
 
     def write_recipe(self, recipe: Recipe) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         folder = self.path.resolve()
         recipe = _with_paths(recipe, os.path.isabs, lambda path: _seen_from(folder, path))
         # The place of the folder is kept, too: it tells where the paths led before the folder was moved.
         asked = self.read_asked() if self.asked is None else self.asked
         content = {"recipe": to_dict(recipe), "asked": asked, "folder": str(folder), "versions": versions()}
-        checkpoint.write_atomically(self.config, json.dumps(content, indent=2).encode())
+        disk.write_atomically(self.config, json.dumps(content, indent=2))
 
     def read_config(self) -> dict[str, Any]:
         try:

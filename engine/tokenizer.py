@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from engine.disk import write_atomically
 from engine.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -77,7 +78,7 @@ class Tokenizer(ABC):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_bytes(self.model)
+        write_atomically(Path(path), self.model)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return type(self), (self.model,)

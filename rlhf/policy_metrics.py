@@ -1,5 +1,6 @@
 """Reward against KL: what a policy gains on held-out prompts, and how far it goes from where it began for that."""
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from engine.chat_template import answer_ends
 from engine.config import Recipe
+from engine.disk import write_atomically
 from engine.model import GPT
 from engine.tokenizer import Tokenizer
 from rlhf.advantages import k1, k3
@@ -197,6 +199,7 @@ def plot_reward_vs_kl(curves: Mapping[str, Sequence[Mapping[str, float]]], path:
         axes.set_ylabel("mean score of held-out prompts")
         axes.grid(alpha=0.25)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(picture := io.BytesIO(), dpi=130)
+    write_atomically(path, picture.getvalue())
     pyplot.close(figure)
     return True

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.chat_template import END, Message, answer_ends, render
-from engine.checkpoint import Checkpoint, write_atomically
+from engine.checkpoint import Checkpoint
 from engine.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, RewardConfig, override
+from engine.disk import write_atomically
 from engine.errors import InputError
 from engine.generate import generate
 from engine.model import GPT
@@ -321,7 +322,7 @@ def own_answers(recipe: Recipe, run: Run, held_out: Pairs, runtime: Runtime) -> 
             [*prompt, *answer.ids, *(end if answer.finish == "stop" else [])]
             for prompt, answer in zip(prompts, said, strict=True)
         ]
-        write_atomically(path, json.dumps(answers).encode())
+        write_atomically(path, json.dumps(answers))
     return json.loads(path.read_text())
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from engine.chat_template import Message, answer_prompt, text_ends
-from engine.checkpoint import write_atomically
 from engine.config import DataConfig
+from engine.disk import write_atomically
 from engine.errors import InputError
 from engine.folders import one_writer
 from engine.generate import Completion, document_prompt, generate
@@ -305,7 +305,7 @@ def write(run: Run, result: Mapping[str, Any]) -> Path:
     """Write evaluation-DATA-SPLIT[-against-RUN].json into the run's folder, and what it says into the report."""
     name = "-against-".join([result["data"], *(Path(each["run"]).name for each in result["runs"][1:])])
     path = run.path / f"evaluation-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.json"
-    write_atomically(path, json.dumps(result, indent=1, default=vars).encode())
+    write_atomically(path, json.dumps(result, indent=1, default=vars))
     # A run that is being trained puts this into its report at its end.
     with contextlib.suppress(InputError), one_writer(run.path, RUN_FILES, keep=lambda error: True):
         write_evaluations(run)
@@ -323,8 +323,7 @@ def write_evaluations(run: Run) -> None:
         sections += ["", f"The texts are in {path.name}.", ""]
     report = run.report.read_text() if run.report.exists() else f"# {run.path.name}\n"
     if sections:
-        text = report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections)
-        write_atomically(run.report, text.encode())
+        write_atomically(run.report, report.partition(EVALUATIONS)[0] + EVALUATIONS + "\n".join(sections))
 
 
 def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:

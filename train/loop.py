@@ -6,6 +6,7 @@ It reads downward: `Loop.train` takes steps until the budget is spent, and `_tra
 import contextlib
 import copy
 import math
+import signal
 import statistics
 import time
 from collections import deque
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.errors import DiskError
 from engine.model import GPT
 from engine.processes import Coordinator
 from engine.run import Run
@@ -94,6 +96,9 @@ class Loop:
         self.unlogged: Callable[[], None] | None = None
         self.announced = False
         self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
+        # What the disk has refused for good, and why: the run then stops, saved.
+        self.unwritten: list[Callable[[], object]] = []
+        self.refusal: DiskError | None = None
 
     def on_step(self, step: int) -> None:
         """Do nothing. It is called after each optimizer step, for a subclass that watches or stops the run."""
@@ -127,7 +132,8 @@ class Loop:
     def train(self) -> Outcome:
         """Run to the end of the budget, or until a signal asks for a stop.
 
-        Raises TrainingError when the loss stays not finite, LostProcessError when another process has died.
+        Raises TrainingError when the loss stays not finite, LostProcessError when another process has died, DiskError
+        when the disk refuses a checkpoint twice, or another file of the run: that one only after a checkpoint.
         """
         try:
             with contextlib.closing(self.saver), self.coordinator.listening():
@@ -155,12 +161,11 @@ class Loop:
         self._log_step()
         stop = self.coordinator.stop
         if stop is not None:
-            self.say(f"{stop.name}: stopping after step {self.step:,}, saving")
-        saved = self.saver.collect()
-        if saved is None or saved.step != self.step:
-            self._save()
+            self.say(f"{self.refusal or stop.name}: stopping after step {self.step:,}, saving")
+        saved = self._saved()
         evaluation = self._evaluate(final=True) if stop is None else {}
-        return Outcome(self.step, stop, evaluation, self._saved())
+        self.processes.from_main(self._write_rest)
+        return Outcome(self.step, stop, evaluation, saved)
 
     def _evaluation_due(self, before: float, after: float) -> bool:
         """Return whether to evaluate: every evaluate_every steps, or else EVALUATIONS times, if the time allows."""
@@ -170,6 +175,8 @@ class Loop:
         return due and self.evaluation_seconds <= EVALUATION_SHARE * self.seconds
 
     def _checkpoint_due(self) -> bool:
+        if self.saver.failed:
+            return True
         if self.recipe.loop.save_every is not None:
             return self.step % self.recipe.loop.save_every == 0
         return self.coordinator.now() - self.last_save > 60 * self.recipe.loop.save_minutes
@@ -331,7 +338,29 @@ class Loop:
 
     def _track(self, metrics: Metrics) -> None:
         for tracker in self.trackers:
-            tracker.log(metrics)
+            self._write(partial(tracker.log, metrics))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Write a small file of the run. Where the disk refuses, make room and try again; else stop, saved."""
+        try:
+            write()
+        except DiskError as refusal:
+            self.say(f"{refusal}. Older checkpoints that may go are removed")
+            self.saver.make_room()
+            try:
+                write()
+            except DiskError as refusal:
+                self.refusal = refusal
+                self.unwritten.append(write)
+                self.coordinator.ask_to_stop(signal.SIGTERM)
+
+    def _write_rest(self) -> None:
+        """Write what was refused: the last checkpoint may have made room. Raises DiskError: it has stopped the run."""
+        for write in self.unwritten:
+            with contextlib.suppress(DiskError):
+                write()
+        if self.refusal is not None:
+            raise DiskError(f"{self.refusal}; step {self.step:,} is saved")
 
     def _announce_long_run(self) -> None:
         self.announced = True
@@ -348,21 +377,26 @@ class Loop:
     def _save(self) -> None:
         state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "seconds", "skipped", "parts")}
         state |= {"batches": self.stage.batches.state_dict(), "scaler": self.optimizer.scaler.state_dict()}
+        self.saver.collect()
+        if self.saver.refusal is not None:
+            self.say(f"{self.saver.refusal}. What may go is removed, and step {self.step:,} is saved instead")
         tensors = {name: parallel.whole_on_host(each, self.processes) for name, each in self.modules.items()}
         tensors["random"] = random_state(self.runtime.device)
         self.saver.start(self.step, tensors, {"state": state}, parallel.shares_on_host(self.optimizer.state()))
         self.last_save = self.coordinator.now()
 
     def _saved(self) -> checkpoint.Checkpoint:
-        saved = self.saver.collect()
-        assert saved is not None
+        """Return the checkpoint of this step, which is saved now where it is not yet."""
+        while (saved := self.saver.collect()) is None or saved.step != self.step:
+            self._save()
         return saved
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
         """Return the main process's evaluation of the checkpoint that was saved last."""
         begin = self.coordinator.now()
         self.processes.at("evaluation")
-        evaluation = self.processes.from_main(lambda: self._measure(self._saved(), final))
+        saved = self._saved()
+        evaluation = self.processes.from_main(lambda: self._measure(saved, final))
         self.coordinator.agree()
         self.evaluation_seconds += self.coordinator.now() - begin
         return evaluation
@@ -380,11 +414,11 @@ class Loop:
             # Blocks are compiled for the shapes of training only.
             with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
                 evaluation = self.stage.evaluate(model, tokens=tokens, tokens_per_batch=at_a_time)
-                saved.record_evaluation(evaluation)
+                self._write(partial(saved.record_evaluation, evaluation))
                 metrics = {f"validation_{name}": value for name, value in evaluation.items()}
                 self._track({"step": self.step, "tokens": self.stage.batches.tokens, **metrics})
                 if self.recipe.loop.samples:
-                    self.run.add_samples(self.step, self.stage.sample(model))
+                    self._write(partial(self.run.add_samples, self.step, self.stage.sample(model)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.checkpoint import write_atomically
+from engine.disk import append, write_atomically
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
 from train.data.shards import Progress
@@ -93,20 +93,22 @@ class Console(Tracker, Protocol):
 
 
 class MetricsFile:
-    """Writes one JSON line per logged step. Resuming at `step` drops the lines that the run will write again."""
+    """Writes one JSON line per logged step, whole or not. Resuming at `step` drops those that the run will write again.
+
+    `log` raises DiskError.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step] if step else []
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
+        self.path = path
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, metrics: Metrics) -> None:
         # JSON knows no NaN and no infinity; null stands for them.
         lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        self.file.write(json.dumps({**metrics, **lost}) + "\n")
+        append(self.path, json.dumps({**metrics, **lost}) + "\n")
 
-    def close(self) -> None:
-        self.file.close()
+    def close(self) -> None: ...
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -143,7 +145,7 @@ class Wandb:
         # A resumed run has the same id, so that it stays one curve.
         identity = folder / "wandb-id"
         if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
+            write_atomically(identity, secrets.token_hex(4))
         about: dict[str, Any] = {"name": name, "dir": str(folder), "id": identity.read_text().strip(), "mode": mode}
         settings = wandb.Settings(silent=True, console="off")
         self.run = wandb.init(project="gpt", resume="allow", config=dict(config), settings=settings, **about)

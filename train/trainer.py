@@ -1,14 +1,17 @@
 """run_stage, which all stages of training share: from a recipe to a finished run and its report, in that order."""
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine import checkpoint, disk
 from engine.checkpoint import Checkpoint
 from engine.config import Recipe, override, settings
-from engine.errors import InputError
+from engine.errors import DiskError, InputError
+from engine.planning import checkpoint_bytes
 from engine.run import Run, versions
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
 from train.evaluation import write_evaluations
@@ -44,7 +47,7 @@ def run_stage(
         recipe = override(recipe, "precision", runtime.precision)
         recipe = override(recipe, "data.tokens", recipe.data.tokens or most_tokens(recipe, peak))
 
-    stage = prepare_first(recipe, run, runtime, prepare, resume=resume)
+    stage = prepare_first(recipe, run, runtime, prepare, console.say, resume=resume)
     recipe = stage.recipe
     model = stage.model(recipe.model)
     found = processes.from_main(
@@ -99,20 +102,41 @@ def most_tokens(recipe: Recipe, peak: float) -> int | None:
     return max(LEAST_TOKENS, math.ceil(needed) + recipe.tokens_per_step)
 
 
-def prepare_first(recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, *, resume: bool) -> Stage:
+def prepare_first(
+    recipe: Recipe, run: Run, runtime: Runtime, prepare: Prepare, say: Callable[[str], None], *, resume: bool
+) -> Stage:
     """Let the main process prepare the data first; the others wait, and then open what it has prepared.
 
     All of them then have the main process's recipe and the state of its random generators.
     """
     processes = runtime.processes
     with processes.first():
-        if processes.main and not resume:
-            run.write_recipe(recipe)
+        if processes.main:
+            require_room(recipe, run, say)
+            if not resume:
+                run.write_recipe(recipe)
         stage = prepare(recipe)
+        if processes.main:
+            # The data that was prepared may have filled the disk, and has settled the vocabulary.
+            require_room(stage.recipe, run)
     stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
     # The main process may have drawn random numbers for what the others have only read.
     set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
     return stage
+
+
+def require_room(recipe: Recipe, run: Run, say: Callable[[str], None] = lambda message: None) -> None:
+    """Raise DiskError where not one checkpoint fits on the disk; say so where not all will that the run keeps."""
+    size, there = checkpoint_bytes(recipe), len(checkpoint.checkpoints(run.checkpoints))
+    if disk.free(run.checkpoints) < size:
+        checkpoint.make_room(run.checkpoints, recipe.loop.keep)
+    # Those that are kept, the best, and a new one before an old one goes.
+    free, most = disk.free(run.checkpoints), max(recipe.loop.keep + 2 - there, 1) * size
+    numbers = f"a checkpoint takes {disk.in_words(size)}, and {disk.in_words(free)} are free on the disk of {run.path}"
+    if free < size:
+        raise DiskError(f"{numbers}: make room there, or choose another folder with --out")
+    if free < most:
+        say(f"disk       {numbers}; with loop.keep={recipe.loop.keep} up to {disk.in_words(most)} will be wanted")
 
 
 def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
@@ -183,7 +207,7 @@ def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> No
         "Samples from each evaluation are in samples.md, all numbers in metrics.jsonl.",
         "",
     ]
-    run.report.write_text("\n".join(lines))
+    disk.write_atomically(run.report, "\n".join(lines))
     write_evaluations(run)
 
 
@@ -219,6 +243,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(picture := io.BytesIO(), dpi=130)
+    disk.write_atomically(path, picture.getvalue())
     pyplot.close(figure)
     return True

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, disk
 from engine.checkpoint import Checkpoint, DamagedCheckpointError
 from engine.errors import InputError
 
@@ -68,7 +68,7 @@ def crash_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return wrapper
 
     for owner, name in (
-        (checkpoint, "sync"),
+        (disk, "sync"),
         (os, "rename"),
         (os, "replace"),
         (Path, "mkdir"),
@@ -113,7 +113,7 @@ def test_every_file_is_on_disk_before_the_rename_and_the_rename_before_it_is_rep
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    sync, rename = checkpoint.sync, os.rename
+    sync, rename = disk.sync, os.rename
 
     def noted_sync(path: Path) -> None:
         sync(path)
@@ -123,7 +123,7 @@ def test_every_file_is_on_disk_before_the_rename_and_the_rename_before_it_is_rep
         rename(old, new)
         events.append(f"rename {new.name}")
 
-    monkeypatch.setattr(checkpoint, "sync", noted_sync)
+    monkeypatch.setattr(disk, "sync", noted_sync)
     monkeypatch.setattr(os, "rename", noted_rename)
     (saved,) = save(tmp_path, 1)
     files = {f"sync {file.name}" for file in saved.path.iterdir()}
@@ -273,18 +273,6 @@ def test_pruning_keeps_the_newest_and_the_best(
     assert [each.step for each in checkpoint.checkpoints(tmp_path)] == left
     for each in checkpoint.checkpoints(tmp_path):
         check(each, each.step)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.json"
-    checkpoint.write_atomically(path, b"old")
-    for moment in (1, 2):
-        with pytest.raises(Crash), monkeypatch.context() as patch:
-            crash_at(moment, patch)
-            checkpoint.write_atomically(path, b"new and longer")
-        assert path.read_bytes() == b"old"
-    checkpoint.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

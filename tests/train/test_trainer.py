@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from engine import disk
+from engine.checkpoint import checkpoints
 from engine.config import DataConfig, Recipe, override
+from engine.errors import DiskError
+from engine.planning import checkpoint_bytes
 from engine.run import Run
 from engine.runtime import Runtime
 from tests.train.conftest import Recorder, Train
@@ -40,3 +44,26 @@ def test_epochs_of_conversations_are_right_although_they_leave_padding(
     learnt = [line["epoch"] for line in recorder.logged if "epoch" in line]
     # One epoch was asked for, and comes out even to half a step.
     assert float(epochs) == pytest.approx(learnt[-1], abs=0.02) == pytest.approx(1, abs=0.5 / steps + 0.01)
+
+
+def test_a_run_whose_checkpoints_do_not_fit_says_so_before_it_starts(
+    small: Recipe, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, recorder = train(small, "known")
+    used = sum(file.stat().st_size for file in outcome.checkpoint.path.glob("*.safetensors"))
+    size = checkpoint_bytes(override(small, "model.vocab_size", 400))
+    assert not any(line.startswith("disk ") for line in recorder.said) and size == pytest.approx(used, rel=0.1)
+
+    free = checkpoint_bytes(small)
+    monkeypatch.setattr(disk, "free", lambda path: free)
+    _, recorder = train(override(small, "loop.keep", 30))
+    (said,) = (line for line in recorder.said if line.startswith("disk "))
+    assert f"{disk.in_words(free)} are free" in said and f"{disk.in_words(32 * free)} will be wanted" in said
+    # It goes on only with room for a checkpoint, but what a crash left half written goes first.
+    (abandoned := tmp_path / "run" / "checkpoints" / ".writing-step-00000007").mkdir()
+    monkeypatch.setattr(disk, "free", lambda path: 0 if abandoned.exists() else free)
+    assert train(small, resume=True)[0].step == 6
+    monkeypatch.setattr(disk, "free", lambda path: 1000)
+    with pytest.raises(DiskError, match=r"a checkpoint takes .* MB, and 1,000 bytes are free on the disk of .*none"):
+        train(small, "none")
+    assert not (tmp_path / "none").exists() and checkpoints(tmp_path / "run" / "checkpoints")

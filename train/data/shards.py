@@ -8,7 +8,6 @@
 A document of n tokens trains on n + 1 inputs, its eod and its tokens; "tokens" counts inputs everywhere. Little-endian.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.checkpoint import sync, write_atomically
-from engine.errors import InputError, UnfinishedError
+from engine.disk import replacing, sync, write_atomically, writing
+from engine.errors import InputError
 from engine.tokenizer import Tokenizer, tokenizer_file
 from train.data.workers import encode_documents
 
@@ -80,22 +79,13 @@ def prepare(
                 )
             if name == INDEX:
                 return TokenShards(root, split)
-    place.mkdir(parents=True, exist_ok=True)
     saved = tokenizer_file(root)
     if saved.exists() and hashlib.sha256(saved.read_bytes()).hexdigest() != tokenizer.fingerprint:
         raise InputError(f"{saved} is another tokenizer than this data is to be made with; choose another folder")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        tokenizer.save(saved.with_suffix(".tmp"))
-        os.replace(saved.with_suffix(".tmp"), root / tokenizer.file_name)
-        _write_shards(place, index, source, tokenizer, workers, progress)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UnfinishedError(
-            f"the disk of {place} is full; make room and run the same command again: it goes on from here"
-        ) from None
+    tokenizer.save(root / tokenizer.file_name)
+    _write_shards(place, index, source, tokenizer, workers, progress)
     return TokenShards(root, split)
 
 
@@ -127,13 +117,14 @@ def _write_shards(
         for _, documents in groupby(deal(), key=itemgetter(0)):
             path, last = place / f"{len(shards):05d}", np.array([tokenizer.eod], index["dtype"])
             shards.append(_write_shard(path, ((ids, size) for _, ids, size in documents), last))
-            write_atomically(place / UNFINISHED, json.dumps(index, indent=1).encode())
+            write_atomically(place / UNFINISHED, json.dumps(index, indent=1))
             sync(place)
-    os.replace(place / UNFINISHED, place / INDEX)
+    with writing(place / INDEX):
+        os.replace(place / UNFINISHED, place / INDEX)
 
 
 def _write_shard(path: Path, documents: Iterable[tuple[np.ndarray, int]], last: np.ndarray) -> dict[str, Any]:
-    """Write one shard's files under temporary names, sync and rename them. Returns its entry of the index."""
+    """Write one shard's files. Returns its entry of the index."""
     lengths, text_bytes = [0], 0
 
     def tokens() -> Iterator[np.ndarray]:
@@ -144,20 +135,17 @@ def _write_shard(path: Path, documents: Iterable[tuple[np.ndarray, int]], last: 
             yield ids
         yield last
 
-    sha256 = {"tokens": _write_array(path.with_suffix(".tokens.tmp"), tokens())}
-    sha256["starts"] = _write_array(path.with_suffix(".starts.tmp"), [np.cumsum(lengths, dtype="<i8")])
-    for kind in sha256:
-        os.replace(path.with_suffix(f".{kind}.tmp"), path.with_suffix(f".{kind}"))
+    sha256 = {"tokens": _write_array(path.with_suffix(".tokens"), tokens())}
+    sha256["starts"] = _write_array(path.with_suffix(".starts"), [np.cumsum(lengths, dtype="<i8")])
     return {"documents": len(lengths) - 1, "tokens": sum(lengths), "bytes": text_bytes, "sha256": sha256}
 
 
 def _write_array(path: Path, parts: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with replacing(path) as new, new.open("wb") as file:
         for part in parts:
             digest.update(data := part.tobytes())
             file.write(data)
-    sync(path)
     return digest.hexdigest()
 
 
