@@ -1,11 +1,17 @@
-"""Many processes for one command, under torchrun's elastic agent: a worker that dies is replaced, and all go on."""
+"""Many processes for one command, under torchrun's elastic agent: a worker that dies is replaced, and all go on.
 
+What a restart cannot mend ends at once: an InputError, a full disk too, and an error that comes again at its step.
+"""
+
+import logging
 import os
 import re
 import runpy
 import sys
+import time
+from typing import Any
 
-from engine.errors import InputError
+from engine.errors import GRACE, InputError
 
 # Each restart begins at the newest checkpoint, and so costs no more than what was done since.
 RESTARTS = 20
@@ -21,7 +27,8 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import LaunchConfig, api, elastic_launch
 
     from engine.processes import heeded_signals
 
@@ -38,6 +45,11 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     # Each time that workers meet, they need a new store: an old one holds the addresses of those that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     multiprocessing.set_forkserver_preload(PRELOADED)
+    # The library would print a traceback of its own for each worker that dies, and each that it ends.
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # It takes no other agent as an argument.
+    api.LocalElasticAgent = judging_agent()  # type: ignore[misc]
     config = LaunchConfig(
         least,
         most,
@@ -57,8 +69,15 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failure:
-        rank, _ = failure.get_first_failure()
-        print(f"error: failed {RESTARTS + 1} times, the last time first in process {rank}", file=sys.stderr)
+        rank, first = failure.get_first_failure()
+        if first.exitcode == InputError.exit_code:  # the worker has said why
+            return InputError.exit_code
+        again = recorded(first)
+        times = f"twice in the same way ({again})" if again else f"{RESTARTS + 1} times"
+        print(f"error: failed {times}, the last time first in process {rank}", file=sys.stderr)
+        return 1
+    except RendezvousError:
+        print("error: another machine has ended the run, and says why", file=sys.stderr)
         return 1
     return max(codes.values())
 
@@ -82,6 +101,33 @@ def rank_here() -> int | None:
     )
 
 
+def recorded(failure: Any) -> str:
+    """Return what a failed worker has written down of its exception; nothing where it was killed."""
+    return str(failure.message["message"]) if isinstance(failure.message, dict) else ""
+
+
+def judging_agent() -> type[Any]:
+    """Return torchrun's agent, but one that starts no worker again where the same would come again."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class Agent(LocalElasticAgent):
+        before = ""
+
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            for rank, failure in result.failures.items():
+                said = recorded(failure)
+                if failure.exitcode == InputError.exit_code or (said and said == self.before):
+                    self._remaining_restarts = 0
+                elif self._remaining_restarts:
+                    why = said or (failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}")
+                    print(f"process {rank} failed: {why}; all start again", file=sys.stderr)
+                self.before = said
+            return result
+
+    return Agent
+
+
 def parse_nodes(nodes: str | None) -> tuple[int, int]:
     """Read MIN:MAX, or one number for both."""
     least, _, most = (nodes or "1").partition(":")
@@ -102,9 +148,12 @@ def work(arguments: list[str]) -> int:
         runpy.run_module("cli", run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if code > 128:
-            # It was told to stop by an agent that waits for its end and takes no answer.
+        if code > 128 or code == InputError.exit_code:
+            # It was told to stop by an agent that waits for its end and takes no answer. Or the others, who may wait
+            # for this one in vain, are to be stopped by the agent, which asks for an exit code. First they may read
+            # from the main process's store why it ends.
             sys.stdout.flush()
+            time.sleep(0 if code > 128 else GRACE / 2)
             os._exit(code)
         return code
     return 0

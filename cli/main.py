@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ from cli import (
 )
 from cli.launch import rank_here
 from cli.options import grouped
-from engine.errors import InputError
+from engine.errors import GRACE, InputError
 
 # The commands by their panel in `gpt --help`: name, function, and a phrase that says what it does.
 COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
@@ -152,9 +153,11 @@ def main() -> None:
             raise InputError("the working directory is gone; change to one that is there, such as: cd ~") from None
         app()
     except InputError as error:
-        if not rank:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if rank:
+            # Most of these are the main process's too, which says it at once and has all of them ended.
+            time.sleep(GRACE)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
     except BrokenPipeError:
         # The reader of a pipe, `head` say, has seen enough.
         sys.stderr.close()

@@ -5,6 +5,8 @@ import dataclasses
 import glob
 import operator
 import os
+import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ import typer
 from cli.console import Console, notice
 from cli.launch import GO_ON, launch, rank_here
 from cli.options import DerivedOptions, Length, TrainingOptions, given_settings, recipe_options
-from engine.errors import DiskError, InputError, UnfinishedError
+from engine.errors import GRACE, DiskError, InputError, UnfinishedError
 from engine.folders import PATIENCE_SECONDS, Writer, one_writer
 
 if TYPE_CHECKING:
@@ -195,6 +197,7 @@ def start(
 ) -> None:
     """Run the training and say how it ended. Exit code 1 where it failed, 128 + signal where it was stopped."""
     import torch
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from engine import processes, runtime
     from engine.run import RUN_FILES
@@ -238,11 +241,19 @@ def start(
         raise DiskError(f"{refusal}; then {go_on if run.config.exists() else 'run the same command again'}") from None
     except InputError:
         raise
-    except Exception:
+    except Exception as error:
         if together.count == 1:
             raise
+        if isinstance(error, processes.LostProcessError):
+            # Whoever was lost has the first word: the agent hears of it, and ends the others.
+            time.sleep(2 * GRACE)
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            # The agent reads this, and starts nobody again where it is the same again.
+            with contextlib.suppress(OSError):
+                get_error_handler().record_exception(RuntimeError(f"{type(error).__name__} in step {together.step}"))
         # An orderly end would wait for the other processes, which may be gone, or wait for this one.
-        traceback.print_exc()
         os._exit(1)
     finally:
         console.close()

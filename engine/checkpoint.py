@@ -134,9 +134,9 @@ def save(
                 remove_abandoned(folder)
                 writing.mkdir()
 
-    try:
-        processes.together(begin)
-        with disk.writing(final, wanted):
+    processes.together(begin)
+    with disk.writing(final, wanted):
+        try:
             if optimizer is not None and processes.count > 1:
                 _save_shares(writing, optimizer, processes)
             elif optimizer is not None:
@@ -148,10 +148,10 @@ def save(
                     _remove(final)
                 os.rename(writing, final)
                 disk.sync(folder)
-    except DiskError:
-        if processes.main:
-            shutil.rmtree(writing, ignore_errors=True)
-        raise
+        except BaseException:
+            if processes.main:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
     return Checkpoint(final, step)
 
 
@@ -216,12 +216,6 @@ class Saver:
             self.collect()
             if self.refusal is not None:
                 raise self.refusal
-
-    @property
-    def failed(self) -> bool:
-        """Return whether there is a refusal to `collect`. Several processes come to know of it only there, together."""
-        done = self.processes.count == 1 and self.writing is not None and self.writing.done()
-        return done and self.writing is not None and self.writing.exception() is not None
 
     def collect(self) -> Checkpoint | None:
         """Return the newest checkpoint, once it is on disk. All processes call it at once."""

@@ -21,7 +21,7 @@ def writing(path: Path, wanted: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
         reason = _reason(error, path.parent)
         if reason is None:
             raise
@@ -68,18 +68,18 @@ def replacing(path: Path) -> Iterator[Path]:
     device = path.exists() and not path.is_file()
     path = path if device else path.resolve()
     new = path if device else path.with_name(f".writing-{path.name}")
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield new
             if not device:
                 sync(new)
                 os.replace(new, path)
-    except BaseException:
-        if not device:
-            with contextlib.suppress(OSError):
-                new.unlink()
-        raise
+        except BaseException:
+            if not device:
+                with contextlib.suppress(OSError):
+                    new.unlink()
+            raise
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable
 
+# The seconds that a process waits to say what it knows from another one, which may say it itself and end them all.
+GRACE = 1.0
+
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what to do; the CLI exits with 2."""
+
+    exit_code = 2
 
 
 def meant(name: str, known: Iterable[str]) -> str:

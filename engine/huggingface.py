@@ -78,11 +78,7 @@ def export(
     with disk.writing(out, 4 * model.config.parameters):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (out / name).write_text(
-                json.dumps(content, indent=2)
-                + "\\\
-"
-            )
+            (out / name).write_text(json.dumps(content, indent=2) + "\n")
         (out / "tokenizer.json").write_bytes(tokenizer_content)
         save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))

@@ -108,8 +108,12 @@ class Processes:
         self.waits += 1
         refusal = ""
         if not self.main:
-            self.store.wait([key], PATIENCE)
-            if refusal := self.store.get(key).decode():
+            try:
+                self.store.wait([key], PATIENCE)
+                refusal = self.store.get(key).decode()
+            except RuntimeError as error:
+                raise self.lost(error) from error
+            if refusal:
                 raise InputError(refusal)
         try:
             yield

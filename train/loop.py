@@ -175,7 +175,9 @@ class Loop:
         return due and self.evaluation_seconds <= EVALUATION_SHARE * self.seconds
 
     def _checkpoint_due(self) -> bool:
-        if self.saver.failed:
+        writing = self.saver.writing
+        # One that the disk has refused is made up for at once. Several processes learn of it at the next one, together.
+        if self.processes.count == 1 and writing is not None and writing.done() and writing.exception():
             return True
         if self.recipe.loop.save_every is not None:
             return self.step % self.recipe.loop.save_every == 0

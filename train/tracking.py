@@ -3,11 +3,13 @@
 metrics.jsonl is always written, wandb when asked for; the console (cli/console.py) is a tracker too.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,10 @@ from engine.processes import ALONE, Processes
 from train.data.shards import Progress
 
 Metrics = Mapping[str, Any]
+
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+# The seconds that wandb may take until it has an answer of its server, and to send the rest at the end.
+BEGIN_SECONDS, END_SECONDS = 15, 60
 
 # What an evaluation of text or of rewards may hold beside the loss, and how it is written for a person.
 METRICS = {
@@ -106,7 +112,13 @@ class MetricsFile:
     def log(self, metrics: Metrics) -> None:
         # JSON knows no NaN and no infinity; null stands for them.
         lost = {name: None for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        append(self.path, json.dumps({**metrics, **lost}) + "\n")
+        line = json.dumps({**metrics, **lost}) + "\n"
+        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line.encode()) == len(line):  # JSON is ASCII
+                return
+            file.truncate(size)
+        append(self.path, line)  # it hardly fits now, and this says why
 
     def close(self) -> None: ...
 
@@ -125,13 +137,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def require_wandb() -> None:
     if importlib.util.find_spec("wandb") is None:
         raise InputError("--wandb needs the wandb package: pip install wandb")
+    if (mode := os.environ.get("WANDB_MODE")) and mode not in WANDB_MODES:
+        raise InputError(f"WANDB_MODE is {mode!r}; wandb knows {', '.join(WANDB_MODES)}")
 
 
 class Wandb:
-    """Weights & Biases. Without a login it runs offline, into the run's folder; `wandb sync` sends it later.
+    """Weights & Biases. Without a login or an answer it is offline, in the run's folder; `wandb sync` sends it later.
 
+    Whatever goes wrong with it is said, and training goes on.
     `earlier` is what the run has logged before this process. What a killed process has not sent of it is sent now.
     """
+
+    lost = False
 
     def __init__(
         self, folder: Path, name: str, config: Metrics, say: Callable[[str], None], earlier: Sequence[Metrics] = ()
@@ -146,9 +163,22 @@ class Wandb:
         identity = folder / "wandb-id"
         if not identity.exists():
             write_atomically(identity, secrets.token_hex(4))
-        about: dict[str, Any] = {"name": name, "dir": str(folder), "id": identity.read_text().strip(), "mode": mode}
-        settings = wandb.Settings(silent=True, console="off")
-        self.run = wandb.init(project="gpt", resume="allow", config=dict(config), settings=settings, **about)
+        about: dict[str, Any] = {"name": name, "dir": str(folder), "id": identity.read_text().strip()}
+        wait: dict[str, Any] = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": BEGIN_SECONDS}
+
+        def begin(mode: Any) -> Any:
+            settings = wandb.Settings(silent=True, console="off", **wait)
+            return wandb.init(project="gpt", resume="allow", config=dict(config), settings=settings, mode=mode, **about)
+
+        self.say = say
+        try:
+            self.run = begin(mode)
+        except Exception as error:  # no network, no such key, no such setting, each with a class of its own
+            reason = str(error).strip().partition("\n")[0]
+            say(f"wandb: {reason}; so it records offline; send it later with `wandb sync`")
+            # Else wandb would go on to hold that the run is in use.
+            wandb.teardown()
+            self.run = begin("offline")
         # wandb's own steps only grow, and it drops what is logged at an earlier one, as after a resume. So they count
         # lines here, and every metric is drawn over the step that its line holds.
         self.run.define_metric("*", step_metric="step")
@@ -159,10 +189,24 @@ class Wandb:
                 self.log(metrics)
 
     def log(self, metrics: Metrics) -> None:
-        self.run.log(dict(metrics))
+        self._try(lambda: self.run.log(dict(metrics)))
 
     def close(self) -> None:
-        self.run.finish()
+        # It would wait for a server that is gone, for days.
+        ending = threading.Thread(target=self._try, args=(self.run.finish,), daemon=True)
+        ending.start()
+        ending.join(END_SECONDS)
+        if ending.is_alive():
+            self.say(f"wandb: no answer; send the rest later: wandb sync {Path(self.run.dir).parent}")
+
+    def _try(self, work: Callable[[], object]) -> None:
+        """Do this as long as wandb lives."""
+        if not self.lost:
+            try:
+                work()
+            except Exception as error:  # its own process was killed, say
+                self.lost = True
+                self.say(f"wandb: {error!r}; training goes on without it")
 
 
 def _has_login() -> bool:

@@ -1,9 +1,11 @@
 """One command in many processes: started by --gpus or by torchrun, and alive whatever dies."""
 
 import importlib.util
+import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import time
@@ -12,8 +14,11 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from cli.launch import PRELOADED, parse_nodes
+from cli.launch import PRELOADED, judging_agent, parse_nodes
 from engine.checkpoint import latest
 from engine.errors import InputError
 from engine.run import Run
@@ -68,6 +73,48 @@ def test_what_cannot_work_ends_all_processes_with_one_sentence(tmp_path: Path) -
     started.join(120)
     said = (tmp_path / "log").read_text()
     assert started.exitcode == 2 and said.count("error: ") == 1 and "none.txt" in said, said
+
+
+def test_a_disk_that_refuses_ends_all_processes_at_once_with_one_sentence(stories: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    started = command(log, "gpt", *train(stories, out, 8, "--gpus", "2", "--set", "model.width=64"))
+    assert started.pid is not None
+    # The processes that it starts inherit this: no file of a checkpoint may be so large.
+    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    started.join(120)
+    said = log.read_text()
+    assert started.exitcode == 2 and said.count("error: ") == 1 and "Traceback" not in said, said
+    assert "step-00000004: File too large" in said and f"go on with: gpt train nano --out {out} --resume" in said
+    assert not list((out / "checkpoints").iterdir())
+
+
+def failed(code: int, what: str, tmp_path: Path) -> ProcessFailure:
+    file = tmp_path / "error.json"
+    content = {"message": {"message": what, "extraInfo": {"timestamp": "0"}}}
+    file.write_text(json.dumps(content)) if what else file.unlink(missing_ok=True)
+    return ProcessFailure(0, 1, code, str(file))
+
+
+@pytest.mark.parametrize(
+    ("failures", "restarts"),
+    [
+        ([(-9, ""), (-9, ""), (1, "")], True),
+        ([(1, "TypeError in step 3"), (-9, ""), (1, "TypeError in step 3")], True),
+        ([(1, "TypeError in step 3"), (1, "TypeError in step 5")], True),
+        ([(1, "TypeError in step 3"), (1, "TypeError in step 3")], False),
+        ([(2, "")], False),
+    ],
+)
+def test_workers_start_again_unless_the_same_would_come_again(
+    failures: list[tuple[int, str]], restarts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = object.__new__(judging_agent())
+    agent._remaining_restarts = 20
+    for failure in failures:
+        result = RunResult(WorkerState.FAILED, failures={0: failed(*failure, tmp_path)})
+        monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group, result=result: result)
+        assert agent._remaining_restarts == 20 and agent._monitor_workers(None) is result
+    assert agent._remaining_restarts == (20 if restarts else 0)
 
 
 def test_what_workers_are_forked_with_is_there() -> None:

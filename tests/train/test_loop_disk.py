@@ -13,7 +13,7 @@ from engine.checkpoint import checkpoints
 from engine.config import Recipe, override
 from engine.errors import DiskError
 from tests.train.conftest import Train
-from train.tracking import read_metrics
+from train.tracking import Metrics, MetricsFile, read_metrics
 
 Refuse = Callable[..., list[str]]
 
@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Have the disk be full from the `first` time on that something of this name is written, and `times` times."""
 
-    sync, append, rest = disk.sync, disk.append, checkpoint._save_rest
+    sync, append, log, rest = disk.sync, disk.append, MetricsFile.log, checkpoint._save_rest
 
     def patch(name: str, first: int, times: int = 1000) -> list[str]:
         tried: list[str] = []
@@ -57,13 +57,18 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
                 check(path)
             append(path, text)
 
+        def noted_log(self: MetricsFile, metrics: Metrics) -> None:
+            with disk.writing(self.path):
+                check(self.path)
+            log(self, metrics)
+
         def noted_rest(path: Path, step: int, *content: Any) -> None:
             check(path)
             rest(path, step, *content)
 
         monkeypatch.setattr(disk, "sync", noted_sync)
         monkeypatch.setattr(disk, "append", noted_append)
-        monkeypatch.setattr("train.tracking.append", noted_append)
+        monkeypatch.setattr(MetricsFile, "log", noted_log)
         monkeypatch.setattr(checkpoint, "_save_rest", noted_rest)
         return tried
 

@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.config import Recipe
+from engine.errors import DiskError, InputError
 from tests.train.conftest import Train
 from tests.train.wandb_server import serve
-from train.tracking import MetricsFile, RunningMetrics, Wandb, read_metrics
+from train import tracking
+from train.tracking import MetricsFile, RunningMetrics, Wandb, read_metrics, require_wandb
 
 
 def test_lines_are_on_disk_as_they_are_logged(tmp_path: Path) -> None:
@@ -18,6 +21,22 @@ def test_lines_are_on_disk_as_they_are_logged(tmp_path: Path) -> None:
     file.log({"step": 1, "loss": 2.5})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
     file.close()
+
+
+def test_a_line_that_only_begins_to_fit_is_left_out_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file, before = MetricsFile(path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.log({"step": 1})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        for _ in range(2):
+            with pytest.raises(DiskError, match=f"cannot write {path}: File too large"):
+                file.log({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == '{"step": 1}\n'
+    file.log({"step": 2})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_resuming_drops_the_steps_that_will_be_written_again(tmp_path: Path) -> None:
@@ -119,3 +138,62 @@ def test_wandb_gets_every_line_at_its_step_also_where_that_has_passed(
     every, step = json.loads(server.config[run])["_wandb"]["value"]["m"]
     # By the numbers of wandb's protocol: a glob, and the step that lies under it, as the number of its definition.
     assert (every["2"], every["5"], step["1"]) == ("*", 2, "step")
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """wandb with a login, and with a server that is not there."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its environment once
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(tracking, "BEGIN_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
+    return wandb
+
+
+@pytest.mark.parametrize(("key", "why"), [("0" * 40, "wandb: "), ("short", "WANDB_API_KEY invalid")])
+def test_wandb_goes_offline_with_one_line_where_it_has_no_answer_or_no_key(
+    key: str, why: str, online: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    said: list[str] = []
+    tracker = Wandb(tmp_path, "run", {}, said.append)
+    tracker.log({"step": 1, "loss": 2.0})
+    tracker.run.finish()
+    (line,) = said
+    assert why in line and "so it records offline; send it later with `wandb sync`" in line
+    assert recorded(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_wandb_server_that_dies_does_not_hold_the_run(
+    online: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "BEGIN_SECONDS", 60)
+    said: list[str] = []
+    with serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        tracker = Wandb(tmp_path, "run", {}, said.append)
+    tracker.log({"step": 1, "loss": 2.0})
+    tracker.close()
+    assert len(said) == 1 and f"no answer; send the rest later: wandb sync {tmp_path}" in said[0]
+
+    def gone(*_: object) -> None:
+        raise ConnectionResetError("wandb-core is gone")
+
+    monkeypatch.setattr(tracker.run, "log", gone)
+    tracker.log({"step": 2})
+    tracker.log({"step": 3})
+    assert len(said) == 2 and "wandb-core is gone" in said[1] and "training goes on without it" in said[1]
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(InputError, match="WANDB_MODE is 'nonsense'; wandb knows online, offline, "):
+        require_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    require_wandb()
