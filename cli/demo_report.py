@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import records
 from engine.chat_template import answer_ends
 from engine.disk import write_atomically
 from engine.run import Run, versions
@@ -32,7 +33,7 @@ COLUMNS = {
 
 def read_demo(folder: Path, seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
     """Return the figures of one demo, from what its commands have written; they are kept in its result.json."""
-    curves = json.loads((folder / "chat" / "best-of-n.json").read_text())["curves"]
+    curves = records.read(folder / "chat" / "best-of-n.json", dict[str, Any])["curves"]
     (begin, *_, most), gold = curves[BEST_OF_N], curves[BEST_OF_N_GOLD][-1]["gold"]
     methods = {name: points[0] for name, points in curves.items() if not name.startswith(BEST_OF_N)}
     for point in methods.values():

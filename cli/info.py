@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from cli.console import FRAMELESS, print_table
 from cli.options import RunArgument
+from engine.errors import InputError
 
 
 def info(path: RunArgument) -> None:
@@ -35,21 +36,25 @@ def info(path: RunArgument) -> None:
     if recipe.data.source != IMPORTED:
         budget = (f"{value:,} {name}" for name, value in vars(recipe.budget).items() if value is not None)
         rows.append(("budget", next(budget)))
-    if trained := [line for line in read_metrics(run.metrics) if "loss" in line]:
+    notices: list[str] = []
+    if trained := [line for line in read_metrics(run.metrics, notices.append) if "loss" in line]:
         last = trained[-1]
-        minutes = last["seconds"] / 60
-        rows.append(("trained", f"{last['step']:,} steps, {last['tokens']:,} tokens, {minutes:.1f} minutes"))
+        minutes = (last.get("seconds") or 0) / 60
+        rows.append(("trained", f"{last['step']:,} steps, {last.get('tokens') or 0:,} tokens, {minutes:.1f} minutes"))
+    rows += [("metrics", notice) for notice in notices]
     best = checkpoint.best(run.checkpoints)
     for found in checkpoint.checkpoints(run.checkpoints):
-        evaluation = found.evaluation()
-        measured = ", ".join(evaluation_parts(evaluation)) if evaluation else "not evaluated"
+        doubts: list[str] = []
+        evaluation = found.evaluation(doubts.append)
+        measured = ", ".join(evaluation_parts(evaluation) if evaluation else doubts or ["not evaluated"])
         try:
             found.verify()
+            run.require_identity(found)
             state = "whole"
-        except checkpoint.DamagedCheckpointError as damage:
+        except (checkpoint.DamagedCheckpointError, InputError) as damage:
             state = f"DAMAGED ({damage})"
         rows.append(("checkpoint", f"{found.path.name}: {measured}, {state}{', best' if found == best else ''}"))
-    rows += run.read_config().get("versions", {}).items()
+    rows += run.read_config()["versions"].items()
     print_table((), rows, soft_wrap=True, show_header=False, **FRAMELESS)
 
 

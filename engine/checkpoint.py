@@ -1,8 +1,9 @@
 """Checkpoints that exist completely or not at all.
 
 A checkpoint is a folder `step-00001000` of safetensors and JSON files with a `manifest.json` that holds the size and
-SHA-256 of each. It is written beside its final name, synced to disk and then renamed, so that a crash at any moment
-leaves either the old state or the new one. Loading verifies it. Nothing is ever unpickled.
+SHA-256 of each, and what its run must still be for them to be the same model. It is written beside its final name,
+synced to disk and then renamed, so that a crash at any moment leaves either the old state or the new one. Loading
+verifies it. Nothing is ever unpickled.
 
 Several processes write the same format. A single one writes the optimizer's state to `optimizer.safetensors`; of
 several, each writes its share to `optimizer-00001-of-00002.safetensors` and so on. They do it by
@@ -18,14 +19,14 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import disk
+from engine import disk, records
 from engine.errors import DiskError, InputError
 from engine.processes import ALONE, Processes
 
@@ -35,7 +36,9 @@ Values = Mapping[str, Mapping[str, Any]]
 
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"
-FORMAT = 1
+# The formats that can be read, and whether a manifest of each is sealed. The first one knew no identity.
+FORMATS = {1: False, 2: True}
+WEIGHTS = "model.safetensors"
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -44,25 +47,45 @@ class DamagedCheckpointError(Exception):
 
 
 @dataclass(frozen=True)
+class File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of, and what it needs around it to be right, by names."""
+
+    format: int
+    step: int
+    files: dict[str, File]
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     path: Path
     step: int
 
+    def manifest(self) -> Manifest:
+        """Return the manifest. Raises DamagedCheckpointError where it is none, InputError where it is a newer one."""
+        try:
+            return records.read(self.path / MANIFEST, Manifest, formats=FORMATS)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{self.path / MANIFEST} cannot be read ({error.strerror})") from None
+        except records.DamagedFileError as damage:
+            raise DamagedCheckpointError(str(damage)) from None
+
     def verify(self) -> None:
         """Compare every file with the manifest. Raises DamagedCheckpointError naming the file that differs."""
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            version, step = manifest["format"], manifest["step"]
-            files = {name: (each["bytes"], each["sha256"]) for name, each in manifest["files"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedCheckpointError(f"{self.path}: {MANIFEST} is missing or unreadable") from None
-        if version != FORMAT:
-            raise InputError(f"{self.path} has format {version}; this version reads {FORMAT}")
-        if step != self.step:
-            raise DamagedCheckpointError(f"{self.path}: {MANIFEST} is that of step {step}")
-        for name, (size, checksum) in files.items():
+        manifest = self.manifest()
+        if manifest.step != self.step:
+            raise DamagedCheckpointError(f"{self.path / MANIFEST} is that of step {manifest.step}")
+        if WEIGHTS not in manifest.files:
+            raise DamagedCheckpointError(f"{self.path / MANIFEST} lists no {WEIGHTS}")
+        for name, listed in manifest.files.items():
             file = self.path / name
-            if not file.is_file() or file.stat().st_size != size or _sha256(file) != checksum:
+            if not file.is_file() or file.stat().st_size != listed.bytes or _sha256(file) != listed.sha256:
                 raise DamagedCheckpointError(f"{file} is missing, cut short or changed")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -86,27 +109,28 @@ class Checkpoint:
     def checksum(self, name: str) -> str | None:
         """Return the SHA-256 of `name`.safetensors by the manifest; None where it is not listed there."""
         try:
-            files = json.loads((self.path / MANIFEST).read_text())["files"]
-            return str(files[f"{name}.safetensors"]["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
+            listed = self.manifest().files.get(f"{name}.safetensors")
+        except (DamagedCheckpointError, InputError):
             return None
+        return listed.sha256 if listed else None
 
-    def values(self, name: str) -> dict[str, Any]:
-        """Return the contents of `name`.json."""
-        found: dict[str, Any] = json.loads((self.path / f"{name}.json").read_text())
-        return found
+    def values(self, name: str, kind: Any = dict[str, Any]) -> Any:
+        """Return the contents of `name`.json. Raises InputError where they are not of this kind."""
+        return records.read(self.path / f"{name}.json", kind, "choose another checkpoint")
 
-    def evaluation(self) -> dict[str, Any] | None:
-        """Return what was measured on this checkpoint, if anything was."""
+    def evaluation(self, notice: Callable[[str], None] = lambda message: None) -> dict[str, Any] | None:
+        """Return what was measured on this checkpoint, if anything was. `notice` is told where that is damaged."""
         try:
-            measured = json.loads((self.path / EVALUATION).read_text())
-        except (OSError, ValueError):
+            return records.read(self.path / EVALUATION, dict[str, float | None], "this checkpoint is not evaluated")
+        except FileNotFoundError:
             return None
-        return measured if isinstance(measured, dict) else None
+        except InputError as damage:
+            notice(str(damage))
+            return None
 
     def record_evaluation(self, values: Mapping[str, Any]) -> None:
         """Put an evaluation beside the checkpoint. It comes later, so the manifest does not list it."""
-        disk.write_atomically(self.path / EVALUATION, json.dumps(dict(values), indent=2))
+        disk.write_atomically(self.path / EVALUATION, records.dumps(values))
 
 
 def save(
@@ -116,11 +140,13 @@ def save(
     values: Values,
     optimizer: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
+    identity: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write checkpoint `step` into folder: each entry of tensors as NAME.safetensors, each of values as NAME.json.
 
-    The main process writes these. Each of several processes writes its share of the optimizer's state. Raises DiskError
-    where the disk refuses; nothing of it is left then.
+    The main process writes these. Each of several processes writes its share of the optimizer's state. `identity` is
+    kept in the manifest: what a run must still be when the checkpoint is read. Raises DiskError where the disk refuses;
+    nothing of it is left then.
     """
     final = folder / f"step-{step:08d}"
     writing = folder / f".writing-{final.name}"
@@ -142,7 +168,7 @@ def save(
             elif optimizer is not None:
                 tensors = {**tensors, "optimizer": optimizer}
             if processes.main:
-                _save_rest(writing, step, tensors, values)
+                _save_rest(writing, step, tensors, values, identity or {})
                 if final.exists():
                     # The run resumed from an earlier step, because this checkpoint was damaged, and came here again.
                     _remove(final)
@@ -167,7 +193,7 @@ def _save_shares(writing: Path, optimizer: Mapping[str, Tensor], processes: Proc
             file.rename(writing / f"optimizer-{number:05d}-of-{len(files):05d}.safetensors")
 
 
-def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values) -> None:
+def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values, identity: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     for name, group in tensors.items():
@@ -175,8 +201,9 @@ def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values) -> No
         save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, writing / f"{name}.safetensors")
     for name, content in values.items():
         (writing / f"{name}.json").write_text(json.dumps(dict(content), indent=2))
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(writing.iterdir())}
-    (writing / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2))
+    files = {file.name: File(file.stat().st_size, _sha256(file)) for file in sorted(writing.iterdir())}
+    manifest = Manifest(max(FORMATS), step, files, dict(identity))
+    (writing / MANIFEST).write_text(records.dumps(asdict(manifest)))
     for file in writing.iterdir():
         disk.sync(file)
     disk.sync(writing)
@@ -188,8 +215,8 @@ class Saver:
     A checkpoint that the disk refuses is left out, and said in `refusal`; the next one then must not be.
     """
 
-    def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
-        self.folder, self.keep, self.processes = folder, keep, processes.apart()
+    def __init__(self, folder: Path, keep: int, processes: Processes, identity: Mapping[str, Any]) -> None:
+        self.folder, self.keep, self.processes, self.identity = folder, keep, processes.apart(), identity
         self.pool = ThreadPoolExecutor(1)
         self.writing: Future[Checkpoint] | None = None
         self.saved: Checkpoint | None = None
@@ -203,7 +230,7 @@ class Saver:
         self.collect()
 
         def write() -> Checkpoint:
-            saved = save(self.folder, step, tensors, values, optimizer, self.processes)
+            saved = save(self.folder, step, tensors, values, optimizer, self.processes, self.identity)
             if self.processes.main:
                 prune(self.folder, self.keep)
             return saved
@@ -256,21 +283,20 @@ def latest(folder: Path, notice: Callable[[str], None] = lambda message: None) -
     return None
 
 
-def best(folder: Path) -> Checkpoint | None:
+def best(folder: Path, notice: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
     """Return the checkpoint with the lowest finite loss in its evaluation, or None where there is none."""
-    scored = [
-        (evaluation["loss"], -checkpoint.step, checkpoint)
-        for checkpoint in checkpoints(folder)
-        if (evaluation := checkpoint.evaluation()) and math.isfinite(evaluation.get("loss", math.nan))
-    ]
+    losses = {each: (each.evaluation(notice) or {}).get("loss") for each in checkpoints(folder)}
+    scored = [(loss, -each.step, each) for each, loss in losses.items() if loss is not None and math.isfinite(loss)]
     return min(scored)[2] if scored else None
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Remove all but the newest `keep` checkpoints and the best one; one whose evaluation is damaged may be that."""
     kept = best(folder)
     for checkpoint in checkpoints(folder)[:-keep]:
-        if checkpoint != kept:
+        doubts: list[str] = []
+        checkpoint.evaluation(doubts.append)
+        if checkpoint != kept and not doubts:
             with disk.writing(folder):
                 _remove(checkpoint.path)
 

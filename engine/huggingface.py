@@ -118,7 +118,7 @@ def import_(folder: Path, out: Path) -> Recipe:
     with disk.writing(out):
         run.write_recipe(recipe)
         tokenizer.save(run.path / tokenizer.file_name)
-        checkpoint.save(run.checkpoints, 0, {"model": tensors}, {})
+        checkpoint.save(run.checkpoints, 0, {"model": tensors}, {}, identity=run.identity(recipe))
     return recipe
 
 

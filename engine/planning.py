@@ -5,12 +5,12 @@ allocates. What torch.compile fuses or computes again is not counted: it needs l
 second, what communication takes, hours and cost.
 """
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engine import records
 from engine.config import ModelConfig, Recipe
 from kernels.cross_entropy import block_rows
 
@@ -237,19 +237,33 @@ class Rate:
     source: str
 
 
+@dataclass(frozen=True)
+class Variant:
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a plan reads of a file that `gpt bench-train` wrote."""
+
+    device: str
+    precision: str
+    peak_flops: float
+    variants: dict[str, Variant]
+
+
 def measured_rate(recipe: Recipe, precision: str, device: str, folder: Path) -> Rate | None:
     """Read what `gpt bench-train` wrote down on a device whose name holds `device`; None where it has not run there.
 
     AdamW's step is taken where there is one, for Muon's work is counted by itself.
     """
     for path in sorted(folder.glob(f"training-{recipe.name}-*.json")):
-        result = json.loads(path.read_text())
-        if device.lower() not in result["device"].lower() or result["precision"] != precision:
+        result = records.read(path, Timing, "delete it; gpt bench-train writes a new one")
+        if device.lower() not in result.device.lower() or result.precision != precision:
             continue
-        ours = {name: found for name, found in result["variants"].items() if name in ("ours, AdamW", "ours, compiled")}
-        best = max((ours or {"ours": result["variants"]["ours"]}).values(), key=lambda found: found["mfu"])
-        share, peak = best["mfu"], result["peak_flops"]
-        source = f"{share:.0%} of {peak / TERA:,.2f} TFLOP/s, measured on {result['device']} ({path.name})"
+        ours = [result.variants[name].mfu for name in ("ours, AdamW", "ours, compiled") if name in result.variants]
+        share, peak = max(ours, default=result.variants["ours"].mfu), result.peak_flops
+        source = f"{share:.0%} of {peak / TERA:,.2f} TFLOP/s, measured on {result.device} ({path.name})"
         return Rate(share * peak, source)
     return None
 

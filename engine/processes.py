@@ -131,9 +131,16 @@ class Processes:
         group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
         return Processes(self.rank, self.count, store=self.store, group=group, timeout=self.timeout)
 
-    def lost(self, error: RuntimeError) -> LostProcessError:
-        """Return what a failed collective means: where each process was when it last noted its place."""
+    def refuse(self, error: InputError) -> None:
+        """Tell the other processes why this one ends: they cannot go on either, and one of them has to say it."""
+        if self.count > 1:
+            self.store.set("refusal", str(error))
+
+    def lost(self, error: RuntimeError) -> LostProcessError | InputError:
+        """Return what a failed collective means: a refusal, or where each process was when it last noted its place."""
         self.store.set_timeout(timedelta(seconds=5))
+        if self.store.check(["refusal"]):
+            return InputError(self.store.get("refusal").decode())
         noted = []
         for rank in range(self.count):
             with contextlib.suppress(RuntimeError):

@@ -5,7 +5,7 @@ absolute, so that nothing else depends on where the run or the working directory
 """
 
 import glob
-import json
+import hashlib
 import operator
 import os
 import platform
@@ -13,14 +13,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint, disk
-from engine.config import PATHS, Recipe, from_dict, override, to_dict
+from engine import checkpoint, disk, records
+from engine.config import PATHS, Recipe, from_dict, override, settings, to_dict
 from engine.errors import InputError
 from engine.folders import LOCK, REPLACED
-from engine.tokenizer import Tokenizer, tokenizer_file
+from engine.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 
 if TYPE_CHECKING:
     from engine.model import GPT
@@ -39,6 +40,19 @@ RUN_FILES = re.compile(
     r"|checkpoints/(\.writing-.*|(damaged-)?step-\d{8,}/(\.writing-)?"
     r"((model|critic|random|optimizer(-\d+-of-\d+)?)\.safetensors|(state|manifest|evaluation)\.json))"
 )
+# What makes of the same weights another model, beside the settings of the model itself.
+IDENTITY = ("chat", "reward.implicit", "reward.beta", "alignment.method", "base_step", "base_weights")
+MEND = f"bring it back from a copy (if you have changed it yourself, delete its line {records.SEAL})"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run's config.json holds."""
+
+    recipe: dict[str, Any]
+    folder: str | None = None  # older versions kept absolute paths instead
+    versions: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)  # the options that the run was begun with
 
 
 class Run:
@@ -78,42 +92,72 @@ class Run:
         # The place of the folder is kept, too: it tells where the paths led before the folder was moved.
         asked = self.read_asked() if self.asked is None else self.asked
         content = {"recipe": to_dict(recipe), "asked": asked, "folder": str(folder), "versions": versions()}
-        disk.write_atomically(self.config, json.dumps(content, indent=2))
+        disk.write_atomically(self.config, records.dumps(content))
 
     def read_config(self) -> dict[str, Any]:
+        """Return what config.json holds. Raises InputError where it is missing or damaged."""
         try:
-            found: dict[str, Any] = json.loads(self.config.read_text())
-            return found
+            return vars(records.read(self.config, Config, MEND))
         except FileNotFoundError:
             raise InputError(
                 f"{self.path} is not a run: it has no config.json; train one with `gpt train nano`"
             ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {self.config}: {error}") from None
+        except OSError as error:
+            raise InputError(f"cannot read {self.config}: {error.strerror}") from None
 
     def read_asked(self) -> dict[str, Any]:
         """Return the options that the run was begun with, by name; none where they were not noted."""
-        asked = self.read_config().get("asked") if self.config.exists() else None
-        return asked if isinstance(asked, dict) else {}
+        return dict(self.read_config()["asked"]) if self.config.exists() else {}
 
     def read_recipe(self) -> Recipe:
         config = self.read_config()
-        if not isinstance(config, dict) or "recipe" not in config:
-            raise InputError(f"{self.config} holds no recipe")
-        recipe: Recipe = from_dict(config["recipe"])
-        if "folder" not in config:  # an older version kept absolute paths
+        try:
+            recipe: Recipe = from_dict(config["recipe"])
+        except InputError as error:
+            raise InputError(f"{self.config} is damaged: {error}; {MEND}") from None
+        if config["folder"] is None:
             return recipe
         folders = (self.path.resolve(), Path(config["folder"]))
         return _with_paths(recipe, lambda path: path.startswith("."), lambda path: _found_from(folders, path))
 
+    def identity(self, recipe: Recipe) -> dict[str, Any]:
+        """Return what a checkpoint of this run needs to be the same model: settings, and the tokenizer's SHA-256."""
+        own = {name: value for name, value, _ in settings(recipe) if name.startswith("model.") or name in IDENTITY}
+        return own | {"tokenizer": read_tokenizer(self.tokenizer, lambda model: hashlib.sha256(model).hexdigest())}
+
+    def require_identity(self, found: checkpoint.Checkpoint, recipe: Recipe | None = None) -> None:
+        """Compare the run, or `recipe`, which it is to go on with, with what a checkpoint was made with.
+
+        Raises InputError with the file and what differs.
+        """
+        if not (saved := found.manifest().identity):  # a checkpoint of an older version
+            return
+        now, where = self.identity(recipe or self.read_recipe()), "the options" if recipe else str(self.config)
+        for name in [name for name, value in saved.items() if now.get(name) != value]:
+            if name == "tokenizer":
+                raise InputError(
+                    f"{self.tokenizer} is damaged, or another run's: {found.path} was made with a tokenizer whose "
+                    f"SHA-256 is {saved[name]}; bring it back from a copy of the run, or of the data that it learnt"
+                )
+            raise InputError(
+                f"{name} is {now.get(name)!r} by {where}, but {found.path} was made with {saved[name]!r}, and would "
+                f"be another model; {'leave the option out' if recipe else f'set it back, or {MEND}'}"
+            )
+
     def find_checkpoint(
-        self, which: str = "latest", notice: Callable[[str], None] = lambda message: None
+        self,
+        which: str = "latest",
+        notice: Callable[[str], None] = lambda message: None,
+        recipe: Recipe | None = None,
     ) -> checkpoint.Checkpoint:
-        """Return the checkpoint called "latest" or "best", or by its step. Raises InputError where there is none."""
+        """Return the checkpoint called "latest" or "best", or by its step.
+
+        Raises InputError where there is none, or where the run (or `recipe`) is not the one that it was made with.
+        """
         if which == "latest":
             found = checkpoint.latest(self.checkpoints, notice)
         elif which == "best":
-            found = checkpoint.best(self.checkpoints)
+            found = checkpoint.best(self.checkpoints, notice)
         else:
             steps = {str(each.step): each for each in checkpoint.checkpoints(self.checkpoints)}
             found = steps.get(which)
@@ -129,6 +173,7 @@ class Run:
                 found.verify()
             except checkpoint.DamagedCheckpointError as damage:
                 raise InputError(f"{damage}; choose another checkpoint") from None
+        self.require_identity(found, recipe)
         return found
 
     def load_model(
@@ -144,11 +189,16 @@ class Run:
         tokenizer = Tokenizer.load(self.tokenizer)
         if (tokens := tokenizer.vocab_size) != (built := recipe.model.vocab_size):
             raise InputError(f"{self.tokenizer} has {tokens} tokens; the model of this run was built for {built}")
-        model = GPT(recipe.model)
+        weights = found.tensors("model")
+        # The sizes come first: a model of damaged settings may not even fit into memory.
+        fits = sum(weight.numel() for weight in weights.values()) == recipe.model.parameters
+        model = GPT(recipe.model) if fits else None
         try:
-            model.load_state_dict(found.tensors("model"))
+            fits = model is not None and bool(model.load_state_dict(weights))
         except RuntimeError:
-            raise InputError(f"{found.path} does not fit the model that {self.config} describes") from None
+            fits = False
+        if model is None or not fits:
+            raise InputError(f"{found.path} does not fit the model that {self.config} describes")
         model.decode_int8 = runtime.precision == "int8"
         return model.to(device=runtime.device, dtype=runtime.dtype).eval(), tokenizer
 

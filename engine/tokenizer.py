@@ -73,9 +73,7 @@ class Tokenizer(ABC):
     def load(path: str | os.PathLike[str]) -> "Tokenizer":
         """Read a tokenizer file of either kind, or the one in a folder. Raises InputError where it is not one."""
         path = tokenizer_file(path) if Path(path).is_dir() else Path(path)
-        return read_tokenizer(
-            path, lambda model: JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
-        )
+        return read_tokenizer(path, _open)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_atomically(Path(path), self.model)
@@ -127,6 +125,16 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+
+def _open(model: bytes) -> Tokenizer:
+    try:
+        tokenizer = JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
+        assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # The libraries take damaged files that they cannot work with.
+        raise InputError(f"it is damaged ({type(error).__name__}: {error}); bring it back from a copy") from None
+    return tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):

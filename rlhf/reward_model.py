@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import records
 from engine.chat_template import END, Message, answer_ends, render
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import EVALUATION, Checkpoint, checkpoints
 from engine.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, RewardConfig, override
 from engine.disk import write_atomically
 from engine.errors import InputError
@@ -67,6 +68,14 @@ class ProgramReward:
         return scores
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the evaluation of a reward model says of the rewards of the finetuned model's own answers."""
+
+    sample_mean: float
+    sample_std: float
+
+
 class RewardModel(GPT):
     """A reward model: it scores a conversation by the hidden state at its last token, the <|end|> of the answer.
 
@@ -99,12 +108,14 @@ class RewardModel(GPT):
         if not recipe.scores:
             raise InputError(f"{run.path} is no reward model; train one with `gpt reward {run.path}`")
         found = run.find_checkpoint(which)
-        measured = found.evaluation() or {}
-        if not {"sample_mean", "sample_std"} <= measured.keys():
-            raise InputError(f"{found.path} was not measured to its end; go on with `gpt reward ... --resume`")
+        go_on = "go on with `gpt reward ... --resume`, which measures it"
+        try:
+            scale = records.read(found.path / EVALUATION, Scale, go_on)
+        except FileNotFoundError:
+            raise InputError(f"{found.path} was not measured to its end; {go_on}") from None
         model = RewardModel.begin(recipe, run, runtime)
         model.load_state_dict(found.tensors("model"))
-        model.normalise(measured["sample_mean"], measured["sample_std"])
+        model.normalise(scale.sample_mean, scale.sample_std)
         model.compute_dtype = runtime.dtype
         return model.to(runtime.device).eval()
 
@@ -185,8 +196,13 @@ def load_frozen(run: Run, runtime: Runtime, which: str, context: int | None = No
 
 
 def load_reference(recipe: Recipe, runtime: Runtime) -> GPT:
-    """Load the model that a run begins as, frozen."""
-    return load_frozen(Run(Path(str(recipe.base))), runtime, str(recipe.base_step), recipe.model.context)
+    """Load the model that a run begins as, frozen. Raises InputError where other weights are in its place."""
+    base, step = Run(Path(str(recipe.base))), recipe.base_step
+    model = load_frozen(base, runtime, str(step), recipe.model.context)
+    weights = next(each.checksum("model") for each in checkpoints(base.checkpoints) if each.step == step)
+    if recipe.base_weights not in (None, weights):
+        raise InputError(f"{base.path} has other weights at step {step} than what began with it: bring these back")
+    return model
 
 
 def open_reward(name: str, tokenizer: Tokenizer, runtime: Runtime, facts: bool) -> Reward:
@@ -323,7 +339,12 @@ def own_answers(recipe: Recipe, run: Run, held_out: Pairs, runtime: Runtime) -> 
             for prompt, answer in zip(prompts, said, strict=True)
         ]
         write_atomically(path, json.dumps(answers))
-    return json.loads(path.read_text())
+    mend = "delete it: the base is then asked again"
+    answers = records.read(path, list[list[int]], mend)
+    vocabulary = range(recipe.model.vocab_size)
+    if any(token not in vocabulary for answer in answers for token in answer):
+        raise InputError(f"{path} is damaged: it holds tokens beyond the vocabulary of {len(vocabulary):,}; {mend}")
+    return answers
 
 
 def preference_loss(model: RewardModel, batch: Batch, config: RewardConfig) -> Tensor:

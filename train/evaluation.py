@@ -9,13 +9,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine import records
 from engine.chat_template import Message, answer_prompt, text_ends
 from engine.config import DataConfig
 from engine.disk import write_atomically
@@ -312,11 +313,46 @@ def write(run: Run, result: Mapping[str, Any]) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Measured:
+    run: str
+    step: int
+    measures: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Estimate
+    p: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the report shows of a file that `write` wrote."""
+
+    data: str
+    notes: list[str]
+    runs: list[Measured]
+    reference: dict[str, Estimate] = field(default_factory=dict)
+    comparison: dict[str, Comparison] = field(default_factory=dict)
+
+
 def write_evaluations(run: Run) -> None:
     """Put what `gpt evaluate` has measured so far at the end of the report."""
     sections = []
     for path in sorted(run.path.glob("evaluation-*.json")):
-        result = json.loads(path.read_text(), object_hook=lambda found: Estimate(**found) if "low" in found else found)
+        try:
+            found = records.read(path, Evaluated, "delete it, and evaluate again")
+            if not found.runs:
+                raise InputError(f"{path} names no run; delete it, and evaluate again")
+        except InputError as damage:
+            sections += [f"### {path.stem}", "", str(damage), ""]
+            continue
+        compared = {name: vars(each) for name, each in found.comparison.items()}
+        result = {**vars(found), "runs": [*map(vars, found.runs)], "comparison": compared}
         heading, *rows = evaluation_table(result)
         sections += [f"### {result['data']}", "", *(f"- {note}" for note in evaluation_notes(result)), ""]
         sections += ["".join(f"| {cell} " for cell in row) + "|" for row in (heading, ["---"] * len(heading), *rows)]
@@ -329,7 +365,7 @@ def write_evaluations(run: Run) -> None:
 def evaluation_table(result: Mapping[str, Any]) -> list[list[str]]:
     """Return a heading and a row per metric, with a column per run, and one for the references where there were any."""
     columns = {f"{Path(each['run']).name}, step {each['step']:,}": each["measures"] for each in result["runs"]}
-    columns |= {"reference": result["reference"]} if "reference" in result else {}
+    columns |= {"reference": result["reference"]} if result.get("reference") else {}
     names = result["runs"][0]["measures"]
     rows = [[name.replace("_", " "), *(str(own.get(name, "")) for own in columns.values())] for name in names]
     return [["", *columns], *rows]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.errors import DiskError
+from engine.errors import DiskError, InputError
 from engine.model import GPT
 from engine.processes import Coordinator
 from engine.run import Run
@@ -26,8 +26,8 @@ from engine.runtime import Runtime, is_out_of_memory, random_state, set_random_s
 from train import parallel
 from train.data.loader import IGNORE_INDEX, Batch
 from train.optimizer import Optimizer, muon_dtype, rate_factor
-from train.stage import Outcome, Stage, TrainingError
-from train.tracking import Metrics, Tracker
+from train.stage import Outcome, Stage, State, TrainingError
+from train.tracking import PER_PROCESS, Metrics, Tracker
 
 # A run fails after this many steps in a row without a finite gradient.
 NONFINITE_LIMIT = 5
@@ -95,7 +95,8 @@ class Loop:
         self.step_seconds: deque[float] = deque(maxlen=50)
         self.unlogged: Callable[[], None] | None = None
         self.announced = False
-        self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes)
+        identity = run.identity(recipe) if self.processes.main else {}
+        self.saver = checkpoint.Saver(run.checkpoints, recipe.loop.keep, self.processes, identity)
         # What the disk has refused for good, and why: the run then stops, saved.
         self.unwritten: list[Callable[[], object]] = []
         self.refusal: DiskError | None = None
@@ -109,12 +110,12 @@ class Loop:
             own = module.state_dict()
             weights = found.tensors(name).items()
             module.load_state_dict({key: parallel.share_like(own.get(key, each), each) for key, each in weights})
-        state = found.values("state")
-        self.optimizer.load_state(found.tensors("optimizer"), state["scaler"])
+        state = found.values("state", State)
+        self.optimizer.load_state(found.tensors("optimizer"), state.scaler)
         set_random_state(found.tensors("random"), self.runtime.device)
-        self.step, self.skipped, self.earlier_seconds = (state[key] for key in ("step", "skipped", "seconds"))
-        self.parts = state["parts"] if self.processes.count == 1 else self.layout.parts
-        self.stage.batches.load_state_dict(state["batches"])
+        self.step, self.skipped, self.earlier_seconds = state.step, state.skipped, state.seconds
+        self.parts = state.parts if self.processes.count == 1 else self.layout.parts
+        self.stage.batches.load_state_dict(state.batches)
         if self.processes.main:
             checkpoint.set_aside_newer(self.run.checkpoints, found.step)
         self.saver.saved = found
@@ -138,6 +139,9 @@ class Loop:
         try:
             with contextlib.closing(self.saver), self.coordinator.listening():
                 return self._train()
+        except InputError as error:  # of damaged data, say
+            self.processes.refuse(error)
+            raise
         except RuntimeError as error:
             if self.processes.count == 1 or is_out_of_memory(error):
                 raise
@@ -333,7 +337,7 @@ class Loop:
             "skipped": self.skipped,
         }
         if self.processes.count > 1:
-            metrics["process_tokens_per_second"] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
+            metrics[PER_PROCESS] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]
             # 1 if no process is slower than the typical one; the others wait for the slowest.
             metrics["straggling"] = max(busy) / statistics.median(busy)
         self._track(metrics)
@@ -377,14 +381,14 @@ class Loop:
             )
 
     def _save(self) -> None:
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("step", "seconds", "skipped", "parts")}
-        state |= {"batches": self.stage.batches.state_dict(), "scaler": self.optimizer.scaler.state_dict()}
+        batches, scaler = self.stage.batches.state_dict(), self.optimizer.scaler.state_dict()
+        state = State(self.step, self.seconds, self.skipped, self.parts, batches, scaler)
         self.saver.collect()
         if self.saver.refusal is not None:
             self.say(f"{self.saver.refusal}. What may go is removed, and step {self.step:,} is saved instead")
         tensors = {name: parallel.whole_on_host(each, self.processes) for name, each in self.modules.items()}
         tensors["random"] = random_state(self.runtime.device)
-        self.saver.start(self.step, tensors, {"state": state}, parallel.shares_on_host(self.optimizer.state()))
+        self.saver.start(self.step, tensors, {"state": vars(state)}, parallel.shares_on_host(self.optimizer.state()))
         self.last_save = self.coordinator.now()
 
     def _saved(self) -> checkpoint.Checkpoint:

@@ -61,6 +61,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class State:
+    """How far a run has come: state.json of a checkpoint."""
+
+    step: int
+    seconds: float
+    skipped: int
+    parts: int
+    batches: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Outcome:
     step: int
     stopped_by: signal.Signals | None  # the signal that stopped the run before its end, if one did

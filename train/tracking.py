@@ -11,9 +11,11 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine import records
 from engine.disk import append, write_atomically
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
@@ -24,6 +26,16 @@ Metrics = Mapping[str, Any]
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 # The seconds that wandb may take until it has an answer of its server, and to send the rest at the end.
 BEGIN_SECONDS, END_SECONDS = 15, 60
+# The one metric that is a list of numbers.
+PER_PROCESS = "process_tokens_per_second"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What every line of metrics.jsonl holds, beside numbers by other names."""
+
+    step: int
+
 
 # What an evaluation of text or of rewards may hold beside the loss, and how it is written for a person.
 METRICS = {
@@ -45,7 +57,9 @@ METRICS = {
 def evaluation_parts(metrics: Metrics, prefix: str = "") -> list[str]:
     """Return the metrics of an evaluation in words, the loss first."""
     values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    return [f"loss {values['loss']:.4f}", *metric_parts(values)]
+    # In JSON, null stands for what is not finite.
+    values = {name: math.nan if value is None else value for name, value in values.items()}
+    return [f"loss {values.get('loss', math.nan):.4f}", *metric_parts(values)]
 
 
 def metric_parts(values: Metrics) -> list[str]:
@@ -101,11 +115,11 @@ class Console(Tracker, Protocol):
 class MetricsFile:
     """Writes one JSON line per logged step, whole or not. Resuming at `step` drops those that the run will write again.
 
-    `log` raises DiskError.
+    `log` raises DiskError; `notice` is told of lines that are no records.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step] if step else []
+    def __init__(self, path: Path, step: int, notice: Callable[[str], None] = lambda message: None) -> None:
+        kept = [json.dumps(line) for line in read_metrics(path, notice) if line["step"] <= step] if step else []
         self.path = path
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
@@ -123,15 +137,25 @@ class MetricsFile:
     def close(self) -> None: ...
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, without a last line that a crash cut short."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_metrics(path: Path, notice: Callable[[str], None] = lambda message: None) -> list[dict[str, Any]]:
+    """Return the records of a metrics file. `notice` is told of damaged lines, but for a last one that a crash cut."""
+    found, bad = [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+            record = records.parse(line.decode())
+            numbers = {**record, PER_PROCESS: None} if isinstance(record, dict) else record
+            records.conform(numbers, dict[str, float | None], ValueError)
+            records.conform(record, Record, ValueError)
+            found.append(record)
+        except ValueError as error:
+            if number < len(lines):
+                bad.append((number, error))
+    if bad:
+        (first, why), *more = bad
+        others = f", nor are {len(more):,} lines after it" if more else ""
+        notice(f"{path}, line {first} is no record of a step ({why}){others}: left out")
+    return found
 
 
 def require_wandb() -> None:

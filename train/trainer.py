@@ -17,7 +17,7 @@ from engine.runtime import Runtime, measured_peak, random_state, seed_everything
 from train.evaluation import write_evaluations
 from train.loop import Loop
 from train.parallel import should_compile
-from train.stage import Outcome, Stage
+from train.stage import Outcome, Stage, State
 from train.tracking import Console, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
 
 # Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
@@ -51,7 +51,7 @@ def run_stage(
     recipe = stage.recipe
     model = stage.model(recipe.model)
     found = processes.from_main(
-        lambda: run.find_checkpoint(notice=console.say) if resume and run.has_checkpoint() else None
+        lambda: run.find_checkpoint(notice=console.say, recipe=recipe) if resume and run.has_checkpoint() else None
     )
     if stage.base and not found:
         model.load_state_dict(stage.base.tensors("model"))
@@ -141,11 +141,11 @@ def require_room(recipe: Recipe, run: Run, say: Callable[[str], None] = lambda m
 
 def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
     """Return whether the budget of a run is spent. Raises InputError if so and a new budget leaves nothing to do."""
-    state = found.values("state")
-    spent = stage.budget.progress(state["step"], state["seconds"]) >= 1
+    state = found.values("state", State)
+    spent = stage.budget.progress(state.step, state.seconds) >= 1
     if spent and stage.recipe.budget != run.read_recipe().budget:
         raise InputError(
-            f"{run.path} has done {state['step']:,} steps in {state['seconds'] / 60:.1f} minutes: of a budget of "
+            f"{run.path} has done {state.step:,} steps in {state.seconds / 60:.1f} minutes: of a budget of "
             f"{stage.budget.describe()} nothing is left; give more, all counted from the first step"
         )
     return spent
@@ -153,7 +153,7 @@ def require_budget(stage: Stage, run: Run, found: Checkpoint) -> bool:
 
 def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wandb: bool) -> list[Tracker]:
     """Return the trackers of a run that continues after `step`: console, metrics.jsonl and, with wandb, W&B."""
-    trackers: list[Tracker] = [console, MetricsFile(run.metrics, step)]
+    trackers: list[Tracker] = [console, MetricsFile(run.metrics, step, console.say)]
     if wandb:
         earlier = read_metrics(run.metrics)
         trackers.append(Wandb(run.path, run.path.name, dataclasses.asdict(recipe), console.say, earlier))
@@ -186,11 +186,13 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
 def write_report(run: Run, recipe: Recipe, machine: str, peak_memory: int) -> None:
     """Write report.md and, where matplotlib is installed, loss.png, from the run's metrics."""
     metrics = read_metrics(run.metrics)
+    # What was not finite is null there.
     last: dict[str, Any] = next((line for line in reversed(metrics) if "loss" in line), {})
+    last = {name: value for name, value in last.items() if value is not None}
     lines = [f"# {recipe.name}: {run.path.name}", ""]
     if final := next((line for line in reversed(metrics) if "validation_loss" in line), None):
         parts = ", ".join(f"**{part}**" for part in evaluation_parts(final, "validation_"))
-        tokens, step = final["validation_tokens"], final["step"]
+        tokens, step = final.get("validation_tokens") or 0, final["step"]
         lines += [f"Validation {parts} (over {tokens:,} held-out tokens, after step {step:,}).", ""]
     lines += [
         f"{last.get('step', 0):,} steps, {last.get('tokens', 0):,} tokens, {last.get('epoch', 0):.2f} epochs, "
@@ -221,8 +223,10 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib import pyplot
 
     # A loss that was not finite is null.
-    trained = [line for line in metrics if line.get("loss") is not None]
-    validated = [line for line in metrics if line.get("validation_loss") is not None]
+    trained, validated = (
+        [line for line in metrics if None not in (line.get(name), line.get("tokens"))]
+        for name in ("loss", "validation_loss")
+    )
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
 
     def points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine import checkpoint, disk
+from engine import checkpoint, disk, records
 from engine.checkpoint import Checkpoint, DamagedCheckpointError
 from engine.errors import InputError
 
@@ -212,9 +212,54 @@ def test_no_flipped_bit_in_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_format_says_so(tmp_path: Path) -> None:
     (saved,) = save(tmp_path, 1)
     manifest = saved.path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(InputError, match="format 2; this version reads 1"):
+    reseal(manifest, format=3)
+    with pytest.raises(InputError, match="format 3; this version reads 1 and 2"):
         checkpoint.latest(tmp_path)
+
+
+def reseal(manifest: Path, **changes: Any) -> None:
+    """Change a manifest on purpose."""
+    content = json.loads(manifest.read_text())
+    del content["sha256"]
+    manifest.write_text(records.dumps(content | changes))
+
+
+def test_a_manifest_of_an_older_version_is_read_and_a_new_one_loses_no_field(tmp_path: Path) -> None:
+    identity = {"model.heads": 2, "tokenizer": "0" * 64}
+    saved = checkpoint.save(tmp_path, 1, *content(1), identity=identity)
+    manifest = saved.path / "manifest.json"
+    assert saved.manifest().identity == identity
+    new = json.loads(manifest.read_text())
+    for name in [name for name in new if name != "format"]:
+        manifest.write_text(json.dumps({field: value for field, value in new.items() if field != name}))
+        with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is damaged: its sha256 is"):
+            saved.verify()
+    manifest.write_text(json.dumps(new))
+    # Without its files a manifest would find nothing wrong.
+    reseal(manifest, files={})
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json lists no model\.safetensors"):
+        saved.verify()
+    manifest.write_text(json.dumps({"format": 1} | {name: new[name] for name in ("step", "files")}))
+    check(checkpoint.latest(tmp_path), 1)
+    assert saved.manifest().identity == {}
+
+
+def test_a_damaged_evaluation_is_named_and_its_checkpoint_is_neither_the_best_nor_pruned(tmp_path: Path) -> None:
+    evaluated(tmp_path, [1.0, 2.0, 3.0])
+    file = tmp_path / "step-00000001" / "evaluation.json"
+    for broken, said in {
+        '{"loss": "low"}': 'loss should be a valid number, not "low"',
+        '{"loss": [1]}': "loss should be a valid number",
+        file.read_text().replace("1.0", "0.5"): "its sha256 is not that of its content",
+        '{"loss": ' + "[" * 5000 + "]" * 5000 + "}": "nested more than",
+    }.items():
+        file.write_text(broken)
+        notices: list[str] = []
+        best = checkpoint.best(tmp_path, notices.append)
+        assert best and best.step == 2
+        assert len(notices) == 1 and f"{file} is damaged: " in notices[0] and said in notices[0]
+    checkpoint.prune(tmp_path, 1)
+    assert [each.step for each in checkpoint.checkpoints(tmp_path)] == [1, 2, 3]
 
 
 def test_an_evaluation_is_kept_beside_the_checkpoint_and_is_no_damage(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.config import BudgetConfig, ModelConfig, Recipe, override, to_dict
+from engine.config import BudgetConfig, ModelConfig, Recipe, override, settings, to_dict
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run, versions
@@ -81,6 +81,7 @@ def other_tokenizer(run: Run) -> None:
 def other_width(run: Run) -> None:
     config = json.loads(run.config.read_text())
     config["recipe"]["model"]["width"] *= 2
+    del config["sha256"]
     run.config.write_text(json.dumps(config))
 
 
@@ -88,10 +89,25 @@ def other_width(run: Run) -> None:
     ("spoil", "which", "expected"),
     [
         (lambda run: run.config.unlink(), "latest", r"small is not a run.*no config\.json.*gpt train"),
-        (lambda run: run.config.write_text("{"), "latest", r"cannot read .*config\.json"),
-        (lambda run: run.config.write_bytes(b"\xff\xfe"), "latest", r"cannot read .*config\.json"),
-        (lambda run: run.config.write_text("[]"), "latest", r"config\.json holds no recipe"),
-        (lambda run: run.config.write_text('{"recipe": 3}'), "latest", "group of settings"),
+        (lambda run: run.config.write_text("{"), "latest", r"config\.json is damaged: line 1 is no JSON"),
+        (lambda run: run.config.write_bytes(b"\xff\xfe"), "latest", r"config\.json is damaged: 'utf-8'"),
+        (lambda run: run.config.write_text("[]"), "latest", r"config\.json is damaged: it should be an object"),
+        (
+            lambda run: run.config.write_text("{}"),
+            "latest",
+            r"config\.json is damaged: recipe is missing; bring",
+        ),
+        (lambda run: run.config.write_text('{"recipe": 3}'), "latest", r"recipe should be an object, not 3"),
+        (
+            lambda run: run.config.write_text('{"recipe": {"model": 3}}'),
+            "latest",
+            r"is damaged: .* group of settings",
+        ),
+        (
+            lambda run: run.config.write_text('{"recipe": {}, "versions": 3}'),
+            "latest",
+            r"versions should be an object",
+        ),
         (lambda run: run.tokenizer.unlink(), "latest", r"cannot read the tokenizer .*tokenizer\.model"),
         (other_tokenizer, "latest", r"tokenizer\.model has 268 tokens; .* built for 400"),
         (other_width, "latest", r"step-00000010 does not fit the model that .*config\.json"),
@@ -110,6 +126,75 @@ def test_what_cannot_be_loaded_says_what_is_wrong_and_where(
     spoil(run)
     with pytest.raises(InputError, match=expected):
         run.load_model(CPU, which)
+
+
+@pytest.fixture
+def whole(run: Run) -> Run:
+    """The same run, with a checkpoint that knows what it was made with."""
+    recipe = run.read_recipe()
+    weights = GPT(recipe.model).state_dict()
+    checkpoint.save(run.checkpoints, 11, {"model": weights}, {}, identity=run.identity(recipe))
+    return run
+
+
+@pytest.mark.parametrize("which", ["latest", "11"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.heads", 1),
+        ("model.rotary_base", 10_001.0),
+        ("model.norm_eps", 2e-5),
+        ("model.parallel_residual", True),
+        ("model.context", 33),
+        ("chat", True),
+        ("reward.implicit", True),
+        ("reward.beta", 0.25),
+        ("base_step", 3),
+    ],
+)
+def test_another_config_than_a_checkpoint_was_made_with_is_refused_by_name(
+    whole: Run, name: str, value: Any, which: str
+) -> None:
+    recipe = whole.read_recipe()
+    before = {each: now for each, now, _ in settings(recipe)}[name]
+    whole.write_recipe(override(recipe, name, value))
+    expected = f"{name} is {value!r} by .*config.json, but .*step-00000011 was made with {before!r}.*; set it back"
+    with pytest.raises(InputError, match=expected):
+        whole.find_checkpoint(which)
+    with pytest.raises(InputError, match=f"{name} is .* by the options, but .*leave the option out"):
+        whole.find_checkpoint(which, recipe=override(recipe, name, value))
+    whole.write_recipe(override(recipe, "loop.keep", 9))
+    assert whole.load_model(CPU, which)
+
+
+def test_another_tokenizer_than_a_checkpoint_was_made_with_is_refused(whole: Run) -> None:
+    model = bytearray(whole.tokenizer.read_bytes())
+    for place in range(100, len(model), 997):
+        model[place] ^= 1
+        whole.tokenizer.write_bytes(model)
+        with pytest.raises(InputError, match=r"tokenizer\.model is damaged, or another run's: .*; bring it back from"):
+            whole.load_model(CPU)
+        model[place] ^= 1
+
+
+def test_no_flipped_bit_of_a_config_goes_unnoticed(run: Run) -> None:
+    original, recipe = run.config.read_bytes(), run.read_recipe()
+    for place in range(0, len(original), 3):
+        run.config.write_bytes(original[:place] + bytes([original[place] ^ 1 << place % 7]) + original[place + 1 :])
+        try:
+            assert run.read_recipe() == recipe
+        except InputError as error:
+            assert "config.json" in str(error) and "bring it back from a copy" in str(error)
+
+
+def test_settings_of_any_size_are_refused_before_a_model_is_made(run: Run) -> None:
+    content = json.loads(run.config.read_text())
+    del content["sha256"]
+    for name in ("blocks", "width"):
+        model = content["recipe"]["model"] | {name: 10**9}
+        run.config.write_text(json.dumps(content | {"recipe": content["recipe"] | {"model": model}}))
+        with pytest.raises(InputError, match="does not fit the model"):
+            run.load_model(CPU)
 
 
 @pytest.mark.parametrize("is_file", [False, True], ids=["missing", "a file"])

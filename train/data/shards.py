@@ -15,14 +15,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engine import records
 from engine.disk import replacing, sync, write_atomically, writing
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer, tokenizer_file
@@ -41,6 +43,34 @@ SMALL_BYTES = 64 << 20
 LOOKED_AT, LOOK_TOKENS = 4, 4096
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 COUNTS = ("documents", "tokens", "bytes")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What an index holds of a shard."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: dict[Literal["tokens", "starts"], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What index.json holds of a split: what it was made from, and its shards."""
+
+    source: str = ""
+    format: int
+    split: str = ""
+    source_fingerprint: str = ""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: Literal["<u2", "<u4"]
+    max_tokens: int | None = None
+    shard_tokens: int = SHARD_TOKENS
+    shards: list[Shard]
+
+
 # A progress function is called with the documents, tokens and bytes of text so far.
 Progress = Callable[[int, int, int], None]
 
@@ -117,7 +147,7 @@ def _write_shards(
         for _, documents in groupby(deal(), key=itemgetter(0)):
             path, last = place / f"{len(shards):05d}", np.array([tokenizer.eod], index["dtype"])
             shards.append(_write_shard(path, ((ids, size) for _, ids, size in documents), last))
-            write_atomically(place / UNFINISHED, json.dumps(index, indent=1))
+            write_atomically(place / UNFINISHED, records.dumps(index))
             sync(place)
     with writing(place / INDEX):
         os.replace(place / UNFINISHED, place / INDEX)
@@ -150,15 +180,7 @@ def _write_array(path: Path, parts: Iterable[np.ndarray]) -> str:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_text())
-        if index["format"] == FORMAT and index["shards"] is not None:
-            return dict(index)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged; delete {path.parent} and prepare the data again") from None
-    raise InputError(
-        f"{path} has format {index['format']}, this program reads {FORMAT}; delete {path.parent} and prepare again"
-    )
+    return asdict(records.read(path, Index, f"delete {path.parent} and prepare the data again", {FORMAT: False}))
 
 
 def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:
@@ -184,16 +206,17 @@ class TokenShards:
         self.index = index = _read_index(place / INDEX)
         if tokenizer_fingerprint not in (None, index["tokenizer_fingerprint"]):
             raise InputError(f"{place} was made with another tokenizer; prepare the data again, in another folder")
-        shards = index["shards"]
+        if not (shards := index["shards"]):
+            raise InputError(f"{place / INDEX} lists no shards; delete {place} and prepare the data again")
+        for number in range(len(shards)):
+            for kind in ("tokens", "starts"):
+                self._check_size(number, kind)
         self.documents, self.tokens, self.bytes = (sum(shard[key] for shard in shards) for key in COUNTS)
         self.vocab_size: int = index["vocab_size"]
         # A loader's cursor remembers its data by this: all tokens and boundaries in one number.
         self.fingerprint = hashlib.sha256(json.dumps([index["tokenizer_fingerprint"], shards]).encode()).hexdigest()
         # The number of each shard's first document, and of all documents. [shards + 1]
         self.first = np.cumsum([0, *(shard["documents"] for shard in shards)], dtype=np.int64)
-        for number in range(len(shards)):
-            for kind in ("tokens", "starts"):
-                self._check_size(number, kind)
         self._map = lru_cache(MAPPED_FILES)(self._map_file)
 
     def _path(self, number: int, kind: str) -> Path:
@@ -269,7 +292,8 @@ class TokenShards:
         # This check is cheap, and it can name the file. In the embedding such an id would raise an IndexError, or fail
         # an assertion on a GPU.
         if (most := int(ids.max())) >= self.vocab_size:
-            what = f"{which} holds the token {most:,}, beyond the vocabulary of {self.vocab_size:,}"
+            place = start + offset + int(ids.argmax())
+            what = f"{which} holds at place {place:,} the token {most:,}, beyond the vocabulary of {self.vocab_size:,}"
             raise self._damage(number, "tokens", what)
         return ids
 
