@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from typer import Option
@@ -14,8 +14,6 @@ from typer import Option
 from cli.options import Few, ModelOptions, RunArgument
 from engine.errors import InputError
 
-# The seconds that running requests may take when the server is told to end; containers are killed after 30 seconds.
-GRACE_SECONDS = 25
 LOOPBACK = "127.0.0.1"
 
 
@@ -50,9 +48,9 @@ def serve(
         raise InputError(f"--host {host} lets others in: give them a key (--api-key or GPT_API_KEY), or say --insecure")
 
     import torch
-    import uvicorn
 
     from cli.server.app import Served, create_app
+    from cli.server.connections import HTTPServer, room_for_connections
     from cli.server.worker import Worker
     from engine.batcher import Batcher
     from engine.run import Run
@@ -75,16 +73,17 @@ def serve(
     app = create_app(served, worker, key=api_key, cors=sites, hosts=hosts)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
-        quiet: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=GRACE_SECONDS, **quiet))
+        server = HTTPServer(app, worker, room_for_connections())
         for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn finishes its requests, and then raises the signal once more for whoever handled it before.
+            # uvicorn has handlers of its own only while it runs.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         kind = "a chat model" if served.chat else "a base model: it goes on from what it is given"
         shown = f"[{host}]" if ":" in host else host
         print(f"{served.name}, {kind}; {options.choose().describe()}")
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it has ended: another signal has nothing to add
 
 
 def origin(site: str) -> str:

@@ -1,6 +1,7 @@
 """The FastAPI application: routes, limits, keys. Each request becomes a Job of the one Worker."""
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -15,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +33,8 @@ from engine.tokenizer import Tokenizer
 PAGE = Path(__file__).parent / "page"
 BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
+# Of a body that nobody wants, this much is read and dropped after the answer, so that who is sending sees the answer.
+DISCARD_BYTES = 32 * BODY_BYTES
 # The seconds that a slow reader has beyond the model's time; then the connection is cut.
 READER_SECONDS = 60.0
 HEADERS = {
@@ -40,6 +44,7 @@ HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"cache-control": b"no-store",
 }
+CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ class Server:
                         raise APIError(413, f"The body of the request is larger than {BODY_BYTES} bytes.")
         except TimeoutError:
             raise APIError(408, "The body of the request took too long to come.") from None
+        except ClientDisconnect:
+            raise APIError(499, "The client is gone.") from None  # nobody reads it but the log
         asked = openai.parse(kind, bytes(body))
         self._check_model(asked.model)
         return asked
@@ -240,6 +247,9 @@ async def _close_when_gone(job: Job, receive: Receive) -> None:
 class Guard:
     """Every answer passes here: Host is checked, strict headers are added, and a line without any text is logged.
 
+    An answer may come before its request is whole. Then the rest of the body is read and dropped, up to a bound, before
+    the connection is closed: a client that sends all before it reads anything would see a reset, and no answer.
+
     `hosts` are the names that the Host header may say; None is any. A page of another site whose own name resolves to
     127.0.0.1 (DNS rebinding) still sends that name.
     """
@@ -252,17 +262,36 @@ class Guard:
             await self.app(scope, receive, send)
             return
         begin, status = time.perf_counter(), 0
+        # Whether some of the body may not have been read.
+        unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+        async def received() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def guarded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *HEADERS.items()]
+                message["headers"] = [*message["headers"], *HEADERS.items(), *([CLOSE] if unread else [])]
+            elif unread and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await discard()
+                message = {"type": "http.response.body"}
             await send(message)
+
+        async def discard() -> None:
+            size, left = 0, begin + BODY_SECONDS - time.perf_counter()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(left, 1)):
+                    while unread and size < DISCARD_BYTES:
+                        size += len((await received()).get("body", b""))
 
         try:
             app = self.app if self._welcome(scope) else Response("unknown host", 400)
-            await app(scope, receive, guarded)
+            await app(scope, received, guarded)
         except Exception as error:
             log_failure(error)
         finally:

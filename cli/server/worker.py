@@ -103,6 +103,11 @@ class Worker:
         self.inbox.put(None)
         await asyncio.to_thread(self.thread.join)
 
+    def expire(self) -> None:
+        """End every job with what it has, as when its time is up."""
+        for job in self.jobs:
+            job._expire()
+
     def metrics(self) -> str:
         """Return what has been counted, in Prometheus' text format."""
         requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]

@@ -16,9 +16,9 @@ pytest.importorskip("openai")
 
 import httpx
 import openai
-import uvicorn
 
 from cli.server.app import Served, create_app
+from cli.server.connections import HTTPServer
 from cli.server.worker import Worker
 from engine.batcher import Batcher
 from engine.config import ModelConfig
@@ -34,6 +34,7 @@ class Live:
     url: str
     worker: Worker
     served: Served
+    server: HTTPServer
     http: httpx.Client
 
     @property
@@ -53,6 +54,13 @@ class Live:
 
         monkeypatch.setattr(self.worker.batcher, "step", slowly)
 
+    def connect(self, data: bytes = b"") -> socket.socket:
+        """A client that has sent this much."""
+        address = httpx.URL(self.url)
+        client = socket.create_connection((address.host, address.port), timeout=10)
+        client.sendall(data)
+        return client
+
     def idle(self) -> bool:
         return not self.worker.jobs and self.worker.batcher.idle
 
@@ -71,6 +79,7 @@ def live(
     slots: int = 4,
     queue: int = 8,
     seconds: float = 60.0,
+    connections: int = 100,
     **options: Any,
 ) -> Iterator[Live]:
     torch.manual_seed(0)
@@ -85,7 +94,7 @@ def live(
     worker = Worker(Batcher(model, slots=slots, queue=slots + queue), queue=queue, seconds=seconds)
     served = Served("small", chat, tokenizer, CONTEXT, 1_700_000_000)
     app = create_app(served, worker, **{"key": None, "cors": (), "hosts": LOOPBACK, **options})
-    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_config=None))
+    server = HTTPServer(app, worker, connections)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         # So that little is on its way to who does not read.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -95,7 +104,7 @@ def live(
         try:
             with httpx.Client(base_url=url, timeout=20) as client:
                 assert client.get("/health").status_code == 200
-                yield Live(url, worker, served, client)
+                yield Live(url, worker, served, server, client)
         finally:
             server.should_exit = True
             thread.join()
