@@ -4,6 +4,8 @@ The KV cache has a fixed number of slots, one for each running request. Those in
 the sequences that produce tokens, then those whose prompts are still being read: so a pass works on a slice of the
 cache, without a gap. When one ends, others are moved into its place.
 
+A step that raises an exception costs one request, not all of them: see `Batcher.recover`.
+
 A step moves every producing sequence on by one token and reads one chunk of prompts, so that a long prompt stalls
 nobody for longer than its chunk. On a GPU the tokens stay there: the next step is under way before the host has read
 what the last one chose.
@@ -12,7 +14,7 @@ what the last one chose.
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ from engine.errors import InputError
 from engine.model import GPT, KVCache, swap_rows
 from engine.runtime import ToHost, inference
 from engine.sampling import Sampling, choose, make_generator
+
+# When too many at once were too much, a step that goes well makes room for this many more of them.
+ROOM_REGAINED = 1 / 64
 
 
 class QueueFullError(Exception):
@@ -44,7 +49,7 @@ class Request:
 
 
 class Step(NamedTuple):
-    """One more token of a request. `finish` is None while it goes on, then "stop" or "length".
+    """One more token of a request. `finish` is None while it goes on, then "stop" or "length"; "error" has no token.
 
     logprob, and top (token and log-probability, likeliest first), are the model's own at temperature 1, in nats.
     """
@@ -82,7 +87,8 @@ class Running:
     generator: torch.Generator
     read: int = 0  # tokens of the prompt that are in the cache
     produced: int = 0
-    given: int = 0  # how many of the produced tokens the host has read
+    tokens: list[int] = field(default_factory=list)  # of the produced tokens those that the host has read
+    drawn: int = 0  # numbers that its generator had given before
     over: bool = False  # stopped or cancelled: tokens that are still under way are dropped
     seen: Tensor | None = None  # bool [V], for a repetition penalty
 
@@ -90,6 +96,14 @@ class Running:
     def length(self) -> int:
         """Tokens in the cache. The newest one produced is not in it yet."""
         return self.read + max(self.produced - 1, 0)
+
+    def anew(self) -> "Running":
+        """Return the rest of it as a request that has not begun: the tokens that it has got end its prompt."""
+        drawn, generator = self.drawn + len(self.tokens), make_generator(self.generator.initial_seed())
+        for _ in range(drawn):
+            torch.rand(1, generator=generator)
+        request = replace(self.request, prompt=[*self.request.prompt, *self.tokens])
+        return Running(self.number, request, self.most - len(self.tokens), self.group, generator, drawn=drawn)
 
 
 class Chosen(NamedTuple):
@@ -134,6 +148,9 @@ class Batcher:
         self.running: list[Running] = []  # by slot
         self.producing = 0  # how many of them, from the front, have read their prompts
         self.under_way: list[Chosen] = []
+        self.found: list[Step] = []  # what the present step has to return
+        self.suspects: deque[Running] = deque()  # each runs alone for a token, as one of them made a step fail
+        self.room = float(slots)  # how many may run at once
         self.numbers = itertools.count()
 
     def submit(self, request: Request) -> int:
@@ -156,20 +173,20 @@ class Batcher:
 
     def cancel(self, number: int) -> None:
         """Forget a request; the next step may use its slot. A number that is not there any more is ignored."""
-        self.waiting = deque(each for each in self.waiting if each.number != number)
+        self.waiting, self.suspects = (
+            deque(each for each in line if each.number != number) for line in (self.waiting, self.suspects)
+        )
         for each in [*self.running, *(each for chosen in self.under_way for each in chosen.rows)]:
             each.over |= each.number == number
         self._free()
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.running or self.under_way)
+        return not (self.waiting or self.running or self.under_way or self.suspects)
 
     def step(self) -> list[Step]:
         """Produce one token for every producing sequence and read one chunk of prompts. Return the tokens, by slot."""
-        while self.waiting and len(self.running) < self.slots:
-            self.cache.lengths[len(self.running)] = 0
-            self.running.append(self.waiting.popleft())
+        self._admit()
         with inference(self.model):
             chosen = [self._produce()] if self.producing else []
             if self.producing < len(self.running):
@@ -177,9 +194,54 @@ class Batcher:
         self._free()
         if self.ahead:
             chosen, self.under_way = self.under_way, chosen
-        steps = [step for each in chosen for step in self._arrived(each)]
+        for each in chosen:
+            self.found += self._arrived(each)
         self._free()
-        return steps
+        if self.suspects and any(each.tokens for each in self.running):
+            self.waiting.extendleft(each.anew() for each in self.running)
+            self._clear()
+        self.room = min(self.room + ROOM_REGAINED, self.slots)
+        found, self.found = self.found, []
+        return found
+
+    def recover(self) -> list[Step]:
+        """Call it when `step` or `cancel` has raised an exception. It returns the steps that the exception held back.
+
+        A step is a batch: its exception does not say which request it comes from, and has left the cache in some state
+        between two steps. So each that was running begins anew, from its prompt and the tokens that it has got, and is
+        alone until it has one more. Who fails alone ends with a step that says "error". If nobody does, as when memory
+        is short, fewer run at once from then on. Raises what `probe` raises.
+        """
+        self.probe()
+        begun = [*self.running, *(each for chosen in self.under_way for each in chosen.rows)]
+        running = {each.number: each for each in begun if not each.over}
+        found, self.found = self.found, []
+        self._clear()
+        if len(running) == 1:
+            self.room = self.slots
+            return [*found, Step(next(iter(running)), -1, "error")]
+        self.room = max(1, len(running) // 2)
+        self.suspects.extend(each.anew() for each in running.values())
+        return found
+
+    def probe(self) -> None:
+        """Raise the device's exception where it computes nothing any more."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with inference(self.model):
+            self.model(torch.zeros((1, 1), dtype=torch.int64, device=self.device)).cpu()
+
+    def _clear(self) -> None:
+        self.running, self.under_way, self.producing = [], [], 0
+
+    def _admit(self) -> None:
+        if self.suspects:
+            line, room = self.suspects, 0 if self.under_way else 1
+        else:
+            line, room = self.waiting, int(self.room)
+        while line and len(self.running) < room:
+            self.cache.lengths[len(self.running)] = 0
+            self.running.append(line.popleft())
 
     def _produce(self) -> Chosen:
         chosen = self.running[: self.producing]
@@ -258,8 +320,8 @@ class Batcher:
         for row, (each, token) in enumerate(zip(chosen.rows, tokens, strict=True)):
             if each.over:
                 continue
-            each.given += 1
-            finish = "stop" if token in each.request.stop_ids else "length" if each.given == each.most else None
+            each.tokens.append(token)
+            finish = "stop" if token in each.request.stop_ids else "length" if len(each.tokens) == each.most else None
             each.over = finish is not None
             step = Step(each.number, token, finish)
             if (asked := each.request.top_logprobs) is not None:

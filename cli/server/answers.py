@@ -150,8 +150,8 @@ class CompletionAnswer:
                     if finish:
                         events.append(event(index, self.delta(text, finish), tokens, finish))
                 yield "".join(events)
-        except ModelError:
-            yield f"data: {to_json(model_failed(500).content)}\n\n"  # too late for a status
+        except ModelError as error:
+            yield f"data: {to_json(model_failed(500, error).content)}\n\n"  # too late for a status
             return
         if include_usage:
             yield f"data: {to_json({**head, 'choices': [], 'usage': self.usage()})}\n\n"

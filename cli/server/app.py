@@ -199,8 +199,8 @@ class Server:
         watch = asyncio.create_task(_close_when_gone(job, http.receive))
         try:
             return JSON(await answer.whole(job))
-        except ModelError:
-            raise model_failed(500) from None
+        except ModelError as error:
+            raise model_failed(500, error) from None
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it but the log
         finally:
@@ -215,8 +215,8 @@ class Server:
         except batcher.QueueFullError as full:
             message, wait = f"The server is busy: {full}. Try again later.", {"Retry-After": "1"}
             raise APIError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=wait) from None
-        except ModelError:
-            raise model_failed(503) from None
+        except ModelError as error:
+            raise model_failed(503, error) from None
 
     def _check_model(self, name: str) -> None:
         if name != self.served.name:

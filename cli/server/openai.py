@@ -58,8 +58,8 @@ def invalid_value(param: str, reason: object) -> APIError:
     return APIError(400, message, param=param or None, code="invalid_value")
 
 
-def model_failed(status: int) -> APIError:
-    return APIError(status, "The model has failed; the server must be started again.", kind="server_error")
+def model_failed(status: int, error: Exception) -> APIError:
+    return APIError(status, str(error), kind="server_error")
 
 
 def context_exceeded(context: int, tokens: str, param: str) -> APIError:

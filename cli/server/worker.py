@@ -26,7 +26,11 @@ def log_failure(error: BaseException) -> None:
 
 
 class ModelError(Exception):
-    """An exception has ended the thread that owns the model: nothing more will come."""
+    """The model has failed, on one request or for good, as the message says: nothing more will come."""
+
+
+BROKEN = "The model has failed; the server must be started again."
+FAILED = "The model has failed on this request."
 
 
 class ClientGoneError(Exception):
@@ -129,7 +133,7 @@ class Worker:
         Raises QueueFullError, ModelError.
         """
         if self.failed:
-            raise ModelError
+            raise ModelError(BROKEN)
         taken = sum(job.size for job in self.jobs)
         if taken + len(requests) > self.limit:
             raise QueueFullError(f"{taken} of {self.limit} places are taken")
@@ -141,8 +145,11 @@ class Worker:
 
     def _deliver(self, found: Sequence[tuple[Job, int, Step]]) -> None:
         now = time.perf_counter()
-        self.generated_tokens += len(found)
         for job, index, step in found:
+            if step.finish == "error":
+                job.arrived.put_nowait(ModelError(FAILED))
+                continue
+            self.generated_tokens += 1
             job.arrived.put_nowait((index, step))
             if not job.begun:
                 job.begun = True
@@ -152,14 +159,14 @@ class Worker:
     def _fail(self) -> None:
         self.failed = True
         for job in self.jobs:
-            job.arrived.put_nowait(ModelError())
+            job.arrived.put_nowait(ModelError(BROKEN))
 
     # The methods below run in the thread.
 
     def _run(self) -> None:
         try:
-            while self._obey():
-                found = [(*self.owners[step.request], step) for step in self.batcher.step()]
+            while (steps := self._advance()) is not None:
+                found = [(*self.owners[step.request], step) for step in steps]
                 for job, index, step in found:
                     if step.finish:
                         self._forget(job, index)
@@ -168,6 +175,15 @@ class Worker:
         except Exception as error:
             log_failure(error)
             self.loop.call_soon_threadsafe(self._fail)
+
+    def _advance(self) -> list[Step] | None:
+        """Do what the event loop asked for, and a step. Returns None at the end. Raises if the model is broken."""
+        try:
+            return self.batcher.step() if self._obey() else None
+        except Exception as error:
+            log_failure(error)
+        # Not before here: the exception holds the memory of the step that failed.
+        return self.batcher.recover()
 
     def _obey(self) -> bool:
         """Do what the event loop asked for, and wait for it where the model is idle. Returns False at the end."""
@@ -181,15 +197,20 @@ class Worker:
             command()
 
     def _begin(self, job: Job, requests: Sequence[Request], read_prompts: bool) -> None:
-        for index, request in enumerate(requests):
-            if read_prompts:
-                read = read_prompt(self.batcher.model, request.prompt, request.top_logprobs or 0)
-                self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, read))
-            if not request.max_tokens:
-                self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, None))
-                continue
-            number = self.batcher.submit(request)
-            job.numbers[index], self.owners[number] = number, (job, index)
+        try:
+            for index, request in enumerate(requests):
+                if read_prompts:
+                    read = read_prompt(self.batcher.model, request.prompt, request.top_logprobs or 0)
+                    self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, read))
+                if not request.max_tokens:
+                    self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, None))
+                    continue
+                number = self.batcher.submit(request)
+                job.numbers[index], self.owners[number] = number, (job, index)
+        except Exception as error:
+            log_failure(error)
+            self.loop.call_soon_threadsafe(job.arrived.put_nowait, ModelError(FAILED))
+            self.batcher.probe()
 
     def _cancel(self, job: Job, index: int) -> None:
         if index in job.numbers:

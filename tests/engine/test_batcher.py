@@ -1,5 +1,6 @@
 """Requests that come, go and are cancelled at any step; none notices the others."""
 
+import itertools
 import random
 from typing import Any
 
@@ -102,6 +103,127 @@ def test_ahead_of_the_host_what_comes_after_an_end_is_for_nobody(gpt: GPT) -> No
     assert [(step.request, step.finish) for step in batcher.step()] == [(stopped, "stop"), (cancelled, None)]
     batcher.cancel(cancelled)
     assert drain(batcher) == {} and not batcher.running
+
+
+def recovering(batcher: Batcher) -> dict[int, list[Step]]:
+    found: dict[int, list[Step]] = {}
+    for _ in range(5000):
+        if batcher.idle:
+            return found
+        try:
+            steps = batcher.step()
+        except MemoryError:
+            steps = batcher.recover()
+        for step in steps:
+            found.setdefault(step.request, []).append(step)
+    raise AssertionError("it never ended")
+
+
+WAYS = pytest.mark.parametrize(("ahead", "graphs"), [(False, False), (True, False), (True, True)])
+
+
+@WAYS
+@pytest.mark.parametrize("good", [0, 1, 5])
+def test_a_request_that_makes_a_step_fail_fails_alone(
+    gpt: GPT, eager_graphs: None, monkeypatch: pytest.MonkeyPatch, ahead: bool, graphs: bool, good: int
+) -> None:
+    gpt.double()
+    requests = [request(seed) for seed in range(12)]
+    bad = [Request([7] * 20, SAMPLINGS[1], 12), Request([8] * 31, GREEDY, 12)]
+    choose = Batcher._choose
+
+    def failing(self: Batcher, logits: Any, first: int, chosen: list[Any]) -> Any:
+        # What the step has written is in the cache by now, and what it draws is drawn.
+        result = choose(self, logits, first, chosen)
+        for each, one in itertools.product(chosen, bad):
+            length = len(each.request.prompt) + each.produced
+            if each.request.prompt[:20] == one.prompt[:20] and length > len(one.prompt) + good:
+                raise MemoryError
+        return result
+
+    wanted = [alone(gpt, each) for each in [*requests, *bad]]
+    monkeypatch.setattr(Batcher, "_choose", failing)
+    batcher = Batcher(gpt, slots=6, chunk=16, ahead=ahead, graphs=graphs)
+    numbers = [batcher.submit(each) for each in [*requests[:6], bad[0], *requests[6:], bad[1]]]
+    found = recovering(batcher)
+    order = [*range(6), 12, *range(6, 12), 13]
+    for number, index in zip(numbers, order, strict=True):
+        tokens = [step.token for step in found[number]]
+        if index < 12:
+            assert tokens == wanted[index], requests[index]
+        else:
+            # Ahead of the host, its last good token is still under way.
+            assert tokens[-1] == -1 and found[number][-1].finish == "error"
+            assert tokens[:-1] in (wanted[index][:good], wanted[index][: good - ahead])
+
+
+@WAYS
+@pytest.mark.parametrize("what", ["model", "decoder", "choose", "swap"])
+def test_after_a_step_that_failed_once_everyone_goes_on(
+    gpt: GPT, eager_graphs: None, monkeypatch: pytest.MonkeyPatch, ahead: bool, graphs: bool, what: str
+) -> None:
+    gpt.double()
+    requests = [request(seed) for seed in range(10)]
+    wanted = [alone(gpt, each) for each in requests]
+    batcher = Batcher(gpt, slots=5, chunk=16, ahead=ahead, graphs=graphs)
+    numbers = [batcher.submit(each) for each in requests]
+    draws = random.Random(what)
+    owner: Any = {"model": gpt, "decoder": batcher.decoder, "choose": batcher, "swap": batcher.cache}[what]
+    name = {"model": "forward", "decoder": "logits", "choose": "_choose", "swap": "swap"}[what]
+    right = getattr(owner, name)
+
+    def failing(*given: Any, **options: Any) -> Any:
+        result = right(*given, **options)
+        # The probe, which reads no cache, is right.
+        if len(batcher.running) > 1 and (what != "model" or options) and draws.random() < 0.2:
+            raise MemoryError
+        return result
+
+    monkeypatch.setattr(owner, name, failing)
+    found = recovering(batcher)
+    assert [[step.token for step in found[number]] for number in numbers] == wanted
+
+
+def test_where_memory_is_short_fewer_run_at_once(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt.double()
+    requests = [request(seed) for seed in range(16)]
+    wanted = [alone(gpt, each) for each in requests]
+    batcher = Batcher(gpt, slots=8)
+    numbers = [batcher.submit(each) for each in requests]
+    logits, failures = batcher.decoder.logits, []
+
+    def failing(rows: int, reach: int) -> Any:
+        if rows > 3:
+            failures.append(rows)
+            raise MemoryError
+        return logits(rows, reach)
+
+    monkeypatch.setattr(batcher.decoder, "logits", failing)
+    found = recovering(batcher)
+    assert [[step.token for step in found[number]] for number in numbers] == wanted
+    assert 0 < len(failures) < 5
+
+
+def test_who_is_cancelled_after_a_failure_gets_no_more(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(gpt, slots=4)
+    numbers = [batcher.submit(Request([each], GREEDY, 5)) for each in range(1, 5)]
+    batcher.step()
+    assert batcher.recover() == [] and not batcher.idle
+    batcher.cancel(numbers[0])
+    assert set(drain(batcher)) == set(numbers[1:])
+
+
+def test_a_broken_device_is_said_and_not_tried_again(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(gpt, slots=4)
+    batcher.submit(Request([1], GREEDY, 5))
+
+    def broken(*given: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(gpt, "forward", broken)
+    for call in (batcher.step, batcher.recover):
+        with pytest.raises(MemoryError):
+            call()
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 
+from cli.server import worker
 from engine import checkpoint
 from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.model import GPT
@@ -101,6 +102,10 @@ def test_when_time_is_up_an_answer_ends_with_what_there_is(
         server.until(server.idle)
 
 
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError(LONG["prompt"])
+
+
 def test_when_the_model_fails_nobody_waits_for_ever(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,18 +117,48 @@ def test_when_the_model_fails_nobody_waits_for_ever(
         waiting = threading.Thread(target=lambda: answers.append(server.post("completions", {**LONG, "n": 3})))
         waiting.start()
         server.until(lambda: len(server.worker.jobs) == 2)
-
-        def fail() -> None:
-            raise RuntimeError(LONG["prompt"])
-
         monkeypatch.setattr(server.worker.batcher, "step", fail)
-        with pytest.raises(openai.APIError, match="model has failed"):
+        monkeypatch.setattr(server.worker.batcher, "probe", fail)
+        with pytest.raises(openai.APIError, match="must be started again"):
             list(stream)
         waiting.join()
         assert answers[0].status_code == 500 and answers[0].json()["error"]["type"] == "server_error"
         assert server.http.get("/health").status_code == 503
         assert server.post("completions", LONG).status_code == 503
     assert "RuntimeError" in caplog.text and LONG["prompt"] not in caplog.text
+
+
+def test_a_request_on_which_the_model_fails_fails_alone(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = server.post("completions", LONG).json()["choices"][0]["text"]
+    server.paced(monkeypatch)
+    batcher = server.worker.batcher
+    choose = batcher._choose
+
+    def failing(logits: Any, first: int, chosen: list[Any]) -> Any:
+        if any(each.group.top_k == 7 and each.length > 20 for each in chosen):
+            fail()
+        return choose(logits, first, chosen)
+
+    monkeypatch.setattr(batcher, "_choose", failing)
+    going_on = server.openai.completions.create(**LONG, stream=True)
+    first = next(iter(going_on))
+    bad = {**LONG, "top_k": 7}
+    answer = server.post("completions", bad)
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == "The model has failed on this request."
+    with pytest.raises(openai.APIError, match="on this request"):
+        list(server.openai.completions.create(**LONG, extra_body={"top_k": 7}, stream=True))
+    texts = [chunk.choices[0].text for chunk in (first, *going_on)]
+    assert "".join(texts) == wanted
+    server.until(server.idle)
+    assert server.http.get("/health").status_code == 200
+    assert server.post("completions", LONG).json()["choices"][0]["text"] == wanted
+
+
+def test_a_prompt_that_cannot_be_measured_costs_nobody_else(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "read_prompt", fail)
+    assert server.post("completions", {**LONG, "echo": True, "logprobs": 1, "max_tokens": 0}).status_code == 500
+    assert server.post("completions", LONG).status_code == 200
+    server.until(server.idle)
 
 
 def test_logs_hold_no_word_of_the_conversation(server: Live, caplog: pytest.LogCaptureFixture) -> None:
