@@ -161,7 +161,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     try:
         values = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise APIError(400, "The body of the request is not valid JSON.") from None
+        message = "The body of the request is not valid JSON, or nested too deeply, or a number in it is too long."
+        raise APIError(400, message) from None
     if not isinstance(values, dict):
         raise APIError(400, "The body of the request must be a JSON object.")
     for name in [name for name in NEUTRAL if name in values]:

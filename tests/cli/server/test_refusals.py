@@ -183,3 +183,20 @@ def test_only_sites_that_were_named_may_call_from_their_pages(tokenizer: Tokeniz
                 server.http.get("/health", headers={"Origin": origin}).headers.get("access-control-allow-origin")
                 == allowed
             )
+
+
+DEPTHS = [10, 100, 900, 960, 980, 1000, 100_000]
+ODD = [*("[" * depth + "]" * depth for depth in DEPTHS), *('{"a":' * depth + "1" + "}" * depth for depth in DEPTHS)]
+ODD += ["1" * 4000, "-" + "1" * 4000, "1" * 5000, "1e999", "-1e999", '"\\ud800"']
+
+
+@pytest.mark.parametrize("field", ["messages", "stop", "seed", "temperature", "max_tokens", "logit_bias", "\\ud800"])
+def test_json_that_is_deep_or_has_long_numbers_is_answered_with_a_sentence(server: Live, field: str) -> None:
+    for odd in ODD:
+        body = (
+            f'{{"model": "small", "messages": [{{"role": "user", "content": "a"}}], "max_tokens": 1, "{field}": {odd}}}'
+        )
+        headers = {"Content-Type": "application/json"}
+        answer = server.http.post("/v1/chat/completions", content=body, headers=headers)
+        if not (field == "max_tokens" and odd == "1" * 4000) and not (field == "stop" and odd.startswith('"')):
+            assert answer.status_code == 400 and answer.json()["error"]["message"], odd[:50]
