@@ -19,6 +19,7 @@ from engine.chat_template import JINJA, text_ends
 from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
 from engine.errors import InputError
 from engine.model import GPT
+from engine.records import parse
 from engine.run import Run
 from engine.runtime import Runtime
 from engine.tokenizer import (
@@ -339,8 +340,8 @@ def _chat_template(folder: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings")

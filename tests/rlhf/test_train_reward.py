@@ -119,7 +119,17 @@ def test_what_cannot_be_is_refused(
         finetuning_recipe(run, run.find_checkpoint(), likes_foxes)
     with pytest.raises(InputError, match="is no reward model"):
         RewardModel.load(chat, cpu)
-    (run.find_checkpoint().path / "evaluation.json").unlink()
+    measured = run.find_checkpoint().path / "evaluation.json"
+    original = measured.read_text()
+    for broken in (
+        original.replace('"sample_std": ', '"sample_std": 1'),
+        '{"sample_mean": "0", "sample_std": 1}',
+        "[]",
+    ):
+        measured.write_text(broken)
+        with pytest.raises(InputError, match=r"evaluation\.json is damaged: .*; go on with `gpt reward"):
+            RewardModel.load(run, cpu)
+    measured.unlink()
     with pytest.raises(InputError, match="was not measured to its end"):
         RewardModel.load(run, cpu)
     chat.write_recipe(dataclasses.replace(chat.read_recipe(), chat=False))

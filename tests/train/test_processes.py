@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from engine.processes import Processes
 from engine.runtime import Runtime
 from tests.train.team import said, start, train_on
 from train import parallel
+from train.data.shards import TokenShards
 from train.loop import Loop
 from train.tracking import read_metrics
 
@@ -134,6 +136,27 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(steady: Recipe, t
     assert [each["step"] for each in told] == [4, 4]
     found = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.step == 4
+
+
+def damaged_data(rank: int) -> None:
+    """Let the other process alone read a token that cannot be."""
+    honest = TokenShards._ids
+
+    def read(self: TokenShards, document: int, offset: int, count: int) -> Any:
+        if rank == 1 and document == 20:
+            self.vocab_size = 1
+        return honest(self, document, offset, count)
+
+    TokenShards._ids = read  # type: ignore[method-assign]
+
+
+def test_what_one_process_finds_in_the_data_is_said_by_all(steady: Recipe, tmp_path: Path) -> None:
+    workers = start(for_steps(steady, 60), tmp_path / "run", 2, trick=damaged_data)
+    for worker in workers:
+        worker.join(60)
+    for rank in range(2):
+        failure = said(tmp_path / "run", rank)["failure"]
+        assert failure.startswith("InputError: ") and "00000.tokens is damaged: document 21 of it holds at" in failure
 
 
 def asleep(rank: int) -> None:

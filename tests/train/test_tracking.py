@@ -48,6 +48,37 @@ def test_resuming_drops_the_steps_that_will_be_written_again(tmp_path: Path) -> 
     assert read_metrics(path) == []
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 2, "lo',
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"step": "2"}',
+        b'{"step": null, "loss": 1}',
+        b'{"step": 2, "loss": "low"}',
+        b'{"step": 2, "loss": [1]}',
+        b'{"step": 2, "loss": \xff}',
+        b'{"step": 2, "loss": ' + b"1" * 5000 + b"}",
+        b'{"step": 2, "loss": ' + b"[" * 5000,
+        b'{"step": 2, "step": 3}',
+    ],
+)
+def test_a_line_that_is_no_record_is_named_and_the_others_are_kept(bad: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [{"step": 1, "loss": None}, {"step": 3, "loss": 2.5, "process_tokens_per_second": [1.0, 2.0]}]
+    first, second = (json.dumps(line).encode() for line in good)
+    path.write_bytes(b"\n".join([first, bad, second, bad, b'{"step": 4, "lo']))
+    notices: list[str] = []
+    assert read_metrics(path, notices.append) == good
+    assert len(notices) == 1 and f"{path}, line 2 is no record of a step (" in notices[0]
+    assert "nor are 1 lines after it: left out" in notices[0] and len(notices[0]) < len(str(path)) + 200
+    MetricsFile(path, 3, notices.append).close()
+    assert read_metrics(path, pytest.fail) == good and len(notices) == 2
+
+
 def test_means_do_not_depend_on_how_many_were_measured_at_a_time() -> None:
     whole, parts = RunningMetrics(), RunningMetrics()
     whole.add({"loss": 6.0, "kl": 3.0}, 3)

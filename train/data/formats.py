@@ -177,7 +177,9 @@ def _is_learnt(part: Mapping[str, Any], names: Iterable[str], where: str) -> boo
     for name in names:
         weight = part.get(name)
         if weight not in (None, 0, 1):
-            raise InputError(f"{where}: {name} is {weight!r}; a turn is learnt (1) or not (0), nothing between")
+            raise InputError(
+                f"{where}: {name} is {repr(weight)[:40]}; a turn is learnt (1) or not (0), nothing between"
+            )
         if weight == 0:
             return False
     return True
@@ -252,10 +254,7 @@ def _read_trees(rows: Iterable[Row]) -> Found:
     roots: list[tuple[str, Mapping[str, Any]]] = []
     replies: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for where, row in rows:
-        tree = row.get("prompt", row) if isinstance(row, Mapping) else None
-        if not isinstance(tree, Mapping) or "message_id" not in tree:
-            raise InputError(f"{where}: a message with message_id was expected, not {str(row)[:40]!r}")
-        for message in _flat(tree):
+        for message in _flat(row.get("prompt", row) if isinstance(row, Mapping) else row, where):
             if message.get("deleted"):
                 continue
             if (parent := message.get("parent_id")) is None:
@@ -268,6 +267,8 @@ def _read_trees(rows: Iterable[Row]) -> Found:
             continue
         path = [root]
         while below := replies.get(path[-1]["message_id"]):
+            if len(path) > len({message["message_id"] for message in path}):
+                raise InputError(f"{place}: message {path[-1]['message_id']} answers itself; fix it or leave it out")
             path.append(min(below, key=lambda reply: float("inf") if reply.get("rank") is None else reply["rank"]))
         where = f"message {path[-1]['message_id']}"
         messages = [_message(message, where) for message in path]
@@ -276,10 +277,17 @@ def _read_trees(rows: Iterable[Row]) -> Found:
         yield where, messages or [_message(root, where)]
 
 
-def _flat(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _flat(message: object, where: str) -> Iterator[Mapping[str, Any]]:
+    """Yield a message and all replies below it. Raises InputError for what is none."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("message_id"), str | int):
+        raise InputError(f"{where}: a message with message_id was expected, not {str(message)[:40]!r}")
+    replies = message.get("replies") or []
+    kinds = {"parent_id": str | int | None, "rank": float | int | None}
+    if not isinstance(replies, list) or not all(isinstance(message.get(name), kinds[name]) for name in kinds):
+        raise InputError(f"{where}: message {message['message_id']} has a parent_id, rank or replies of another type")
     yield message
-    for reply in message.get("replies") or ():
-        yield from _flat(reply)
+    for reply in replies:
+        yield from _flat(reply, where)
 
 
 def _read_story_instructions(rows: Iterable[Row]) -> Found:
@@ -307,7 +315,10 @@ def _story_instruction(document: str, where: str) -> Conversation | Skipped:
 def _message(turn: Mapping[str, Any], where: str) -> Message:
     refuse(turn, where)
     role = str(turn.get("role", turn.get("from")))
-    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    said = [turn[key] for key in ("content", "value", "text") if key in turn]
+    if not said:
+        raise InputError(f"{where}: a turn has no content; there are {column_names(turn)}: give it one, or null")
+    content = said[0]
     if (parts := list_of(content)) is not None and all(map(is_mapping, parts)) and not isinstance(content, str):
         # This is content in parts, as in OpenAI's format: texts are put together, and anything else is refused.
         if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
@@ -20,12 +21,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from engine.errors import InputError
+from engine.records import MOST_DIGITS, parse
 from engine.tokenizer import END_OF_DOCUMENT
 
 # A document of a text file is long enough to fill a context many times, and short enough that one file gives several.
 CUT_CHARACTERS = 8192
 SAMPLE_BYTES = 1 << 20
-MOST_DIGITS = sys.int_info.default_max_str_digits
 # The number of rows of a Parquet file that are read at a time.
 BLOCK = 1024
 MESSAGES = ("messages", "conversations", "conversation")
@@ -102,7 +103,7 @@ def list_of(value: object) -> list[Any] | None:
     """Return the list in a cell, given as such or as JSON text; None if it holds no list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = parse(value)
         except ValueError:
             return None
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
@@ -213,28 +214,42 @@ def _read_json_lines(file: Path, lines: Iterable[str] | None = None) -> Iterator
         if not line.isspace():
             try:
                 yield f"{file}, line {number}", _parse_json(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{file}, line {number}: broken JSON ({error}); fix or delete the line") from None
+            except ValueError as error:
+                why = f"{error.msg} at character {error.colno:,}" if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{file}, line {number}: broken JSON ({why}); fix or delete the line") from None
 
 
 def _read_json(file: Path) -> Iterator[Row]:
     text = "".join(_lines(file))
     try:
         value = _parse_json(text or "[]")
-    except RecursionError as error:
-        raise InputError(f"{file}: broken JSON ({error}); fix the file") from None
     except json.JSONDecodeError as error:
         # Many .json files hold JSON lines.
         if error.msg == "Extra data":
             return _read_json_lines(file, io.StringIO(text))
         raise InputError(f"{file}, line {error.lineno}: broken JSON ({error.msg}); fix the file") from None
+    except ValueError as error:
+        raise InputError(f"{file}, line {_broken_line(text)}: broken JSON ({error}); fix the file") from None
     records = value if isinstance(value, list) else [value]
     return ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
 
 
 def _parse_json(text: str) -> Any:
-    """Return the value. An integer of thousands of digits, which Python refuses to read, becomes infinite."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
+    """Return the value. An integer of hundreds of digits, which no float is large enough for, becomes infinite."""
+    return parse(text, parse_int=lambda digits: int(digits) if len(digits) < MOST_DIGITS else float(digits))
+
+
+def _broken_line(text: str) -> int:
+    """Return the line where the first record begins that JSON spells and that we refuse."""
+    space, decoder, at = re.compile(r"[\s,\[]*"), json.JSONDecoder(), 0
+    while (found := space.match(text, at)) and found.end() < len(text):
+        begin = found.end()
+        try:
+            _, at = decoder.raw_decode(text, begin)
+            _parse_json(text[begin:at])
+        except (ValueError, RecursionError):
+            return text.count("\n", 0, begin) + 1
+    return 1
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
@@ -246,8 +261,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
     reader = csv.reader(_lines(file), strict=True, delimiter=parted)
     try:
         names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise InputError(f"{file}, line 1: two columns have one name, of {', '.join(names)}; rename one")
+        _require_names(names, f"{file}, line 1")
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if row and len(row) != len(names):
@@ -261,6 +275,11 @@ def _read_csv(file: Path) -> Iterator[Row]:
         raise InputError(f"{file}, line {reader.line_num}: broken CSV ({error}); fix the line") from None
 
 
+def _require_names(names: Sequence[str], where: str) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{where}: two columns have one name, {twice[0]!r}, of {', '.join(names)}; rename one")
+
+
 def _read_parquet(file: Path) -> Iterator[Row]:
     try:
         from pyarrow import parquet
@@ -268,6 +287,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         raise InputError(f"reading {file} needs pyarrow: pip install pyarrow, or convert the file to .jsonl") from None
     with _plain_errors(file):
         opened = parquet.ParquetFile(file)
+    _require_names(opened.schema_arrow.names, str(file))
     columns = {name: ParquetColumn(file, opened, name) for name in opened.schema_arrow.names}
     yield from ((f"{file}, row {at + 1}", ParquetRow(columns, at)) for at in range(opened.metadata.num_rows))
 
@@ -338,7 +358,7 @@ def _from_json(value: Any, kind: Any) -> Any:
         return [_from_json(each, kind.value_type) for each in value]
     if types.is_struct(kind):
         return {field.name: _from_json(value[field.name], field.type) for field in kind}
-    return json.loads(value) if getattr(kind, "extension_name", "") == "arrow.json" else value
+    return parse(value) if getattr(kind, "extension_name", "") == "arrow.json" else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -127,6 +127,46 @@ def test_a_forest_gives_the_best_ranked_path_of_every_english_tree(tmp_path: Pat
     assert read(write(tmp_path / "a.jsonl", [*reversed(FOREST), *again])) == [BEST]
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"message_id": ["1"]}, "a message with message_id was expected"),
+        ({"parent_id": ["1"]}, "message 1 has a parent_id, rank or replies of another type"),
+        ({"rank": "first"}, "message 1 has a parent_id, rank or replies of another type"),
+        ({"replies": 3}, "message 1 has a parent_id, rank or replies of another type"),
+        ({"replies": [[]]}, "a message with message_id was expected, not"),
+        ({"replies": [message(1, 1, "assistant")]}, "message 1 answers itself"),
+        ({"replies": [message(2, 1, "assistant"), message(1, 2, "prompter")]}, "message 1 answers itself"),
+    ],
+)
+def test_a_tree_that_is_none_is_refused_with_its_line(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    rows = [message(7, None, "prompter"), {**message(1, None, "prompter"), **change}]
+    with pytest.raises(InputError, match=f"a.jsonl, line 2: {expected}"):
+        read(write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_turn_without_content_is_refused_and_one_with_none_is_empty(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "hello"}
+    empty = [{"role": "user", "content": None}, answer]
+    rows = [{"messages": [{"role": "user", "content": f"say {n}"}, answer]} for n in range(3)]
+    assert [("user", ""), ("assistant", "hello")] in read(
+        write(tmp_path / "a.jsonl", [*rows, {"messages": empty}, *rows])
+    )
+    for turns in ([{"role": "user"}, answer], [{"role": "user", "content": "hi"}, {"role": "assistant"}]):
+        with pytest.raises(InputError, match=r"a.jsonl, line 4: a turn has no content; there are role"):
+            read(write(tmp_path / "a.jsonl", [*rows, {"messages": turns}]))
+
+
+@pytest.mark.parametrize("nested", ["[" * 3000 + "]" * 3000, "[" * 950 + "]" * 950], ids=["deeper", "deep"])
+def test_a_cell_of_deeply_nested_json_is_refused_with_its_line(nested: str, tmp_path: Path) -> None:
+    turns = json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]).replace(
+        '"', '""'
+    )
+    (tmp_path / "a.csv").write_text("messages\n" + f'"{turns}"\n' * 3 + f"{nested}\n")
+    with pytest.raises(InputError, match=r"a.csv, line 5: a list of turns with role and content was expected"):
+        read(str(tmp_path / "a.csv"))
+
+
 def test_a_tree_a_row_gives_the_same(tmp_path: Path) -> None:
     def nested(each: dict[str, Any]) -> dict[str, Any]:
         return {**each, "replies": [nested(below) for below in FOREST if below["parent_id"] == each["message_id"]]}

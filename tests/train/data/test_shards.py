@@ -218,6 +218,36 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path, source: Source, tok
         TokenShards(tmp_path / "good", "validation", tokenizer.fingerprint)
 
 
+@pytest.mark.parametrize("value", [None, -1, 0, 3.5, 10**30, "", "x", [], [1], {}, {"a": 1}, True])
+def test_an_index_of_another_kind_is_refused_with_its_place(
+    tmp_path: Path, source: Source, tokenizer: Tokenizer, value: object
+) -> None:
+    prepare(source, tokenizer, tmp_path, "train", workers=1)
+    index = json.loads((tmp_path / "train" / "index.json").read_text())
+    (tmp_path / "train" / "index.json").write_text(json.dumps(index | {"vocab_size": value}))
+    with pytest.raises(InputError, match=r"index.json is damaged: its sha256 is not that of its content; delete"):
+        TokenShards(tmp_path, "train")
+    # An older version wrote none.
+    del index["sha256"]
+    shard = index["shards"][0]
+    kept = [("max_tokens", None), ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 10**30), ("source", "x")]
+    kept += [("source", ""), ("shard_tokens", 0), ("shard_tokens", -1), ("shard_tokens", 10**30)]
+    for name in index:
+        if (name, value) in kept and type(value) is not bool:
+            continue
+        if type(value) is type(index[name]) and name not in ("dtype", "shards", "format"):
+            continue
+        (tmp_path / "train" / "index.json").write_text(json.dumps(index | {name: value}))
+        with pytest.raises(InputError, match=rf"index.json .*({name}|shards).*; delete .*train and prepare"):
+            TokenShards(tmp_path, "train")
+    for name in ("documents", "tokens"):
+        (tmp_path / "train" / "index.json").write_text(json.dumps(index | {"shards": [shard | {name: value}]}))
+        with pytest.raises(
+            InputError, match=r"index.json is damaged: shards.0|0.(tokens|starts) is damaged: .* bytes long"
+        ):
+            TokenShards(tmp_path, "train")
+
+
 def test_damage_is_seen_before_training_and_while_it_reads(
     tmp_path: Path, source: Source, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

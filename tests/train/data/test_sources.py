@@ -295,6 +295,10 @@ def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
 # Bad input: one message with the place and the way out.
 
 
+# Deep enough that its text can be read, and no longer be written everywhere.
+DEEP = b"[" * 900 + b"]" * 900
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -323,6 +327,25 @@ def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
         ),
         ("a.csv", b"id,text\n\n1\n", r"a.csv, line 3: 1 fields where the first line names 2"),
         ("a.csv", b"text,text\na,b\n", r"a.csv, line 1: two columns have one name"),
+        ("a.csv", b"id,text,id\na,b,c\n", r"a.csv, line 1: two columns have one name, 'id', of id, text, id; rename"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+            r"a.jsonl, line 2: broken JSON \('text' is named twice",
+        ),
+        ("a.json", b'[\n{"text": "a"},\n{"text": "b", "text": "c"}]', r"a.json, line 3: broken JSON \('text' is named"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"n": ' + DEEP + b"}\n",
+            r"a.jsonl, line 2: broken JSON \(its values are nested more",
+        ),
+        (
+            "a.json",
+            b'[{"text": "a"},\n{"n": ' + DEEP + b"}]",
+            r"a.json, line 2: broken JSON \(its values are nested more",
+        ),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", r"a.jsonl, line 1: column 'text' holds float, not text"),
+        ("a.jsonl", b'{"text": NaN}\n', r"a.jsonl, line 1: column 'text' holds float, not text"),
         ("a.jsonl", b'{"id": "a", "messages": []}', r"which column is the text\?.* learnt by `gpt finetune`"),
         ("a.jsonl", b'{"prompt": "a"}', r"which column is the text\?.* learnt by `gpt finetune`"),
         ("a.txt", b"good\nna\xefve\n", r"a.txt, line 2, byte 3: not UTF-8 text"),
@@ -335,6 +358,15 @@ def test_equal_documents_stand_on_one_side(tmp_path: Path) -> None:
 def test_a_bad_file_is_refused_by_name_and_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert re.search(message, refusal(tmp_path / name))
+
+
+def test_a_column_named_twice_in_a_parquet_file_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet: two columns have one name, 'text', of text, text; rename one" in refusal(tmp_path / "a.parquet")
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
