@@ -1,6 +1,7 @@
 """The `gpt` command: it names every command, and makes a sentence and exit code 2 of an InputError."""
 
 import io
+import locale
 import os
 import sys
 import time
@@ -123,6 +124,13 @@ def protect_children() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
+def speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale is another: files and arguments are UTF-8 everywhere."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def open_streams() -> None:
     """Make standard input, output and error such that every text can be written to them, and none is another file.
 
@@ -140,6 +148,7 @@ def open_streams() -> None:
 
 
 def main() -> None:
+    speak_utf8()
     open_streams()
     protect_children()
     rank: int | None = None

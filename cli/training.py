@@ -35,7 +35,7 @@ PRETRAINED, FINETUNED, REWARD_MODEL = "a pretrained run", "a finetuned run", "a 
 
 def located(data: str) -> str:
     """Return the absolute path where `data` is a path or a glob: a run may be resumed from another folder."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))  # noqa: PTH111 (Path's fails for an unknown user)
     return str(path.resolve()) if path.exists() or glob.has_magic(data) else data
 
 

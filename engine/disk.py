@@ -85,7 +85,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file's content such that a reader finds the old content or the new one, even after a crash."""
     with replacing(path) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A folder's name, of which a report tells, may hold bytes that are no text.
+        new.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def append(path: Path, text: str) -> None:

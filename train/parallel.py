@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.config import Recipe
 from engine.errors import InputError
-from engine.planning import GIB, RESERVED, Setup, peak_memory
+from engine.planning import GIB, RESERVED, Setup, peak_memory, step_memory, total
 from engine.processes import Processes
 from engine.runtime import Runtime
 
@@ -58,6 +58,19 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
     how = "a share of the model on each (FSDP)" if shard else "the model on each (DDP)"
     cut = f", micro-batches in {parts} parts" if parts > 1 else ""
     return Layout(shard, parts, f"processes  {count}, {how}{cut}: {need}")
+
+
+def require_memory(recipe: Recipe, runtime: Runtime) -> None:
+    """Raise InputError where not even the model's state fits into memory, before anything is read or written."""
+    count = runtime.processes.count
+    # How many tokens the vocabulary will have is not known yet.
+    model, shard = replace(recipe.model, vocab_size=1), count > 1 and recipe.loop.shard is not False
+    need = total(step_memory(Setup(model, recipe.optimizer.kind, 1, ranks=count, shard=shard))["optimizer step"])
+    if need > (there := device_memory(runtime)):
+        raise InputError(
+            f"weights, gradients and the optimizer's state of this model take {need / GIB:,.1f} GiB, and there are "
+            f"{there / GIB:,.1f}; choose a smaller one with --set model.width=N or model.blocks=N, or more --gpus"
+        )
 
 
 def device_memory(runtime: Runtime) -> int:

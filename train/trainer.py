@@ -16,7 +16,7 @@ from engine.run import Run, versions
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
 from train.evaluation import write_evaluations
 from train.loop import Loop
-from train.parallel import should_compile
+from train.parallel import require_memory, should_compile
 from train.stage import Outcome, Stage, State
 from train.tracking import Console, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
 
@@ -38,6 +38,7 @@ def run_stage(
     if wandb:
         require_wandb()
     processes = runtime.processes
+    require_memory(recipe, runtime)
     seed_everything(recipe.loop.seed, deterministic=recipe.loop.deterministic)
     peak = sum(each for (each,) in processes.gather(measured_peak(runtime)))
     runtime = dataclasses.replace(runtime, peak_flops=peak)

@@ -267,6 +267,11 @@ MISTAKES = {
         ["train", "nano", "--data", "few.txt", "--set", "model.vocab_size=300"],
         "loop.batch",
     ),
+    "a model for no machine": (
+        ["train", "nano", "--data", "short.txt", "--set", "model.width=65536", "--set", "model.blocks=1000"],
+        "--set model.width=N",
+    ),
+    "nobody's home": (["train", "nano", "--data", "~nobody-of-that-name/x.txt"], "no such file"),
     "tiny vocabulary": (["tokenizer", "train", "--data", "short.txt", "--vocab-size", "10"], "too small"),
 }
 

@@ -124,3 +124,9 @@ def test_text_reaches_an_ascii_terminal_and_closed_streams_harm_no_file(tmp_path
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = shell("mkdir gone && cd gone && rmdir ../gone && gpt data show words.txt", tmp_path)
     assert gone.returncode == 2 and b"working directory" in gone.stderr and b"Traceback" not in gone.stderr
+
+
+def test_another_locale_changes_no_text(tmp_path: Path) -> None:
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shell("gpt settings 'na\u00efve'", tmp_path, **variables)
+    assert done.returncode == 2 and "'na\u00efve'".encode() in done.stderr

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -119,7 +120,7 @@ def find_files(name: str) -> tuple[tuple[Path, ...], Path]:
 
     Hidden ones are left out unless they are named themselves. Raises InputError where there are none.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's fails for an unknown user)
     if path.is_dir():
         found, root = list(path.rglob("*")), path
     elif path.exists() or not glob.has_magic(name):

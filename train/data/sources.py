@@ -6,6 +6,7 @@ Below them are the sources of files, of what the program writes, and of the hub'
 
 import contextlib
 import glob
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +81,7 @@ def open_source(
     path, usual_column = HUB_TEXTS.get(name, (name, None))
     column = column or usual_column
     options = (name, column, holdout, limit, pick or partial(read_texts, column=column), key)
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's fails for an unknown user)
     is_path = glob.has_magic(name) or local.suffix.lower() in EXTENSIONS or name.startswith((".", "/", "~"))
     if name not in HUB_TEXTS and (is_path or local.exists()):
         files, root = find_files(name)
