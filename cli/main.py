@@ -3,8 +3,12 @@
 import io
 import locale
 import os
+import re
+import shlex
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +72,8 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "bench-compile": (bench.bench_compile, "Compile every kernel, GPU or not"),
     },
 }
+
+TRACEBACK = "GPT_TRACEBACK"  # where this variable is set, a bug shows its traceback
 
 app = typer.Typer(
     name="gpt",
@@ -147,6 +153,23 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def report_bug(error: Exception) -> None:
+    """Say that the fault is this program's, and write the whole traceback to a file in the temporary folder."""
+    # A key on the command line is nobody's business who is sent this.
+    command = re.sub(r"(--api-key[= ])\S+", r"\1...", shlex.join(["gpt", *sys.argv[1:]]))
+    command += f"  ({DISTRIBUTION} {installed(DISTRIBUTION) or 'from the tree'}, torch {installed('torch')})"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="gpt-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write("".join((command, "\n\n", *traceback.format_exception(error))))
+        where = f"the whole traceback is in {file.name}; please report it"
+    except OSError as failure:
+        where = f"the traceback could not be written to a file ({failure.strerror})"
+    last = "".join(traceback.format_exception_only(error)).strip()
+    print(
+        f"error: a bug of gpt, not of yours: {last}\n{command}\n{where}. {TRACEBACK}=1 shows it here.", file=sys.stderr
+    )
+
+
 def main() -> None:
     speak_utf8()
     open_streams()
@@ -177,10 +200,14 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         # Only a command that computes has imported it.
         runtime = sys.modules.get("engine.runtime")
-        if runtime is None or not runtime.is_out_of_memory(error):
+        if isinstance(error, MemoryError | RuntimeError) and runtime is not None and runtime.is_out_of_memory(error):
+            print(f"error: out of memory ({error}): ask for less at once, or use a smaller model", file=sys.stderr)
+            sys.exit(2)
+        # The agent that started one of many processes starts it again after an exception.
+        if os.environ.get(TRACEBACK) or "RANK" in os.environ:
             raise
-        print(f"error: out of memory ({error}): ask for less at once, or use a smaller model", file=sys.stderr)
-        sys.exit(2)
+        report_bug(error)
+        sys.exit(1)

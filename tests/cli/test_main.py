@@ -34,6 +34,29 @@ def test_versions_are_told_where_it_is_installed_and_where_it_is_not(gpt: Gpt, m
     assert gpt("--version").out.startswith("no-such-distribution not installed, torch ")
 
 
+def test_a_bug_is_a_short_report_and_its_traceback_is_kept(
+    gpt: Gpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("the left wheel\nfell off")
+
+    monkeypatch.setattr("engine.run.Run.read_recipe", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    report = gpt("serve", "a run", "--api-key", "secret")
+    assert report.code == 1 and "Traceback" not in report.err and len(report.err.splitlines()) == 4
+    assert "a bug of gpt, not of yours: ValueError: the left wheel\nfell off\n" in report.err
+    assert "gpt serve 'a run' --api-key ..." in report.err and "torch 2." in report.err
+    (kept,) = tmp_path.glob("gpt-bug-*.txt")
+    assert str(kept) in report.err and "in broken" in kept.read_text() and "secret" not in kept.read_text()
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert "could not be written to a file (No such file or directory)" in gpt("info", "a").err
+    for name in ("GPT_TRACEBACK", "RANK"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="wheel"):
+            patch.setenv(name, "0" if name == "RANK" else "1")
+            gpt("info", "a")
+
+
 def test_every_setting_is_listed_with_a_sentence_and_set_takes_it(gpt: Gpt) -> None:
     lines = gpt("settings", "tiny").out.splitlines()
     assert "model.blocks=12" in "\n".join(lines) and len(lines) == len(list(all_settings(Recipe))) > 80
