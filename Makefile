@@ -3,16 +3,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install chromium clean
+.PHONY: demo test install hashes faults chromium clean
 
 install: .venv/installed
 
-# Compiled by all cores at once, which pip does not; some packages hold files of other Pythons, which fail.
-.venv/installed: pyproject.toml constraints.txt
+# What is installed is what was tested, by its hashes; torch and what it brings apart, since its build differs from machine
+# to machine. Compiled by all cores at once, which pip does not; some packages hold files of other Pythons, which fail.
+.venv/installed: pyproject.toml constraints.txt constraints-hashes.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --requirement constraints-hashes.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true
 	touch $@
+
+# After a change of constraints.txt, with uv on the path: the hashes of every file of each release, for all platforms.
+hashes:
+	grep -vE '^(#|torch==|triton==)' constraints.txt | uv pip compile --quiet --no-deps --generate-hashes --no-annotate \
+	  --custom-compile-command 'make hashes' --python-version 3.11 --output-file constraints-hashes.txt -
 
 # From nothing to three aligned chat models on two CPU cores, with no network once installed.
 demo: install
@@ -34,6 +41,10 @@ test: install chromium
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+# What was tried to break it: some ten thousand cases, in less than half an hour; a full disk needs root.
+faults: install
+	$(BIN)/python -m tests.faults
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -4,12 +4,15 @@ import ast
 import graphlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import grimp
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "engine", "train", "rlhf", "bench", "cli")
@@ -42,6 +45,19 @@ def test_no_import_goes_in_a_circle() -> None:
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     # Raises CycleError, which names the modules of a circle.
     graphlib.TopologicalSorter(imports).prepare()
+
+
+def test_what_is_installed_is_known_by_its_hash_and_pre_releases_by_name() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {Requirement(line).name.replace("_", "-").lower(): line for line in lines if not line.startswith("#")}
+    hashed = re.findall(
+        r"^(\S+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", (ROOT / "constraints-hashes.txt").read_text(), re.M
+    )
+    assert dict(hashed) == {
+        name: line.partition("==")[2] for name, line in pinned.items() if name not in ("torch", "triton")
+    }
+    early = {name for name, line in pinned.items() if Version(line.partition("==")[2]).is_prerelease}
+    assert early <= {word for line in lines if line.startswith("#") for word in line.split()}
 
 
 def test_a_step_a_round_and_a_request_are_followed_through_few_files(tmp_path: Path) -> None:
