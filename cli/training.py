@@ -199,7 +199,7 @@ def start(
     import torch
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from engine import processes, runtime
+    from engine import config, processes, runtime
     from engine.run import RUN_FILES
     from train.stage import TrainingError
 
@@ -209,7 +209,7 @@ def start(
 
     held = contextlib.ExitStack()
 
-    def begin() -> "tuple[Recipe, bool]":
+    def begin() -> tuple[dict[str, Any], bool]:
         # Processes that were started again, or joined by another machine, go on with what they began.
         again = GO_ON in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
@@ -219,17 +219,18 @@ def start(
         patience = PATIENCE_SECONDS if again else 0.0
         folder = held.enter_context(one_writer(run.path, RUN_FILES, keep=keep, patience=patience, say=notice))
         if again and run.config.exists():
-            return run.read_recipe(), True
+            return config.to_dict(run.read_recipe()), True
         if not options.resume:
             make_room(folder, run, options.overwrite, check)
             run.asked = {name: value for name, (value, _) in recipe_options(options).items() if name != "overwrite"}
-        return recipe, options.resume
+        return config.to_dict(recipe), options.resume
 
     console = Console()
     go_on = f"go on with: {kind_and_command(run, recipe, base)[1]}"
     try:
         with held:
-            recipe, resume = together.from_main(begin)
+            content, resume = together.from_main(begin)
+            recipe = config.from_dict(content)
             outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
     except TrainingError as failure:
         console.say(f"training failed: {failure}")

@@ -133,6 +133,10 @@ class Checkpoint:
         disk.write_atomically(self.path / EVALUATION, records.dumps(values))
 
 
+def at_step(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(folder / f"step-{step:08d}", step)
+
+
 def save(
     folder: Path,
     step: int,
@@ -148,7 +152,7 @@ def save(
     kept in the manifest: what a run must still be when the checkpoint is read. Raises DiskError where the disk refuses;
     nothing of it is left then.
     """
-    final = folder / f"step-{step:08d}"
+    final = at_step(folder, step).path
     writing = folder / f".writing-{final.name}"
     groups = [*tensors.values(), optimizer or {}]
     wanted = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())

@@ -1,6 +1,7 @@
 """The processes that train one model together, as torchrun or `--gpus` started them; one alone where nobody did."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -75,12 +76,20 @@ class Processes:
         torch.distributed.all_gather(everyone, own, group=self.group)
         return [each.tolist() for each in everyone]
 
-    def collect(self, value: Value) -> list[Value]:
-        """Return the values of every process, by rank."""
-        everyone = [value] * self.count
-        if self.count > 1:
-            torch.distributed.all_gather_object(everyone, value, group=self.group)
-        return everyone
+    def collect(self, value: Any) -> list[Any]:
+        """Return the values of every process, by rank: plain data and tensors, so that nothing is unpickled.
+
+        What json.dumps takes comes back as from JSON (a tuple as a list, say), and tensors come back on the CPU.
+        """
+        if self.count == 1:
+            return [value]
+        own = _packed(value)
+        sizes = [int(size) for (size,) in self.gather(len(own))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(own)] = own
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(everyone, padded, group=self.group)
+        return [_unpacked(each[:size]) for each, size in zip(everyone, sizes, strict=True)]
 
     def together(self, work: Callable[[], Value]) -> Value:
         """Return the result of this process's own work. Where the disk refuses any process, all raise its DiskError."""
@@ -94,12 +103,12 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def from_main(self, work: Callable[[], Value]) -> Value:
-        """Return the result of work that only the main process does, however long it takes."""
+        """Return the result of work that only the main process does, however long it takes. See `collect`."""
         result = None
         with self.first():
             if self.main:
                 result = work()
-        return self.collect(result)[0]  # type: ignore[return-value]
+        return self.collect(result)[0]  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -147,6 +156,34 @@ class Processes:
                 noted.append(f"process {rank} was at {self.store.get(f'place/{rank}').decode()}")
         reason = str(error).strip().partition("\n")[0]
         return LostProcessError(f"process {self.rank} of {self.count} lost the others: {reason}\n{'; '.join(noted)}")
+
+
+TENSOR = "a tensor, by its number"
+
+
+def _packed(value: Any) -> Tensor:
+    """Return JSON and the tensors in it as the bytes of a safetensors file, uint8 [bytes]."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+
+    def number(tensor: Any) -> dict[str, str]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{type(tensor).__name__} is no plain data, which is all that processes exchange")
+        tensors[name := str(len(tensors))] = tensor.detach().cpu().contiguous().clone()
+        return {TENSOR: name}
+
+    text = json.dumps(value, default=number).encode()
+    content = save({"json": torch.frombuffer(bytearray(text), dtype=torch.uint8), **tensors})
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _unpacked(content: Tensor) -> Any:
+    from safetensors.torch import load
+
+    tensors = load(content.numpy().tobytes())
+    text = tensors["json"].numpy().tobytes()
+    return json.loads(text, object_hook=lambda found: tensors[found[TENSOR]] if TENSOR in found else found)
 
 
 ALONE = Processes()

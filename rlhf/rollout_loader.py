@@ -60,13 +60,9 @@ class ScoredRollout(Rollout):
     values: Tensor
     scores: Mapping[str, Tensor]
 
-    @staticmethod
-    def join(parts: Sequence["ScoredRollout"]) -> "ScoredRollout":
-        """Return the answers of all parts, in order."""
-        return ScoredRollout(**{name: _join([getattr(part, name) for part in parts]) for name in vars(parts[0])})
-
 
 def _join(values: Sequence[Any]) -> Any:
+    """Return all parts as one, in order."""
     if isinstance(values[0], Tensor):
         return torch.cat([*values])
     if isinstance(values[0], Mapping):
@@ -216,7 +212,9 @@ class RolloutLoader:
         # The main process draws the seed from its random generator. Checkpoints hold the state of that generator, so a
         # resumed run draws the same answers.
         seed = self.processes.collect(int(torch.randint(2**62, ())))[0]
-        rollout = ScoredRollout.join(self.processes.collect(self._draw(prompts, seed)))
+        # All processes know the prompts, and that the parts lie in the order of the ranks.
+        drawn = {name: value for name, value in vars(self._draw(prompts, seed)).items() if name != "prompts"}
+        rollout = ScoredRollout(prompts, **_join(self.processes.collect(drawn)))
         kl = answer_kl(k1(rollout.old, rollout.reference), rollout.mask)
         self.method.metrics.add(
             {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint, disk
-from engine.checkpoint import Checkpoint
-from engine.config import Recipe, override, settings
+from engine.checkpoint import Checkpoint, at_step
+from engine.config import Recipe, from_dict, override, settings, to_dict
 from engine.errors import DiskError, InputError
 from engine.planning import checkpoint_bytes
 from engine.run import Run, versions
@@ -51,9 +51,10 @@ def run_stage(
     stage = prepare_first(recipe, run, runtime, prepare, console.say, resume=resume)
     recipe = stage.recipe
     model = stage.model(recipe.model)
-    found = processes.from_main(
-        lambda: run.find_checkpoint(notice=console.say, recipe=recipe) if resume and run.has_checkpoint() else None
+    step = processes.from_main(
+        lambda: run.find_checkpoint(notice=console.say, recipe=recipe).step if resume and run.has_checkpoint() else None
     )
+    found = None if step is None else at_step(run.checkpoints, step)
     if stage.base and not found:
         model.load_state_dict(stage.base.tensors("model"))
     model.compute_dtype = runtime.dtype
@@ -63,8 +64,7 @@ def run_stage(
     if processes.main:
         run.write_recipe(recipe)
     # Only the main process writes to files and to the console.
-    step = found.step if found else 0
-    trackers = open_trackers(recipe, run, console, step, wandb=wandb) if processes.main else []
+    trackers = open_trackers(recipe, run, console, step or 0, wandb=wandb) if processes.main else []
     loop = Loop(model, stage, run, runtime, trackers, console.say if processes.main else lambda message: None)
     if found:
         loop.resume(found)
@@ -120,7 +120,7 @@ def prepare_first(
         if processes.main:
             # The data that was prepared may have filled the disk, and has settled the vocabulary.
             require_room(stage.recipe, run)
-    stage = dataclasses.replace(stage, recipe=processes.collect(stage.recipe)[0])
+    stage = dataclasses.replace(stage, recipe=from_dict(processes.collect(to_dict(stage.recipe))[0]))
     # The main process may have drawn random numbers for what the others have only read.
     set_random_state(processes.collect(random_state(runtime.device))[0], runtime.device)
     return stage
