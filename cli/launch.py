@@ -131,7 +131,9 @@ def judging_agent() -> type[Any]:
 def parse_nodes(nodes: str | None) -> tuple[int, int]:
     """Read MIN:MAX, or one number for both."""
     least, _, most = (nodes or "1").partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+    # Python makes no number of thousands of digits.
+    decimal = all(part.isdecimal() and len(part) < 10 for part in (least, most or least))
+    if not (decimal and 1 <= int(least) <= int(most or least)):
         raise InputError(f"--nodes is {nodes!r}; it must be a number of machines, or MIN:MAX such as 1:4")
     return int(least), int(most or least)
 

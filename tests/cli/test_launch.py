@@ -121,7 +121,7 @@ def test_what_workers_are_forked_with_is_there() -> None:
     assert all(importlib.util.find_spec(name) for name in PRELOADED)
 
 
-@pytest.mark.parametrize("nodes", ["0", "2:1", "a:b"])
+@pytest.mark.parametrize("nodes", ["0", "2:1", "a:b", "9" * 5000, "1:" + "9" * 5000])
 def test_nodes_are_a_number_or_a_range(nodes: str) -> None:
     assert parse_nodes(None) == (1, 1) and parse_nodes("3") == (3, 3) and parse_nodes("1:4") == (1, 4)
     with pytest.raises(InputError, match="MIN:MAX"):
