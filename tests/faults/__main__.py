@@ -97,16 +97,28 @@ def try_all(parts: list[str], workers: int, options: dict[str, Any]) -> dict[str
     return rows
 
 
+def table(*lines: list[object]) -> None:
+    """Print lines, the first of which is the heading, as a README has them."""
+    for number, cells in enumerate(lines):
+        print("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells) + " |")
+        if number == 0:
+            print("|" + "---|" * len(cells))
+    print()
+
+
 def show(rows: dict[str, Row], seed: int) -> None:
-    """Print two tables: the cases, and the failures; then each failure with the command that repeats it."""
-    print(f"\n{'part':12} {'cases':>7} {'seconds':>8}  what was tried")
-    for row in rows.values():
-        print(f"{row.part:12} {row.cases:7,} {row.seconds:8.0f}  {row.skipped or PARTS[row.part][1]}")
-    print(f"{'':12} {sum(row.cases for row in rows.values()):7,} {sum(row.seconds for row in rows.values()):8.0f}")
-    print(f"\n{'failures':12} " + " ".join(f"{kind:>11}" for kind in KINDS))
-    for row in rows.values():
-        print(f"{row.part:12} " + " ".join(f"{row.count(kind):11}" for kind in KINDS))
-    print(f"{'':12} " + " ".join(f"{sum(row.count(kind) for row in rows.values()):11}" for kind in KINDS))
+    """Print two tables: the cases, and the failures; then each sort of failure with the command that repeats it."""
+    tried, total = list(rows.values()), sum(row.cases for row in rows.values())
+    table(
+        ["part", "what was tried", "cases", "seconds"],
+        *([row.part, row.skipped or PARTS[row.part][1], row.cases, round(row.seconds)] for row in tried),
+        ["in all", "", total, round(sum(row.seconds for row in tried))],
+    )
+    table(
+        ["failures", *KINDS],
+        *([row.part, *map(row.count, KINDS)] for row in tried),
+        ["in all", *(sum(row.count(kind) for row in tried) for kind in KINDS)],
+    )
     for row in rows.values():
         sorts: dict[tuple[str, str], list[Failure]] = {}
         for failure in sorted(row.failures, key=lambda each: each.case):

@@ -61,7 +61,7 @@ LINES = {
 # These write into a folder or file that has to be named where it is not what is tried.
 OUT = ("train", "finetune", "reward", "demo", "export", "import", "rlhf ppo", "rlhf grpo", "rlhf dpo", "data prepare")
 # A command is told to end after this many seconds: it may have been asked for more work than that.
-SECONDS = 5.0
+SECONDS = 4.0
 # An option that many commands share is tried with all values in one of them, and with this many in each other one.
 SOME = 2
 LINE = "the line itself"

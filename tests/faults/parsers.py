@@ -28,7 +28,7 @@ from tests.faults.damage import ODD_VALUES
 from train.data.sources import open_conversations, open_source
 from train.tracking import read_metrics
 
-EXAMPLES = 400
+EXAMPLES = 300
 
 TEXT = st.text(max_size=60)
 SCALARS = st.one_of(

@@ -26,7 +26,7 @@ WORK = {
     "generate base hello --device cpu --count 64": "",
     "evaluate base --count 200 --device cpu --precision fp32": "",
 }
-ROUNDS = 4
+ROUNDS = 3
 
 
 def run(board: Board) -> None:
