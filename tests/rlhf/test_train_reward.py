@@ -121,12 +121,12 @@ def test_what_cannot_be_is_refused(
         RewardModel.load(chat, cpu)
     measured = run.find_checkpoint().path / "evaluation.json"
     original = measured.read_text()
-    for broken in (
+    for bad in (
         original.replace('"sample_std": ', '"sample_std": 1'),
         '{"sample_mean": "0", "sample_std": 1}',
         "[]",
     ):
-        measured.write_text(broken)
+        measured.write_text(bad)
         with pytest.raises(InputError, match=r"evaluation\.json is damaged: .*; go on with `gpt reward"):
             RewardModel.load(run, cpu)
     measured.unlink()

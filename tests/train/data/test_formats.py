@@ -149,9 +149,8 @@ def test_a_turn_without_content_is_refused_and_one_with_none_is_empty(tmp_path: 
     answer = {"role": "assistant", "content": "hello"}
     empty = [{"role": "user", "content": None}, answer]
     rows = [{"messages": [{"role": "user", "content": f"say {n}"}, answer]} for n in range(3)]
-    assert [("user", ""), ("assistant", "hello")] in read(
-        write(tmp_path / "a.jsonl", [*rows, {"messages": empty}, *rows])
-    )
+    found = read(write(tmp_path / "a.jsonl", [*rows, {"messages": empty}, *rows]))
+    assert [("user", ""), ("assistant", "hello")] in found
     for turns in ([{"role": "user"}, answer], [{"role": "user", "content": "hi"}, {"role": "assistant"}]):
         with pytest.raises(InputError, match=r"a.jsonl, line 4: a turn has no content; there are role"):
             read(write(tmp_path / "a.jsonl", [*rows, {"messages": turns}]))
