@@ -2,9 +2,11 @@
 
 import logging
 import resource
+import struct
+import threading
 import time
 from collections.abc import Iterator
-from socket import socket
+from socket import SO_LINGER, SOL_SOCKET, socket
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.cli.server.conftest import Live, live
 from tests.cli.server.test_life import LONG, connect
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 COMPLETION = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALF_BODY = COMPLETION + b"Content-Length: 100\r\n\r\nhalf"
 
@@ -36,7 +39,7 @@ def small(tokenizer: Tokenizer) -> Iterator[Live]:
 def test_whoever_sends_no_whole_request_is_closed(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "IDLE_SECONDS", 0)
     monkeypatch.setattr(server.server.config, "timeout_keep_alive", 1000)
-    silent, half, again, slow = (server.connect(data) for data in (b"", HEALTH[:9], HEALTH + HEALTH[:9], HEALTH[:-2]))
+    silent, half, again, slow = (server.connect(data) for data in (b"", MODELS[:9], MODELS + MODELS[:9], MODELS[:-2]))
     end = time.monotonic() + 5
     with pytest.raises(OSError):
         while time.monotonic() < end:
@@ -44,39 +47,72 @@ def test_whoever_sends_no_whole_request_is_closed(server: Live, monkeypatch: pyt
             time.sleep(0.05)
     for client in (silent, half):
         assert not read(client)
-    assert b"ok" in read(again)
+    assert b"small" in read(again)
 
 
 def test_who_asks_now_and_then_stays(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "IDLE_SECONDS", 1)
     client = server.connect()
     for _ in range(5):
-        client.sendall(HEALTH)
-        assert b"ok" in read(client, b"}")
+        client.sendall(MODELS)
+        assert b"small" in read(client, b"}]}")
         time.sleep(0.5)
 
 
 def test_when_all_connections_are_taken_the_next_is_told(small: Live, caplog: pytest.LogCaptureFixture) -> None:
-    taken = [small.connect(HEALTH[:9]) for _ in range(2)]
+    small.http.get("/v1/models")
+    taken = [small.connect(MODELS[:9]) for _ in range(2)]
     small.until(lambda: len(small.server.server_state.connections) == 3)
     for _ in range(2):
-        assert read(small.connect(HEALTH)).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
-    assert small.http.get("/health").status_code == 200  # who was there before is served
+        answer = read(small.connect(MODELS))
+        assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"too many connections" in answer
+    assert small.http.get("/v1/models").status_code == 200  # who was there before is served
+    assert b"ok" in read(small.connect(HEALTH))
     assert caplog.text.count("all 3 connections are taken") == 1
-    small.until(lambda: len(small.server.server_state.connections) == 3)
     taken.pop().close()
     small.until(lambda: len(small.server.server_state.connections) == 2)
-    assert b"ok" in read(small.connect(HEALTH), b"}")
+    assert b"small" in read(small.connect(MODELS), b"}]}")
+
+
+def test_health_is_told_while_the_event_loop_is_busy(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    server.worker.loop.call_soon_threadsafe(free.wait, 10)
+    assert read(server.connect(HEALTH)).startswith(b"HTTP/1.1 200")
+    monkeypatch.setattr(connections, "STILL_SECONDS", -1)
+    assert read(server.connect(HEALTH)).startswith(b"HTTP/1.1 503")
+    free.set()
+
+
+def test_many_who_come_at_once_are_all_served(server: Live) -> None:
+    early = [server.connect() for _ in range(3 * connections.WAITING)]
+    for client in early:
+        client.sendall(MODELS)
+    assert all(b"small" in read(client, b"}]}") for client in early)
+
+
+def test_a_greeting_that_comes_in_pieces_is_waited_for_and_then_handed_on(server: Live) -> None:
+    client = server.connect(HEALTH[:12])
+    time.sleep(0.02)
+    client.sendall(HEALTH[12:])
+    assert b"ok" in read(client)
+    late, body = server.connect(HEALTH[:12]), HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    time.sleep(3 * connections.GREETING_SECONDS)
+    late.sendall(body[12:])
+    assert b"ok" in read(late)
+    reset = server.connect(HEALTH[:12])
+    reset.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+    reset.close()
+    assert b"ok" in read(server.connect(HEALTH))
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised", "room"),
     [
-        (1024, 2**20, 4224, 4096),
-        (256, 1000, 1000, 872),
+        (1024, 2**20, 4352, 4096),
+        (256, 1000, 1000, 744),
         (2**20, resource.RLIM_INFINITY, None, 4096),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 4096),
-        (64, 64, None, 1),
+        (64, 64, None, 32),
     ],
 )
 def test_connections_have_room_below_the_limit_on_files(
@@ -122,9 +158,9 @@ def test_the_end_waits_for_answers_and_for_nothing_else(
 ) -> None:
     with live(tokenizer) as ending:
         ending.paced(monkeypatch)
-        clients = [ending.connect(data) for data in (b"", HEALTH[:9], HALF_BODY)]
+        clients = [ending.connect(data) for data in (b"", MODELS[:9], HALF_BODY)]
         stream = connect(ending, {**LONG, "stream": True})
-        ending.until(lambda: len(ending.worker.jobs) == 1 and len(ending.server.server_state.connections) == 5)
+        ending.until(lambda: len(ending.worker.jobs) == 1 and len(ending.server.server_state.connections) == 4)
         begin = time.monotonic()
     assert time.monotonic() - begin < 5
     assert b"[DONE]" in read(stream)
