@@ -5,8 +5,10 @@ The server runs in a process of its own; clients speak HTTP/1.0 over plain socke
 
 import asyncio
 import contextlib
+import http.client
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,17 +39,28 @@ MAX_TOKENS = (32, 128)
 # One in this many streams is requested again, alone, when the load is over.
 SAMPLE_EVERY = 16
 SAMPLES = 32
+# Seconds between two looks at the server's health, and how long one may take.
+WATCH_EVERY = 0.02
+WATCH_PATIENCE = 10.0
+
+
+class RefusedError(Exception):
+    """The server is full: it answered 429 or 503."""
 
 
 @dataclass
 class Stream:
-    """One request and what came of it. `times`: when each token came, in seconds; `fault`: what was wrong with it."""
+    """One request and what came of it. `times`: when each token came, in seconds; `fault`: what was wrong with it.
+
+    A full server may refuse it: that is no fault.
+    """
 
     body: dict[str, Any]
     begin: float
     text: str = ""
     times: list[float] = field(default_factory=list)
     fault: str | None = None
+    refused: bool = False
 
 
 def request(number: int) -> dict[str, Any]:
@@ -66,13 +80,15 @@ def request(number: int) -> dict[str, Any]:
 
 
 async def events(port: int, body: dict[str, Any]) -> AsyncIterator[str]:
-    """Yield the data of each event of a stream. Raises ValueError for any other answer."""
+    """Yield the data of each event of a stream. Raises RefusedError, and ValueError for any other answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         content = json.dumps(body).encode()
         fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         writer.write(f"POST /v1/completions HTTP/1.0\r\n{fields}\r\n\r\n".encode() + content)
         status = (await reader.readline()).split()
+        if status[1:2] in ([b"429"], [b"503"]):
+            raise RefusedError
         if status[1:2] != [b"200"]:
             raise ValueError(f"status {status[1:2]}: {(await reader.read())[-300:]!r}")
         while (await reader.readline()).strip():
@@ -108,21 +124,46 @@ async def follow(port: int, body: dict[str, Any]) -> Stream:
                     stream.times.append(time.perf_counter())
         if not (done and finish and counted == len(stream.times)):
             raise ValueError(f"{len(stream.times)} tokens of {counted}, finish {finish}, [DONE] {done}")
+    except RefusedError:
+        stream.refused = True
     except (OSError, ValueError, KeyError, TypeError) as error:
         stream.fault = f"{type(error).__name__}: {error}"
     return stream
 
 
 async def load(port: int, clients: int, seconds: float, numbers: Iterator[int]) -> list[Stream]:
-    """Let this many clients ask, each again as soon as it has its answer, until the time is over."""
+    """Let this many clients ask, each again as soon as it has its answer, or a second after it was refused."""
     end, streams = time.perf_counter() + seconds, []
 
     async def client() -> None:
         while time.perf_counter() < end:
             streams.append(await follow(port, request(next(numbers))))
+            if streams[-1].refused:
+                await asyncio.sleep(1)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return streams
+
+
+def watch_health(port: int, seconds: float) -> list[float]:
+    """Ask for /health again and again, each time on a new connection; return how long each answer took, in seconds.
+
+    It is called in a process of its own: the clients would hold it up. No answer counts as WATCH_PATIENCE.
+    """
+    took, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WATCH_PATIENCE)
+        try:
+            connection.request("GET", "/health", headers={"Host": "localhost", "Connection": "close"})
+            well = connection.getresponse().status == 200
+        except OSError:
+            well = False
+        finally:
+            connection.close()
+        took.append(time.perf_counter() - begin if well else WATCH_PATIENCE)
+        time.sleep(WATCH_EVERY)
+    return took
 
 
 def rate(streams: list[Stream], begin: float, end: float) -> float:
@@ -158,14 +199,17 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
     begin = time.perf_counter()
     alone = rate(await load(port, 1, seconds / 6, numbers), begin, begin + seconds / 6)
 
-    begin = time.perf_counter()
-    running = asyncio.create_task(load(port, clients, seconds, numbers))
-    memory = []
-    while not running.done():
-        await asyncio.sleep(seconds / 30)
-        status = Path(f"/proc/{process}/status").read_text()
-        memory.append(1024 * int(status.partition("VmRSS:")[2].split()[0]))
-    streams = await running
+    memory = [resident(process)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        await asyncio.wrap_future(pool.submit(int))  # the process has begun
+        begin = time.perf_counter()
+        watching = asyncio.wrap_future(pool.submit(watch_health, port, seconds))
+        running = asyncio.create_task(load(port, clients, seconds, numbers))
+        while not running.done():
+            await asyncio.sleep(seconds / 30)
+            memory.append(resident(process))
+        asked, health = await running, await watching
+    streams = [stream for stream in asked if not stream.refused]
     together = rate(streams, begin + seconds / 6, begin + seconds)
 
     samples = [stream for stream in streams[::SAMPLE_EVERY] if not stream.fault][:SAMPLES]
@@ -176,6 +220,7 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
         "clients": clients,
         "seconds": seconds,
         "streams": len(streams),
+        "refused": len(asked) - len(streams),
         "tokens": sum(len(stream.times) for stream in streams),
         "faults": [stream.fault for stream in streams if stream.fault],
         "asked_again_alone": len(samples),
@@ -185,8 +230,19 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
         "against_one_client": together / alone,
         "first_token_seconds": quantiles(first),
         "token_gap_seconds": quantiles(gaps),
-        "memory_bytes": {"settled": memory[len(memory) // 6], "end": memory[-1], "peak": max(memory)},
+        "health_seconds": {**quantiles(health), "worst": max(health), "asked": len(health)},
+        "memory_bytes": {
+            "one_client": memory[0],
+            "settled": memory[len(memory) // 6],
+            "end": memory[-1],
+            "peak": max(memory),
+        },
     }
+
+
+def resident(process: int) -> int:
+    """Return the bytes of memory that a process holds."""
+    return 1024 * int(Path(f"/proc/{process}/status").read_text().partition("VmRSS:")[2].split()[0])
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -197,7 +253,8 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def bench_serving(run: Path, *, clients: int, seconds: float, options: Sequence[str] = ()) -> dict[str, Any]:
     """Load with one client, then many, then ask a sample of their requests again, alone: each must get the same text.
 
-    Rates are tokens per second; the first sixth of the time does not count. Raises InputError where the server fails.
+    Rates are tokens per second; the first sixth of the time does not count. `options` are those of `gpt serve`.
+    Raises InputError where the server fails.
     """
-    with serving(run, ["--slots", str(clients), *options]) as (port, process):
+    with serving(run, options) as (port, process):
         return asyncio.run(measure(port, process, clients, seconds))

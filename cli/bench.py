@@ -124,6 +124,7 @@ def bench_serving(
     path: RunArgument,
     clients: Annotated[Few, Option(help="How many read a stream each at any time.")] = 64,
     seconds: Annotated[float, "at least 1 and at most 1000000", Option(help="How long they go on.")] = 60.0,
+    slots: Annotated[Few | None, Option(help="Those of gpt serve; else one for each client.")] = None,
     *,
     on: BenchOptions,
 ) -> None:
@@ -136,16 +137,20 @@ def bench_serving(
     from engine.run import Run
 
     recipe, machine = Run(path).read_recipe(), on.choose()
-    options = ["--device", str(machine.device), "--precision", machine.precision]
+    options = ["--device", str(machine.device), "--precision", machine.precision, "--slots", str(slots or clients)]
     result = bench_serving(path, clients=clients, seconds=seconds, options=options)
     memory, first, gap = (result[name] for name in ("memory_bytes", "first_token_seconds", "token_gap_seconds"))
+    health = {name: 1000 * value for name, value in result["health_seconds"].items()}
     print(f"{recipe.name}, {clients} clients for {seconds:.0f} s, {machine.describe()}")
     print(f"streams      {result['streams']:,}, {len(result['faults'])} with a fault; {result['tokens']:,} tokens")
+    print(f"refused      {result['refused']:,}: the server was full")
     print(f"asked again  {result['asked_again_alone']} alone: {result['different_alone']} differ")
     print(f"tokens/s     {result['tokens_per_second']:,.0f}, {result['against_one_client']:.1f}x one client's")
     print(f"first token  {1000 * first['p50']:.0f} ms, p99 {1000 * first['p99']:.0f} ms")
     print(f"token gap    {1000 * gap['p50']:.0f} ms, p99 {1000 * gap['p99']:.0f} ms")
-    print(f"memory       {memory['settled'] / 2**20:,.0f} MiB settled, {memory['end'] / 2**20:,.0f} MiB at the end")
+    print(f"health       {health['p50']:.0f} ms, p99 {health['p99']:.0f} ms, at worst {health['worst']:.0f} ms")
+    names = {"one_client": "with one client", "settled": "settled", "end": "at the end"}
+    print("memory       " + ", ".join(f"{memory[key] / 2**20:,.0f} MiB {name}" for key, name in names.items()))
     for fault in sorted(set(result["faults"]))[:5]:
         print(f"fault        {fault}")
     print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, on.out)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.serving import bench_serving, follow, request
+from bench.serving import RefusedError, bench_serving, follow, request
 from engine import checkpoint
 from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.errors import InputError
@@ -49,6 +49,16 @@ def test_a_stream_that_does_not_end_well_is_a_fault(kind: str, monkeypatch: pyte
     assert fault or stream.text == "ab"
 
 
+def test_who_is_refused_by_a_full_server_has_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def events(port: int, body: object) -> AsyncIterator[str]:
+        raise RefusedError
+        yield ""
+
+    monkeypatch.setattr("bench.serving.events", events)
+    stream = asyncio.run(follow(0, request(0)))
+    assert stream.refused and stream.fault is None
+
+
 def test_a_server_that_does_not_begin_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--api-key"):
         bench_serving(tmp_path, clients=1, seconds=1, options=["--host", "0.0.0.0"])
@@ -63,4 +73,6 @@ def test_many_clients_are_served_and_measured(small_config: ModelConfig, tokeniz
     checkpoint.save(run.checkpoints, 1, {"model": GPT(small_config).state_dict()}, {"state": {"step": 1}})
     result = bench_serving(run.path, clients=4, seconds=1.5, options=["--device", "cpu"])
     assert result["faults"] == [] and result["different_alone"] == 0 < result["asked_again_alone"]
+    assert result["refused"] == 0 < result["health_seconds"]["asked"]
+    assert 0 < result["health_seconds"]["p99"] <= result["health_seconds"]["worst"] < 10
     assert result["tokens"] > 0 < result["against_one_client"] and result["memory_bytes"]["end"] > 0

@@ -19,7 +19,7 @@ def test_plain_data_and_tensors_come_back_as_they_were() -> None:
     assert math.isnan(_unpacked(_packed([math.nan]))[0]) and _unpacked(_packed((1, "a"))) == [1, "a"]
 
 
-@pytest.mark.parametrize("value", [object(), {"a": {1}}, [print]], ids=str)
+@pytest.mark.parametrize("value", [object(), {"a": {1}}, [print]], ids=["object", "set", "function"])
 def test_what_is_no_plain_data_is_not_exchanged(value: Any) -> None:
     with pytest.raises(TypeError, match="plain data"):
         _packed(value)
