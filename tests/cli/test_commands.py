@@ -124,7 +124,6 @@ def test_resume_goes_on_and_a_second_run_in_the_folder_is_refused(gpt: Gpt, trai
     resumed = gpt("train", "nano", "--steps", "4", "--out", str(trained), "--resume")
     assert resumed.code == 0 and "after step 2" in resumed.out
     assert "4 steps" in gpt("info", str(trained)).out
-    # The text supports fewer tokens than the 400 of SMALL. This run was begun with them all the same.
     same = gpt("train", "nano", "--steps", "4", "--out", str(trained), "--resume", *SMALL)
     assert same.code == 0 and "after step 4" in same.out, same.err
     for setting in ("model.blocks=3", "model.vocab_size=300"):
