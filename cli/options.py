@@ -69,6 +69,12 @@ class BenchOptions(Machine):
     precision: Precision = "auto"
     out: Annotated[Path, Option(help="Folder for the results: JSON, plots.")] = Path("bench/results")
 
+    def choose(self) -> "Runtime":
+        from engine.disk import require_writable
+
+        require_writable(self.out / "result")
+        return super().choose()
+
 
 @dataclass(frozen=True)
 class ModelOptions(Machine):

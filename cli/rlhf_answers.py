@@ -80,7 +80,7 @@ def best_of_n(
     Scores, KL and their picture are written to best-of-n.json and best-of-n.png in RUN.
     """
     from engine.chat_template import answer_ends
-    from engine.disk import write_atomically
+    from engine.disk import require_writable, write_atomically
     from engine.run import Run
     from engine.tokenizer import Tokenizer
     from rlhf.policy_metrics import BEST_OF_N, BEST_OF_N_GOLD, best_of_n, measure_policy, plot_reward_vs_kl
@@ -89,6 +89,7 @@ def best_of_n(
     from rlhf.rollout import roll_out
 
     base, machine = Run(run), how.choose()
+    require_writable(base.path / "best-of-n.json")
     tokenizer, model = Tokenizer.load(base.tokenizer), load_frozen(base, machine, how.checkpoint)
     source, ends = open_prompts(prompt_data(base, how)), answer_ends(tokenizer)
     asked = encode_prompts(source, "validation", tokenizer, model.config.context, prompts).first(prompts)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from engine.disk import require_writable
 from engine.errors import InputError
 
 LOCK, REPLACED = ".gpt-lock", ".gpt-replaced"
@@ -150,9 +151,7 @@ def require_free(path: Path, overwrite: bool, read: Callable[[Path], object]) ->
             read(path)
         except InputError as error:
             raise InputError(f"{path} is left alone, since this command did not write it: {error}") from None
-    there = next(each for each in path.absolute().parents if each.exists())
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{there} cannot be written to; choose another place with --out")
+    require_writable(path)
 
 
 def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> int:

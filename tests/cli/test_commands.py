@@ -438,3 +438,10 @@ def test_unreachable_hub_falls_back_to_stories_only_where_not_asked_for(
     assert fallen_back.code == 0 and "using the built-in stories instead" in fallen_back.out
     insisted = gpt("train", "tiny", "--data", "tinystories", "--steps", "1", "--out", "other", *SMALL)
     assert insisted.code == 2 and "cannot be reached" in insisted.err
+
+
+@pytest.mark.parametrize("command", ["tokenizer train --data none --out file/new.model", "bench-layernorm --out file"])
+def test_where_nothing_can_be_written_is_said_before_the_work(command: str, gpt: Gpt) -> None:
+    Path("file").write_text("")
+    code, _, err = gpt(*command.split())
+    assert code == 2 and err.startswith("error: cannot write file/") and "Not a directory" in err
