@@ -24,6 +24,8 @@ from cli.server.worker import LOG, Worker
 CONNECTIONS = 4096
 # Files for everything else: the page, and connections that are new or refused.
 SPARE_FILES = 256
+# How many may wait to be accepted: who finds no place tries again after a second.
+BACKLOG = 2048
 # How many are accepted before anything else is looked at; each has its file before it can be refused.
 ACCEPTED_AT_ONCE = 32
 # How many new connections, and how many that are answered already, are waited for.
@@ -118,6 +120,7 @@ class Door(threading.Thread):
 
     def run(self) -> None:
         self.listening.setblocking(False)
+        self.listening.listen(BACKLOG)
         self.selector.register(self.listening, selectors.EVENT_READ)
         while self.open:
             for key, _ in self.selector.select(0.05):
