@@ -95,7 +95,7 @@ class Board:
         for number in range(count):
             if self.only not in (None, number) or number % self.workers != self.worker:
                 continue
-            if self.only is None and random.Random(f"{self.seed} {number}").random() >= self.share:
+            if self.only is None and random.Random(f"share {self.seed} {self.part} {number}").random() >= self.share:
                 continue
             folder = self.scratch / f"{self.part}-{number}"
             folder.mkdir(parents=True)

@@ -20,8 +20,8 @@ Path_ = tuple[str, ...]
 # line is a failure of this part.
 TUNE = f"{world.TUNE} --steps 1"
 ROUNDS = (
-    "--device cpu --precision fp32 --rounds 1 --batch 4 --set alignment.answers=4 --set alignment.max_tokens=4 "
-    "--set loop.samples=0 --reward reward --data chats.jsonl"
+    "--device cpu --precision fp32 --rounds 1 --batch 4 --set alignment.group=2 --set alignment.answers=4 "
+    "--set alignment.max_tokens=4 --set loop.samples=0 --reward reward --data chats.jsonl"
 )
 BENCH = "--device cpu --precision fp32 --out results"
 LINES = {
@@ -40,8 +40,8 @@ LINES = {
     "settings": "settings",
     "evaluate": "evaluate base --count 1 --tokens 100 --device cpu --precision fp32",
     "bench-train": f"bench-train nano --rounds 1 --batch 1 --context 16 {BENCH}",
-    "bench-quality": f"bench-quality ready --minutes 0.001 --batch 1 {BENCH}",
-    "bench-attention": f"bench-attention --lengths 16 --head-dim 16 --tokens 16 --only ours --causal {BENCH}",
+    "bench-quality": "bench-quality ready --minutes 0.001 --batch 1 --device cpu",
+    "bench-attention": f"bench-attention --lengths 16 --head-dim 32 --tokens 16 --only ours --causal {BENCH}",
     "bench-layernorm": f"bench-layernorm --widths 16 --rows 16 --only ours {BENCH}",
     "bench-cross-entropy": f"bench-cross-entropy --vocab 4096 --tokens 16 --rounds 1 {BENCH}",
     "bench-decode": f"bench-decode nano --batch 1 --rounds 1 --only ours {BENCH}",
@@ -49,7 +49,7 @@ LINES = {
     "bench-serving": "bench-serving chat --seconds 1 --clients 1 --out results",
     "bench-compile": "bench-compile --dtype fp32",
     "rlhf ppo": f"rlhf ppo chat {ROUNDS}",
-    "rlhf grpo": f"rlhf grpo chat --group 2 {ROUNDS}",
+    "rlhf grpo": f"rlhf grpo chat {ROUNDS}",
     "rlhf dpo": f"rlhf dpo chat --data pairs.jsonl {TUNE}",
     "rlhf best-of-n": "rlhf best-of-n chat --reward reward --data chats.jsonl --count 1 --prompts 2 --device cpu",
     "rlhf pairs": "rlhf pairs chat --prompts 40 --judge reward --data chats.jsonl --device cpu --precision fp32",
