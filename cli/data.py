@@ -48,15 +48,18 @@ def prepare_data(
     from train.pretrain import SAMPLE_BYTES_PER_TOKEN
 
     console = Console()
-    _require_room(out)
-    source = open_source(data, column=column, limit=documents)
-    console.say(source.describe())
     goes_on = any(out.glob("*/*.json"))
 
     def keep(error: BaseException) -> bool:
         return goes_on or is_of_use(out, error)
 
-    with contextlib.closing(console), one_writer(out, PREPARED_FILES, keep=keep, say=notice):
+    with contextlib.closing(console), one_writer(out, PREPARED_FILES, keep=keep, say=notice) as folder:
+        if stranger := next((path for path in folder.entries() if not folder.knows(path)), None):
+            raise InputError(
+                f"{out} holds {stranger.relative_to(folder.folder)}, which is no prepared data; choose another --out"
+            )
+        source = open_source(data, column=column, limit=documents)
+        console.say(source.describe())
         ready = tokenizer_file(out)
         if tokenizer is not None:
             chosen = Tokenizer.load(tokenizer)
@@ -79,15 +82,6 @@ def prepare_data(
     if source.held_out_by:
         console.say(f"held out   {source.held_out_by}")
     console.say(f"use it     gpt train tiny --data {out}")
-
-
-def _require_room(out: Path) -> None:
-    """Refuse a folder with anything but prepared data in it, such as a run or somebody's own files."""
-    known = {"tokenizer.model", "tokenizer.json", "tokenizer.tmp", "train", "validation", "test"}
-    there = sorted(each.name for each in out.iterdir() if each.name not in known) if out.is_dir() else []
-    if there or (out.exists() and not out.is_dir()):
-        what = f"holds {there[0]}, which is no prepared data" if there else "is no folder"
-        raise InputError(f"{out} {what}; choose another --out")
 
 
 def describe(shards: "TokenShards") -> str:

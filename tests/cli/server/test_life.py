@@ -198,7 +198,7 @@ def test_metrics_count_what_happened(server: Live) -> None:
     ("arguments", "expected"),
     [
         (["--host", "0.0.0.0"], "--api-key"),
-        (["--host", "::", "--api-key", ""], "--insecure"),
+        (["--host", "::", "--api-key", ""], "--api-key is empty"),
         (["--host", "0.0.0.0", "--insecure"], "not a run"),
         ([], "not a run"),
     ],
