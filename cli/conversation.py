@@ -141,6 +141,8 @@ class Conversation:
             raise InputError(f"cannot save to {str(path)!r}: it takes a name that ends in .jsonl or .md")
         if path.exists() and path not in self.written:
             raise InputError(f"{path} exists already; choose another name")
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: No such file or directory")
         said = [*([Message("system", self.system)] if self.system else []), *self.messages]
         text = "".join(message.content for message in said)
         if path.suffix == ".jsonl":

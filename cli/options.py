@@ -207,7 +207,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         # Typer reads neither the bounds inside of a type nor "" as an error.
         for info in [copy.copy(mark) for mark in marks[name] if isinstance(mark, ParameterInfo)]:
             info.parser = path if "Path" in str(plain[name]) else None
-            parameters[name] = parameter.replace(annotation=Annotated[plain[name], info])
+            texts = (mark for mark in marks[name] if isinstance(mark, str))
+            parameters[name] = parameter.replace(annotation=Annotated[plain[name], info, *texts])
 
     @functools.wraps(command)
     def flat(**values: Any) -> None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import os
 import re
 import signal
 import socket
@@ -46,6 +47,9 @@ def serve(
     loopback = _is_loopback(host)
     if not (loopback or api_key or insecure):
         raise InputError(f"--host {host} lets others in: give them a key (--api-key or GPT_API_KEY), or say --insecure")
+
+    # oneDNN keeps a compiled product for each shape that it has met, 1,024 of them: most prompts have a new one.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
     import torch
 

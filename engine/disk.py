@@ -106,8 +106,12 @@ def append(path: Path, text: str) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise DiskError where a file could not be made, before much is computed that it is to hold."""
-    with writing(path), tempfile.TemporaryFile(dir=next(each for each in path.absolute().parents if each.exists())):
-        pass
+    there = next(each for each in path.absolute().parents if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:

@@ -130,7 +130,8 @@ class Tokenizer(ABC):
 def _open(model: bytes) -> Tokenizer:
     try:
         tokenizer = JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
-        assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+        if len(tokenizer.token_bytes) != tokenizer.vocab_size:
+            raise ValueError(f"{len(tokenizer.token_bytes)} pieces for {tokenizer.vocab_size} ids")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # The libraries take damaged files that they cannot work with.
         raise InputError(f"it is damaged ({type(error).__name__}: {error}); bring it back from a copy") from None

@@ -254,7 +254,7 @@ MISTAKES = {
     "no site": (["serve", "nowhere", "--cors", "nonsense"], "--cors is 'nonsense'"),
     "every site": (["serve", "nowhere", "--cors", "*"], "every page"),
     "data into a run": (["data", "prepare", "short.txt", "--out", "mine"], "thesis.txt, which is no prepared data"),
-    "data into a file": (["data", "prepare", "short.txt", "--out", "short.txt"], "is no folder"),
+    "data into a file": (["data", "prepare", "short.txt", "--out", "short.txt"], "is a file"),
     "nothing to verify": (["data", "show", "short.txt", "--verify"], "--verify checks prepared data"),
     "almost a preset": (["train", "nanno"], "did you mean nano?"),
     "almost a setting": (["train", "nano", "--set", "model.blokcs=3"], "did you mean blocks?"),

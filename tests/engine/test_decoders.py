@@ -5,9 +5,10 @@ import torch
 
 from engine import runtime
 from engine.batcher import Batcher, Request
-from engine.decoders import int8_addmm, int8_mm, quantise
+from engine.config import ModelConfig
+from engine.decoders import CpuDecoder, int8_addmm, int8_mm, quantise
 from engine.errors import InputError
-from engine.model import GPT
+from engine.model import GPT, KVCache
 from engine.sampling import Sampling
 
 
@@ -37,3 +38,15 @@ def test_int8_is_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
     with pytest.raises(InputError, match="int8 is for decoding on a CPU"):
         runtime.choose("cuda", "int8")
+
+
+def test_products_in_bf16_have_few_sizes() -> None:
+    config = ModelConfig(vocab_size=64, width=32, blocks=1, heads=2, context=32)
+    for dtype, most in ((torch.float32, 40), (torch.bfloat16, 8)):
+        model = GPT(config).to(dtype)
+        cache = KVCache(config, 40, 64, device="cpu", dtype=dtype)
+        decoder = CpuDecoder(model, cache, torch.zeros(40, dtype=torch.int64))
+        sizes = {decoder.padded(rows) for rows in range(1, 41)}
+        assert len(sizes) == most and all(rows <= decoder.padded(rows) <= 40 for rows in range(1, 41))
+        with torch.inference_mode():
+            assert decoder.logits(17, 2).shape == (17, 64)

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 # Before anything imports torch: forked processes have one thread each, and the kernels run interpreted nowhere.
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    OMP_WAIT_POLICY="PASSIVE",
-    HF_HUB_OFFLINE="1",
-    WANDB_MODE="offline",
-    COLUMNS="400",
-    GPT_TRACEBACK="1",
-)
+if __name__ == "__main__":
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="PASSIVE",
+        HF_HUB_OFFLINE="1",
+        WANDB_MODE="offline",
+        COLUMNS="400",
+        GPT_TRACEBACK="1",
+    )
 
 from tests.faults import child, world
 from tests.faults.board import KINDS, Board, Failure

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 
 from cli.main import app
-from engine.config import Recipe, settings
+from engine.config import Recipe, bounds_of, settings
 from tests.faults import child, world
 from tests.faults.board import Board, changes, contents
 
@@ -79,13 +80,15 @@ def commands(of: Any = app, path: Path_ = ()) -> Iterator[tuple[Path_, Callable[
         yield from commands(group.typer_instance, (*path, group.name))
 
 
-def values(kind: Any, info: Any) -> list[str | None]:
+def values(kind: Any, marks: list[Any]) -> list[str | None]:
     """Return the values to try: at the bounds, next to them, far from them, and of no such type. None is a flag's."""
     kinds = [each for each in (typing.get_args(kind) or (kind,)) if each is not type(None)]
     kind = typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is list else kinds[0]
     if kind is bool:
         return [None]
-    bounds = [each for each in (info.min, info.max) if each is not None]
+    texts = [mark for mark in marks if isinstance(mark, str)]
+    texts = [bound for mark in texts for bound in ([mark] if " " in mark else bounds_of(mark))]
+    bounds = [float(each) for text in texts for each in re.findall(r"(?:at least|above|at most|below) (\S+)", text)]
     if kind is int:
         near = [bound + step for bound in map(int, bounds) for step in (-1, 0, 1)]
         return [*dict.fromkeys(map(str, (*near, -1, 0, 1, *HUGE, -(2**63)))), "1.5", "x", "", "nan", "1" * 5000]
@@ -101,7 +104,7 @@ def values(kind: Any, info: Any) -> list[str | None]:
 
 def plans(seed: int) -> Iterator[tuple[Path_, list[str], str]]:
     """Yield every case: the command, its words, and the name of what is tried."""
-    seen: set[int] = set()
+    seen: set[tuple[str, Any]] = set()
     draw = random.Random(f"options {seed}")
     for path, command in commands():
         known = LINES.get(" ".join(path))
@@ -114,10 +117,10 @@ def plans(seed: int) -> Iterator[tuple[Path_, list[str], str]]:
             long = next(
                 (each for each in info.param_decls or () if each.startswith("--")), f"--{name.replace('_', '-')}"
             )
-            tried = values(kind, info)
-            if id(info) in seen:
+            tried = values(kind, marks)
+            if (long, info.help) in seen:
                 tried = draw.sample(tried, min(SOME, len(tried)))
-            seen.add(id(info))
+            seen.add((long, info.help))
             for value in tried:
                 yield path, words(path, known or " ".join(path), name if argument else long, value, argument), long
         yield path, [*known.split(), *_out(path, "")] if known else [], LINE
