@@ -207,7 +207,7 @@ def main() -> None:
             print(f"error: out of memory ({error}): ask for less at once, or use a smaller model", file=sys.stderr)
             sys.exit(2)
         # The agent that started one of many processes starts it again after an exception.
-        if os.environ.get(TRACEBACK) or "RANK" in os.environ:
+        if os.environ.get(TRACEBACK) or rank is not None:
             raise
         report_bug(error)
         sys.exit(1)

@@ -51,9 +51,11 @@ def test_a_bug_is_a_short_report_and_its_traceback_is_kept(
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     assert "could not be written to a file (No such file or directory)" in gpt("info", "a").err
-    for name in ("GPT_TRACEBACK", "RANK"):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for variables in ({"GPT_TRACEBACK": "1"}, alone):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="wheel"):
-            patch.setenv(name, "0" if name == "RANK" else "1")
+            for name, value in variables.items():
+                patch.setenv(name, value)
             gpt("info", "a")
 
 

@@ -125,7 +125,7 @@ def leaves(app: typer.Typer, words: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 # Every parameter of every command: name as typed, type, Typer's own description, default.
 TAKEN: dict[tuple[str, ...], list[tuple[str, Any, Any, Any]]] = {
     words: [
-        (options.typed_name(name, each.annotation.__metadata__[0]), *get_args(each.annotation), each.default)
+        (options.typed_name(name, each.annotation.__metadata__[0]), *get_args(each.annotation)[:2], each.default)
         for name, each in inspect.signature(command).parameters.items()
     ]
     for words, command in leaves(app)

@@ -90,7 +90,7 @@ def values(kind: Any, marks: list[Any]) -> list[str | None]:
     texts = [bound for mark in texts for bound in ([mark] if " " in mark else bounds_of(mark))]
     bounds = [float(each) for text in texts for each in re.findall(r"(?:at least|above|at most|below) (\S+)", text)]
     if kind is int:
-        near = [bound + step for bound in map(int, bounds) for step in (-1, 0, 1)]
+        near = [int(bound) + step for bound in bounds for step in (-1, 0, 1)]
         return [*dict.fromkeys(map(str, (*near, -1, 0, 1, *HUGE, -(2**63)))), "1.5", "x", "", "nan", "1" * 5000]
     if kind is float:
         near = [bound * (1 + step) + step for bound in bounds for step in (-1e-9, 0, 1e-9)]
