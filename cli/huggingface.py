@@ -26,7 +26,7 @@ def export_run(
     from engine.huggingface import EXPORTED_FILES, export
     from engine.run import Run
 
-    with _empty(out, EXPORTED_FILES):
+    with _empty(out, EXPORTED_FILES, "export"):
         files = export(Run(path), out, which, print)
     for file in files:
         print(f"{file}: {file.stat().st_size:,} bytes")
@@ -45,16 +45,18 @@ def import_folder(
     from engine.huggingface import import_
     from engine.run import RUN_FILES
 
-    with _empty(out, RUN_FILES):
+    with _empty(out, RUN_FILES, "import"):
         model = import_(folder, out).model
     print(f"{out}: {model.parameters:,} parameters, context {model.context}, vocabulary {model.vocab_size:,}")
     print(f'try it     gpt generate {out} "Once upon a time"')
 
 
 @contextlib.contextmanager
-def _empty(out: Path, files: re.Pattern[str]) -> Iterator[None]:
-    """Be the one writer of a folder that must be new or empty; after an error it is so again."""
+def _empty(out: Path, files: re.Pattern[str], command: str) -> Iterator[None]:
+    """Be the one writer of a folder that must be new or empty, and was before `command`; after an error it is again."""
     with one_writer(out, files, say=notice) as folder:
+        if f"(gpt {command} " in folder.killed:
+            folder.clear()
         if folder.before:
             raise InputError(f"{out} is there already and not an empty folder; choose another with --out")
         yield

@@ -214,7 +214,8 @@ def start(
         again = GO_ON in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
         def keep(error: BaseException) -> bool:
-            return run.begun or options.resume or again or is_of_use(run.data, error)
+            kept = run.has_checkpoint() or not isinstance(error, InputError)
+            return (run.begun and kept) or options.resume or again or is_of_use(run.data, error)
 
         patience = PATIENCE_SECONDS if again else 0.0
         folder = held.enter_context(one_writer(run.path, RUN_FILES, keep=keep, patience=patience, say=notice))

@@ -31,8 +31,9 @@ PATIENCE_SECONDS = 120.0
 class Writer:
     """The one writer of a folder. `files` matches the path, seen from the folder, of every file that may be ours."""
 
-    def __init__(self, folder: Path, files: re.Pattern[str]) -> None:
+    def __init__(self, folder: Path, files: re.Pattern[str], killed: str = "") -> None:
         self.folder, self.files = folder, files
+        self.killed = killed  # what its lock file says of a writer that was killed
         self.replaced, self.replaces = folder / REPLACED, False
         if [path for path in folder.iterdir() if path.name != LOCK] == [self.replaced]:
             self._bring_back()  # who was to replace it was killed before anything new was there
@@ -61,7 +62,7 @@ class Writer:
             )
         for path in entries:
             if path.name == LOCK:
-                os.close(_lock(path.parent, 0.0, say))
+                os.close(_lock(path.parent, 0.0, say)[0])
         files = [path.lstat().st_size for path in entries if not _is_folder(path)]
         say(f"deleting {what} in {self.folder}: {len(files):,} files, {sum(files) / 1e6:,.1f} MB")
         self.replaces = True
@@ -71,6 +72,11 @@ class Writer:
         else:
             self._move([path for path in entries if path.parent == self.folder], self.replaced)
         self.before = set()
+
+    def clear(self) -> None:
+        """Delete all that may be ours."""
+        self._delete([path for path in self.entries() if self.knows(path)])
+        self.before = set(self.entries())
 
     def undo(self) -> None:
         """Delete what was written since, and bring back what it was to replace."""
@@ -117,9 +123,9 @@ def one_writer(
     """
     folder = folder.absolute()
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    lock = _lock(folder, patience, say)
+    lock, killed = _lock(folder, patience, say)
     try:
-        writer = Writer(folder, files)
+        writer = Writer(folder, files, killed)
         try:
             yield writer
         except BaseException as error:
@@ -154,8 +160,11 @@ def require_free(path: Path, overwrite: bool, read: Callable[[Path], object]) ->
     require_writable(path)
 
 
-def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> int:
-    """Return the descriptor of a folder's lock file, locked. A process may not ask for the same one twice."""
+def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> tuple[int, str]:
+    """Return the descriptor of a folder's lock file, locked, and what it says of a writer that was killed.
+
+    A process may not ask for the same one twice.
+    """
     path, begin = folder / LOCK, time.monotonic()
     while True:
         if folder.exists() and not folder.is_dir():
@@ -168,7 +177,7 @@ def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> int:
         except OSError as error:
             if error.errno in UNKNOWN:
                 say(f"{folder} cannot be locked ({error.strerror}): see to it that nothing else writes there")
-                return lock
+                return lock, ""
             holder = os.read(lock, 1000).decode(errors="replace") or "another process"
             os.close(lock)
             if error.errno not in HELD:
@@ -184,8 +193,10 @@ def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> int:
                 break
         # Its holder has just taken the file away, and another one may have made a new one.
         os.close(lock)
+    # Who comes to an end takes the file away.
+    killed = os.read(lock, 1000).decode(errors="replace")
     with contextlib.suppress(OSError):
         os.ftruncate(lock, 0)
         command = shlex.join(["gpt", *sys.argv[1:]])
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})"[:1000].encode())
-    return lock
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} ({command})"[:1000].encode(), 0)
+    return lock, killed

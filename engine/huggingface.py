@@ -93,15 +93,17 @@ def import_(folder: Path, out: Path) -> Recipe:
     """
     values = _read_json(folder / "config.json")
     # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
-    recipe: Recipe = from_dict(
-        {
-            "name": folder.resolve().name,
-            "model": _our_config(values),
-            "data": {"source": IMPORTED},
-            "budget": {"steps": 1},
-            "chat": _chat_template(folder) == JINJA,
-        }
-    )
+    content = {
+        "name": folder.resolve().name,
+        "model": _our_config(values),
+        "data": {"source": IMPORTED},
+        "budget": {"steps": 1},
+        "chat": _chat_template(folder) == JINJA,
+    }
+    try:
+        recipe: Recipe = from_dict(content)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
     tensors = _our_tensors(_read_tensors(folder, tied=bool(values.get("tie_word_embeddings"))), recipe.model)
     biases = [name for name in tensors if name.endswith("bias")]
     if not any(tensors[name].any() for name in biases):

@@ -12,6 +12,7 @@ from typing import Literal
 
 from engine import records
 from engine.config import ModelConfig, Recipe
+from engine.errors import InputError
 from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]
@@ -261,8 +262,11 @@ def measured_rate(recipe: Recipe, precision: str, device: str, folder: Path) -> 
         result = records.read(path, Timing, "delete it; gpt bench-train writes a new one")
         if device.lower() not in result.device.lower() or result.precision != precision:
             continue
-        ours = [result.variants[name].mfu for name in ("ours, AdamW", "ours, compiled") if name in result.variants]
-        share, peak = max(ours, default=result.variants["ours"].mfu), result.peak_flops
+        names = [name for name in ("ours, AdamW", "ours, compiled") if name in result.variants]
+        ours = [result.variants[name].mfu for name in names or ("ours",) if name in result.variants]
+        if not ours:
+            raise InputError(f"{path} has no figure of ours: delete it; gpt bench-train writes a new one")
+        share, peak = max(ours), result.peak_flops
         source = f"{share:.0%} of {peak / TERA:,.2f} TFLOP/s, measured on {result.device} ({path.name})"
         return Rate(share * peak, source)
     return None

@@ -237,3 +237,22 @@ def test_commands_write_a_folder_alone(gpt: Gpt, monkeypatch: pytest.MonkeyPatch
     Path("words.txt").write_text(LONG)
     assert gpt(*TRAIN).code == 0 and gpt(*PREPARE).code == 0
     assert len(found) == 5 and all(f"process {os.getpid()} on " in each for each in found), found
+
+
+def test_what_a_killed_export_has_left_is_replaced_and_a_whole_one_is_not(gpt: Gpt, trained: Path) -> None:
+    out = Path("out")
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / ".gpt-lock").write_text("process 1 on elsewhere (gpt export runs/small --out out)")
+    assert gpt("export", str(trained), "--out", "out").code == 0 and (out / "model.safetensors").exists()
+    before = contents(out)
+    (out / ".gpt-lock").write_text("process 1 on elsewhere (gpt train nano --out out)")
+    refused = gpt("export", str(trained), "--out", "out")
+    assert refused.code == 2 and "not an empty folder" in refused.err and contents(out) == before
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_by_what_it_reads_leaves_nothing(gpt: Gpt) -> None:
+    Path("two.txt").write_text("a b\n\nc d\n")
+    failed = gpt("train", "nano", "--data", "two.txt", "--stream", "--steps", "1", "--out", "runs/a", *SMALL)
+    assert failed.code == 2 and "no text to train on" in failed.err, failed
+    assert not Path("runs").exists()

@@ -77,7 +77,9 @@ def killed(case: Case, here: Path, command: str, go_on: str, moment: float, righ
         # Nothing was saved yet: to begin anew is as good.
         done = child.run(child.gpt(*command.split(), "--overwrite"), here)
     case.judge(done, ("new",))
-    if done.code == 2:
+    if done.code == 2 and "is there already" in done.said and outcome(new) == right:
+        case.board.note("killed when all was written")
+    elif done.code == 2:
         case.fail("left behind", f"the same command is refused: {done.said}")
     elif done.code == 0:
         if resumed and kept and f"step {kept:,}" not in done.said and f"{kept:,} steps" not in done.said:

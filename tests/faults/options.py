@@ -93,8 +93,8 @@ def values(kind: Any, marks: list[Any]) -> list[str | None]:
         near = [int(bound) + step for bound in bounds for step in (-1, 0, 1)]
         return [*dict.fromkeys(map(str, (*near, -1, 0, 1, *HUGE, -(2**63)))), "1.5", "x", "", "nan", "1" * 5000]
     if kind is float:
-        near = [bound * (1 + step) + step for bound in bounds for step in (-1e-9, 0, 1e-9)]
-        return [*dict.fromkeys(map(repr, (*near, -1.0, 0.0, 1e-300, 1.0, 1e308))), "inf", "-inf", "nan", "x", ""]
+        close = [bound * (1 + step) + step for bound in bounds for step in (-1e-9, 0, 1e-9)]
+        return [*dict.fromkeys(map(repr, (*close, -1.0, 0.0, 1e-300, 1.0, 1e308))), "inf", "-inf", "nan", "x", ""]
     if kind is Path:
         return list(PATHS)
     if kind is str:

@@ -124,7 +124,7 @@ def recognise(rows: Sequence[object], data: DataConfig, *, answers: bool = True)
         return partial(_read_columns, columns=named, make=partial(_from_pair, prompt=prompt))
     if any(isinstance(text, str) and STORY_KEY.match(text) for text in columns.values("text")):
         return _read_story_instructions
-    there = f"there are {', '.join(columns.names)}"
+    there = f"{data.source}: there are {', '.join(columns.names)}"
     if answers and {*columns.names} >= {*ANSWERS}:
         raise InputError(f"{there}: these are preferences; learn from them with `gpt reward` or `gpt rlhf dpo`")
     if answers and prompt and not data.column:
