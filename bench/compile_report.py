@@ -102,9 +102,13 @@ def report(
     family: str, architectures: Sequence[int] = ARCHITECTURES, sizes: Sequence[int] = (), dtype: str = "bf16"
 ) -> Iterator[dict[str, Any]]:
     """Yield what the compiler says of each kernel of a family. Raises BrokenProcessPool where it ends its process."""
+    # Not at the top: a process that compiles imports this module before it may import the kernels.
+    from bench.harness import ending_together
+
     compiled = partial(compile_family, family, sizes or FAMILIES[family][1], dtype)
     # A process for each architecture: an assertion inside the compiler ends it.
-    with ProcessPoolExecutor(len(architectures), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ending_together(), ProcessPoolExecutor(len(architectures), spawn) as pool:
         for lines in pool.map(compiled, architectures):
             yield from lines
 

@@ -9,10 +9,13 @@ import io
 import json
 import multiprocessing
 import re
+import signal
 import statistics
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -253,7 +256,7 @@ def added_memory(
     """
     threads = threads or torch.get_num_threads()
     if fresh:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with ending_together(), multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(added_memory, (ready, runtime), {"fresh": False, "threads": threads})
     torch.set_num_threads(threads)
     work = ready()
@@ -264,6 +267,25 @@ def added_memory(
     work()
     synchronize(runtime.device)
     return runtime.peak_memory() - before
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Within the block SIGTERM ends this process as an error does, and with it the processes that it has started."""
+
+    def end(number: int, frame: object) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def show(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bench.harness import ending_together
 from engine.errors import InputError
 
 MODEL = "model"
@@ -177,6 +178,7 @@ def serving(run: Path, options: Sequence[str]) -> Iterator[tuple[int, int]]:
     command = [sys.executable, "-m", "cli", "serve", str(run), "--port", "0", "--name", MODEL, *options]
     environment = {name: value for name, value in os.environ.items() if name != "GPT_API_KEY"}
     with (
+        ending_together(),
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
     ):

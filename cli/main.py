@@ -5,7 +5,6 @@ import locale
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -171,24 +170,13 @@ def report_bug(error: Exception) -> None:
     )
 
 
-def end_with_children(number: int, frame: object) -> None:
-    """End at SIGTERM as at an error, so that what the command has started ends too, such as a benchmark's processes."""
-    from multiprocessing import active_children
-
-    for child in active_children():
-        child.kill()
-    sys.exit(128 + number)
-
-
 def main() -> None:
     speak_utf8()
     open_streams()
     protect_children()
     rank: int | None = None
     try:
-        if (rank := rank_here()) is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, end_with_children)
-        if rank:
+        if rank := rank_here():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one of many processes speaks
         try:
             Path.cwd()

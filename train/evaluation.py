@@ -126,7 +126,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
 
 
 def encode(
-    documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int | None = None
+    documents: Iterable[Document], tokenizer: Tokenizer, context: int, tokens: int | None = None, name: str = "the data"
 ) -> tuple[list[Document], Encoded]:
     """Return the first documents that hold `tokens` tokens, or all there are, and the same as token ids."""
     taken, texts, conversations = [], Documents(tokenizer, context), Conversations(tokenizer, context)
@@ -137,7 +137,7 @@ def encode(
         if tokens is not None and texts.tokens + conversations.tokens >= tokens:
             break
     if not texts.tokens + conversations.tokens:
-        raise InputError(f"none of the conversations fits into the context of {context} tokens; choose other --data")
+        raise InputError(f"no conversation of {name} fits into the context of {context} tokens; choose other --data")
     return taken, texts if texts.tokens else conversations
 
 
@@ -250,7 +250,7 @@ def evaluate(
     The same seed gives the same result. Raises InputError where nothing fits, or there is no such tokenizer.
     """
     first = contestants[0]
-    documents, encoded = encode(held_out.documents, first.tokenizer, first.model.config.context, tokens)
+    documents, encoded = encode(held_out.documents, first.tokenizer, first.model.config.context, tokens, held_out.name)
     cases = choose_cases(contestants, documents, held_out, count)
     references = [case.reference for case in cases]
     scorers = {**({"story_score": story_score} if cases and cases[0].facts else {}), **(scorers or {})}

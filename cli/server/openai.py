@@ -129,7 +129,7 @@ class Options(Fields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     # These are beyond OpenAI's.
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1, le=10**15)
     min_p: float = Field(0.0, ge=0, lt=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,3 +117,14 @@ def test_times_are_seconds_and_a_copy_counts_both_ways(monkeypatch: pytest.Monke
     assert 1e-7 < median_seconds(lambda: matrix @ matrix, CPU.device) < 1
     monkeypatch.setattr(harness, "median_seconds", lambda function, device: function().nbytes / 1e9)
     assert copy_bandwidth(CPU.device) == pytest.approx(2e9)
+
+
+def test_sigterm_ends_what_a_benchmark_has_started() -> None:
+    earlier = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, harness.ending_together():
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        child.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    child.join(10)
+    assert end.value.code == 143 and child.exitcode == -signal.SIGKILL and signal.getsignal(signal.SIGTERM) is earlier

@@ -1,16 +1,13 @@
 """The door itself: help in groups, versions, every setting listed, and no import from where a person stands."""
 
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from cli.main import COMMANDS, end_with_children
+from cli.main import COMMANDS
 from engine.config import Recipe, override_text, preset
 from engine.config import settings as all_settings
 from engine.tokenizer import Tokenizer
@@ -158,12 +155,3 @@ def test_another_locale_changes_no_text(tmp_path: Path) -> None:
     variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shell("gpt settings 'na\u00efve'", tmp_path, **variables)
     assert done.returncode == 2 and "'na\u00efve'".encode() in done.stderr
-
-
-def test_sigterm_ends_what_a_command_has_started() -> None:
-    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    child.start()
-    with pytest.raises(SystemExit) as end:
-        end_with_children(signal.SIGTERM, None)
-    child.join(10)
-    assert end.value.code == 143 and child.exitcode == -signal.SIGKILL

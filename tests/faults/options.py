@@ -60,7 +60,10 @@ LINES = {
     "tokenizer show": "tokenizer show tokenizer.model",
 }
 # These write into a folder or file that has to be named where it is not what is tried.
-OUT = ("train", "finetune", "reward", "demo", "export", "import", "rlhf ppo", "rlhf grpo", "rlhf dpo", "data prepare")
+OUT = {
+    *("train", "finetune", "reward", "demo", "export", "import", "rlhf ppo", "rlhf grpo", "rlhf dpo"),
+    *("data prepare", "tokenizer train"),
+}
 # A command is told to end after this many seconds: it may have been asked for more work than that.
 SECONDS = 4.0
 # An option that many commands share is tried with all values in one of them, and with this many in each other one.

@@ -48,7 +48,7 @@ def together(case: Case, here: Path, first: str, second: str) -> None:
     # Children put their output beside their folder: each needs one.
     one = child.Child(child.gpt(*first.split()), here)
     if case.random.random() < 0.75:
-        one.until("step 1 ", 20)
+        one.until("step 6 " if first == RESUME else "step 1 ", 20)
     time.sleep(case.random.random() * 0.5)
     other_folder = here.parent / "other"
     other_folder.mkdir()

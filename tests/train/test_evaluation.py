@@ -102,7 +102,7 @@ def test_of_a_conversation_the_first_answer_is_asked(contestant: Contestant, tok
 
 
 def test_conversations_that_all_exceed_the_context_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="none of the conversations fits into the context of 8 tokens"):
+    with pytest.raises(InputError, match="no conversation of the data fits into the context of 8 tokens"):
         encode([CHAT], tokenizer, 8)
 
 
