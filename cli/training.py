@@ -214,8 +214,10 @@ def start(
         again = GO_ON in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
         def keep(error: BaseException) -> bool:
-            kept = run.has_checkpoint() or not isinstance(error, InputError)
-            return (run.begun and kept) or options.resume or again or is_of_use(run.data, error)
+            # What is read while training may show as late as then that it cannot be trained on.
+            refused = isinstance(error, InputError) and not isinstance(error, UnfinishedError)
+            begun = run.begun and not (refused and not run.has_checkpoint())
+            return begun or options.resume or again or is_of_use(run.data, error)
 
         patience = PATIENCE_SECONDS if again else 0.0
         folder = held.enter_context(one_writer(run.path, RUN_FILES, keep=keep, patience=patience, say=notice))

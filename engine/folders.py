@@ -26,6 +26,8 @@ HELD = (errno.EACCES, errno.EAGAIN)
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # After a machine is lost, NFS keeps its locks for up to a minute and a half.
 PATIENCE_SECONDS = 120.0
+# Longer than another process may be between two tries to make a folder.
+RACE_SECONDS = 5.0
 
 
 class Writer:
@@ -169,9 +171,15 @@ def _lock(folder: Path, patience: float, say: Callable[[str], None]) -> tuple[in
     while True:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file: choose a folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        # A link could lead to a file of somebody's, which would be emptied.
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A link could lead to a file of somebody's, which would be emptied.
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            # Its last writer has just taken the folder away.
+            if time.monotonic() - begin > patience + RACE_SECONDS:
+                raise
+            continue
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -61,7 +61,7 @@ def test_torchrun_starts_the_same_command_and_one_process_speaks(stories: Path, 
     out, log = tmp_path / "many", tmp_path / "log"
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
     started = command(log, *torchrun, *train(stories, out, 6, "--shard"))
-    started.join(120)
+    started.join(300)
     said = log.read_text()
     assert started.exitcode == 0 and said.count("report ") == 1, said
     assert "processes  2, a share of the model on each (FSDP)" in said
@@ -70,7 +70,7 @@ def test_torchrun_starts_the_same_command_and_one_process_speaks(stories: Path, 
 
 def test_what_cannot_work_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
     started = command(tmp_path / "log", "gpt", *train(tmp_path / "none.txt", tmp_path / "run", 2, "--gpus", "2"))
-    started.join(120)
+    started.join(300)
     said = (tmp_path / "log").read_text()
     assert started.exitcode == 2 and said.count("error: ") == 1 and "none.txt" in said, said
 
@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_ends_all_processes_at_once_with_one_sentence(storie
     assert started.pid is not None
     # The processes that it starts inherit this: no file of a checkpoint may be so large.
     resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-    started.join(120)
+    started.join(300)
     said = log.read_text()
     assert started.exitcode == 2 and said.count("error: ") == 1 and "Traceback" not in said, said
     assert "step-00000004: File too large" in said and f"go on with: gpt train nano --out {out} --resume" in said
@@ -161,7 +161,7 @@ def test_killed_ten_times_at_random_the_workers_come_back_and_end_as_if_undistur
         time.sleep(chance.uniform(0, 0.03))
         reached.append(newest(out))
         os.kill(chance.choice(workers), signal.SIGKILL)
-    agent.join(120)
+    agent.join(300)
     assert agent.exitcode == 0, log.read_text()[-3000:]
     assert reached[-1] < steps
     disturbed, undisturbed = losses(out), again(out, 2)

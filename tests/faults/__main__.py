@@ -157,7 +157,8 @@ def write(rows: dict[str, Row], seed: int, out: Path) -> Path:
             for row in rows.values()
         },
         "failed": [
-            {**dataclasses.asdict(failure), "repeat": failure.repeat(seed)}
+            # What was seen holds paths of this machine; to repeat the case shows it again.
+            {"part": failure.part, "kind": failure.kind, "what": failure.what, "repeat": failure.repeat(seed)}
             for row in rows.values()
             for failure in row.failures
         ],

@@ -62,6 +62,11 @@ def encode_documents(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        # What they work on is not waited for: a second Ctrl-C would leave workers behind that are only just starting.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     except BrokenProcessPool:
         # The pool terminates the other workers, which set their own positions to 0 first (see _start_worker). The
         # position that remains is that of the worker that died.
