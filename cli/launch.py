@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 from typing import Any
@@ -23,7 +24,7 @@ PRELOADED = ["cli.main", "train.pretrain", "torch.distributed.checkpoint"]
 
 def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     """Run this process's own command in this many workers on this machine, and on others. Return the exit code."""
-    import multiprocessing
+    import multiprocessing.forkserver
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,6 +68,9 @@ def launch(workers: int, nodes: str | None, rendezvous: str | None) -> int:
     try:
         codes = elastic_launch(config, work)(sys.argv[1:])
     except SignalException as stopped:
+        # Workers that it has yet to start would find nothing of what they were promised, and say so at length.
+        if server := multiprocessing.forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+            os.kill(server, signal.SIGKILL)
         return 128 + stopped.sigval
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.faults import child, world
 from tests.faults.board import Board, Case
 
-STEPS = 60
+STEPS = 400
 TRAIN = f"train nano --data ready --out new --steps {STEPS} --set loop.save_every=5 {world.SMALL}"
 RESUME = f"train nano --out new --resume --steps {STEPS}"
 # What the first writer does, and what a second one tries beside it.
