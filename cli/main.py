@@ -194,13 +194,12 @@ def main() -> None:
         # The reader of a pipe, `head` say, has seen enough.
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
+        # Libraries raise OSErrors of their own, in which the system has no part: those are not told apart from bugs.
+        if isinstance(error, OSError) and not (error.filename is None and error.errno is None):
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print(f"error: {where}{error.strerror}", file=sys.stderr)
+            sys.exit(2)
         # Only a command that computes has imported it.
         runtime = sys.modules.get("engine.runtime")
         if isinstance(error, MemoryError | RuntimeError) and runtime is not None and runtime.is_out_of_memory(error):

@@ -49,6 +49,14 @@ def test_a_bug_is_a_short_report_and_its_traceback_is_kept(
     (kept,) = tmp_path.glob("gpt-bug-*.txt")
     assert str(kept) in report.err and "in broken" in kept.read_text() and "secret" not in kept.read_text()
 
+    def odd(*_: object) -> None:
+        raise OSError("a library's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.Run.read_recipe", odd)
+        report = gpt("info", "a")
+    assert report.code == 1 and "a bug of gpt, not of yours: OSError: a library's own" in report.err
+
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     assert "could not be written to a file (No such file or directory)" in gpt("info", "a").err
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
