@@ -79,6 +79,15 @@ class Connection(H11Protocol):
     idle = 0
     latest: Any = None
 
+    def __init__(self, server: "HTTPServer") -> None:
+        super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
+        self.owner = server
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # First: once it is in no list of uvicorn's, the next may be there already.
+        self.owner.gone += 1
+        super().connection_lost(exc)
+
     @property
     def busy(self) -> bool:
         """Whether a request is under way, and whoever answers it minds the time."""
@@ -180,7 +189,7 @@ class Door(threading.Thread):
     def _hand_over(self) -> None:
         """Hand all that are ready over at once: to wake the event loop for each would cost as much as to serve it."""
         server = self.server
-        there = len(server.server_state.connections) + len(server.coming) + self.handed - server.taken
+        there = sum(door.handed for door in server.doors) - server.gone
         room, ready, self.ready = max(server.most - there, 0), list(dict.fromkeys(self.ready)), []
         taken, refused = ready[:room], ready[room:]
         for client in taken:
@@ -228,7 +237,9 @@ class HTTPServer(uvicorn.Server):
     def __init__(self, app: Any, worker: Worker, most: int) -> None:
         quiet: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
         super().__init__(uvicorn.Config(app, http=Connection, loop="asyncio", **quiet))
-        self.worker, self.most, self.taken, self.moved = worker, most, 0, time.monotonic()
+        self.worker, self.most, self.moved = worker, most, time.monotonic()
+        # How many connections have ended, of all that the doors have handed over.
+        self.gone = 0
         self.coming: set[asyncio.Task[Any]] = set()
         self.doors: list[Door] = []
 
@@ -244,17 +255,13 @@ class HTTPServer(uvicorn.Server):
 
     def take(self, clients: list[socket.socket]) -> None:
         """Serve connections that a door hands over."""
-        self.taken += len(clients)
         loop = asyncio.get_running_loop()
-
-        def connection() -> Connection:
-            return Connection(self.config, self.server_state, self.lifespan.state, loop)
-
         for client in clients:
             if self.should_exit:
                 client.close()
+                self.gone += 1
                 continue
-            task = loop.create_task(loop.connect_accepted_socket(connection, client))
+            task = loop.create_task(loop.connect_accepted_socket(lambda: Connection(self), client))
             self.coming.add(task)
             task.add_done_callback(self.coming.discard)
 

@@ -74,6 +74,17 @@ def test_when_all_connections_are_taken_the_next_is_told(small: Live, caplog: py
     assert b"small" in read(small.connect(MODELS), b"}]}")
 
 
+def test_no_connection_is_refused_while_there_is_room(small: Live, caplog: pytest.LogCaptureFixture) -> None:
+    small.http.get("/v1/models")
+    for _ in range(100):
+        taken = [small.connect(MODELS[:9]) for _ in range(2)]
+        small.until(lambda: len(small.server.server_state.connections) == 3)
+        for client in taken:
+            client.close()
+        small.until(lambda: len(small.server.server_state.connections) == 1)
+    assert "taken" not in caplog.text
+
+
 def test_health_is_told_while_the_event_loop_is_busy(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
     server.worker.loop.call_soon_threadsafe(free.wait, 10)
