@@ -132,8 +132,9 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
             continue
         pointer = name.endswith("_ptr")
         signature[name] = TYPE_OF.get(name, f"*{launch.dtype}" if pointer else "i32")
-        # Log-sum-exps lie as closely as sequences are long, which may be odd.
-        if pointer or name == "columns" or (name.startswith("stride") and "lse" not in name):
+        parameter = launch.function.params[index]
+        known = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        if known and (pointer or name == "columns" or name.startswith("stride")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.function, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

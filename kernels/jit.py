@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from typing import no_type_check as kernel
 else:
     jit = triton.jit
-    # Triton compiles a kernel anew where an integer argument becomes 1, or a multiple of 16. The integers named here
-    # change from call to call, and one kernel must do for all of their values.
-    kernel = triton.jit(do_not_specialize=["queries", "keys", "window", "splits", "rows", "programs"])
+    # Triton compiles a kernel anew where an integer becomes 1, or a multiple of 16, and where a tensor begins at one.
+    # What is named here changes so from call to call: lengths, strides that are lengths, and tensors that may be a part
+    # of a longer one. One kernel must do for all of their values. A stride of anything else is a multiple of 16 in most
+    # models, and a kernel that knows it reads 16 bytes at a time.
+    kernel = triton.jit(
+        do_not_specialize=[
+            "queries", "keys", "window", "splits", "rows", "programs",
+            "stride_lse_batch", "stride_lse_head", "stride_table_batch",
+        ],
+        do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "d_lse_ptr", "lengths_ptr", "table_ptr", "targets_ptr"],
+    )  # fmt: skip
 
 __all__ = ["jit", "kernel", "probe", "tanh"]
 

@@ -1,0 +1,30 @@
+"""A kernel is compiled once, whatever the lengths: each compilation takes seconds in the middle of a run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import gpu_path
+
+
+@pytest.mark.skipif(gpu_path.why_not() is not None, reason=str(gpu_path.why_not()))
+def test_no_kernel_is_compiled_anew_for_another_length() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.gpu_path.lengths"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    forward, backward, norm = "attention.forward.", "attention.backward.", "layernorm_triton."
+    once = dict.fromkeys((f"{backward}{name}_kernel" for name in ("delta", "dq", "dk_dv")), 1)
+    attention = {f"{forward}forward_kernel": 1, **once}
+    # With the keys in one part, or in several.
+    decode = {"attention.decode.decode_kernel": 2}
+    assert json.loads(done.stdout) == {
+        "dense": attention,
+        "packed": attention,
+        # How many parts are merged is a constant, and a power of two.
+        "decode": decode | {"attention.decode.merge_kernel": 8},
+        "paged": decode,
+        "norm": dict.fromkeys((f"{norm}{name}_kernel" for name in ("forward", "backward", "sum")), 1),
+        # The loss with its gradient; log-probabilities; and their gradient.
+        "loss": {"cross_entropy_triton.rows_kernel": 3},
+    }
