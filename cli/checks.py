@@ -88,7 +88,9 @@ def kernels() -> Iterator[Finding]:
     from kernels.backend import backend, why_not_triton
 
     gpu, asked = torch.cuda.is_available(), os.environ.get("GPT_KERNELS")
-    device = torch.device("cuda" if gpu else "cpu")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count() if gpu else 0)]
+    # One GPU on which they do not run speaks for all.
+    device = next((each for each in devices if why_not_triton(each)), devices[0] if devices else torch.device("cpu"))
     try:
         chosen, failure = backend(device), why_not_triton(device) if asked == "triton" else None
     except ValueError as error:
@@ -102,7 +104,7 @@ def kernels() -> Iterator[Finding]:
     meaning = "attention, norms and loss run in this project's kernels"
     if chosen != "triton":
         meaning = "the same functions in plain PyTorch" + (": slower" if gpu else "")
-    yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if gpu and asked else "good")
+    yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if gpu and (asked or chosen != "triton") else "good")
 
 
 def cpu() -> Iterator[Finding]:

@@ -76,6 +76,11 @@ class DecodeGraphs(Decoder):
         return super().logits(size, self.cache.capacity)
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # A server decodes in a thread of its own, whose current device is another than that of the main thread.
+        with torch.cuda.device(self.last.device):
+            return self._capture_here(size)
+
+    def _capture_here(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # The first run, on a stream of its own, compiles the kernels and warms the libraries up, which a capture does
         # not allow. To run it twice does no harm: keys and values go to the same rows of the cache.
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -38,7 +38,11 @@ class Runtime:
 
     def describe(self) -> str:
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+            about = f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+            if backend(self.device) == "triton":
+                return about
+            why = "GPT_KERNELS=torch" if os.environ.get("GPT_KERNELS") else why_not_triton(self.device) or ""
+            return f"{about}, slow without our kernels ({why.partition(chr(10))[0]})"
         return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}"
 
     def peak_memory(self) -> int:
@@ -68,10 +72,13 @@ def choose(device: str = "auto", precision: str = "auto") -> Runtime:
         if here > torch.cuda.device_count():
             raise InputError(f"{here} processes need as many GPUs; this machine has {torch.cuda.device_count()}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
     try:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)
+        if chosen.type == "cuda":
+            # What names no device uses the current one, of this thread: Triton, CUDA graphs, and libraries.
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
     except (RuntimeError, AssertionError):
         has = "a CUDA device" if torch.cuda.is_available() else "no CUDA device"
         raise InputError(f"--device {device} cannot be used: this machine has {has}; try --device cpu") from None
@@ -183,7 +190,7 @@ class ToHost:
             self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.tensor.copy_(tensor, non_blocking=True)
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(tensor.device))
         else:
             self.tensor = tensor.clone()
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -13,6 +14,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def uncompiled(function: Function) -> Function:
     """Mark a function in which values decide what happens, which torch.compile cannot follow: it leaves it alone."""
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import cross_entropy_torch
-from kernels.backend import backend
+from kernels.backend import backend, wants_gradient
 from kernels.cross_entropy_torch import LogitsGradient, Options, Rows
 
 # A block of logits should stay in cache but be tall enough for an efficient matrix product. Measured on 2 CPU cores:
@@ -42,13 +42,13 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     rows, flat = _flat(hidden, weight, targets, softcap)
-    # Inside of an operator gradients are always off, so it cannot see whether they will be wanted.
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor
-    if wanted and reduction != "none":
-        total, _, _ = summed_loss_op(rows, weight, flat, ignore_index, softcap, z_loss)
+    # Inside of an operator gradients are always off, so it cannot see whether they will be wanted.
+    if reduction != "none" and wants_gradient(hidden, weight):
+        run: Any = summed_loss_op if torch.compiler.is_compiling() else SummedLoss.apply
+        total, _, _ = run(rows, weight, flat, ignore_index, softcap, z_loss)
     else:
-        log_probs, lse, _ = row_statistics_op(rows, weight, flat, ignore_index, softcap, 1.0, False)
+        log_probs, lse, _ = _row_statistics(rows, weight, flat, ignore_index, softcap, 1.0, False)
         losses: Tensor = z_loss * lse.square() - log_probs if z_loss else -log_probs
         if reduction == "none":
             return losses.view(targets.shape)
@@ -71,8 +71,18 @@ def linear_log_probs(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     rows, flat = _flat(hidden, weight, targets, softcap)
-    log_probs, _, entropy = row_statistics_op(rows, weight, flat, -100, softcap, temperature, True)
+    log_probs, _, entropy = _row_statistics(rows, weight, flat, -100, softcap, temperature, True)
     return log_probs.view(targets.shape), entropy.view(targets.shape)
+
+
+def _row_statistics(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        run: Any = row_statistics_op
+    else:
+        # Through the dispatcher an operator takes longer to reach a GPU, a time that torch.compile takes out.
+        run = RowStatistics.apply if wants_gradient(rows, weight) else row_statistics
+    found: tuple[Tensor, Tensor, Tensor] = run(rows, weight, *rest)
+    return found
 
 
 def linear_scores(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -281,9 +291,38 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     ctx.options = options
 
 
-def _row_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *row_gradients_op(*ctx.saved_tensors, *upstream, *ctx.options), *[None] * 5
+def _row_gradients(ctx: Any, *upstream: Tensor | None, run: Any = row_gradients_op) -> tuple[Tensor | None, ...]:
+    return *run(*ctx.saved_tensors, *upstream, *ctx.options), *[None] * 5
 
 
 summed_loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 row_statistics_op.register_autograd(_row_gradients, setup_context=_keep_rows)
+
+
+class SummedLoss(torch.autograd.Function):
+    """summed_loss_op and its gradient without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = summed_loss(*inputs)
+        _keep_gradients(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *unused: None) -> Any:
+        return _scale_gradients(ctx, d_loss)
+
+
+class RowStatistics(torch.autograd.Function):
+    """row_statistics_op and its gradient without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = row_statistics(*inputs)
+        _keep_rows(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _row_gradients(ctx, *upstream, run=row_gradients)

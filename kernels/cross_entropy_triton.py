@@ -6,13 +6,15 @@ second over what the L2 cache still holds, writing the gradient. In memory the b
 Names: b_ is a block in registers, o_ are offsets.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy_torch import LogitsGradient, Options, Rows
-from kernels.jit import jit, kernel, tanh
+from kernels.jit import Launch, jit, kernel, tanh
 
 
 @jit
@@ -141,11 +143,18 @@ def step(
     if wanted and raw.dtype != dtype:
         # The kernel takes the strides of the products for those of the gradient.
         matrix = torch.empty(len(raw), raw.stride(0), dtype=dtype, device=raw.device)[:, :vocab]
-    size, warps = tile(vocab)
-    rows_kernel[(len(targets),)](
-        raw, matrix, targets.contiguous(), *rows, *(upstream or (None, None, None)),
-        vocab, raw.stride(0), options.ignore_index, z_loss or 0.0, options.softcap or 0.0, 1 / options.temperature,
-        STATISTICS=upstream is None, GRADIENT=wanted, ENTROPY=(upstream or rows).entropy is not None,
-        SOFTCAP=options.softcap is not None, BLOCK_V=size, num_warps=warps,
+    launch = rows_launch(
+        tile(vocab), STATISTICS=upstream is None, GRADIENT=wanted, ENTROPY=(upstream or rows).entropy is not None,
+        SOFTCAP=options.softcap is not None,
+    )  # fmt: skip
+    launch(
+        (len(targets), 1, 1), (raw, matrix, targets.contiguous(), *rows, *(upstream or (None, None, None))),
+        (vocab, raw.stride(0), options.ignore_index),
+        (float(z_loss or 0), float(options.softcap or 0), 1 / options.temperature),
     )  # fmt: skip
     return LogitsGradient(matrix) if wanted else None
+
+
+@cache
+def rows_launch(size: tuple[int, int], **switches: bool) -> Launch:
+    return Launch(rows_kernel, BLOCK_V=size[0], num_warps=size[1], **switches)

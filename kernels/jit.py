@@ -1,13 +1,16 @@
-"""The start of every Triton kernel here: two decorators, tanh, and a probe that shows whether kernels run at all.
+"""The start of every Triton kernel here: two decorators, the launch, tanh, and a probe that shows whether kernels run.
 
 `@kernel` marks a function that is launched, `@jit` one that kernels call.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
 
 if TYPE_CHECKING:
     # A kernel is written in Triton's language, whose types are not Python's. mypy skips the bodies of functions that
@@ -22,13 +25,67 @@ else:
     # models, and a kernel that knows it reads 16 bytes at a time.
     kernel = triton.jit(
         do_not_specialize=[
-            "queries", "keys", "window", "splits", "rows", "programs",
-            "stride_lse_batch", "stride_lse_head", "stride_table_batch",
+            "tokens", "queries", "keys", "window", "splits", "rows", "programs", "stride_table_batch",
         ],
         do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "d_lse_ptr", "lengths_ptr", "table_ptr", "targets_ptr"],
     )  # fmt: skip
+# Of each kernel with its constants so many ways to call it are remembered, then all are forgotten.
+MOST_REMEMBERED = 1024
 
-__all__ = ["jit", "kernel", "probe", "tanh"]
+__all__ = ["Launch", "jit", "kernel", "probe", "tanh"]
+
+
+class Launch:
+    """A kernel with its constants, to be launched again and again.
+
+    A kernel's arguments are tensors, then integers for whose values Triton may compile it anew (`fixed`), then other
+    numbers, then constants. Triton looks at each of them at each launch, which takes longer than many a kernel runs.
+    Here one look at all of them finds the kernel that Triton compiled for such arguments: a key that holds no less
+    than Triton's own, since it has the values of `fixed`, where Triton's has what is known of these values.
+    """
+
+    def __init__(self, function: Any, **constants: Any) -> None:
+        self.function, self.constants = function, constants
+        self.last = [constants[name] for name in function.arg_names if name in constants]
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], fixed: tuple[int, ...],
+        numbers: tuple[float, ...] = (),
+    ) -> None:  # fmt: skip
+        """Launch it on the device of the first tensor, since Triton itself launches on the current one."""
+        index = tensors[0].get_device()  # type: ignore[union-attr]
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self._launch(index, grid, tensors, fixed, numbers)
+        else:
+            self._launch(index, grid, tensors, fixed, numbers)
+
+    def _launch(
+        self, index: int, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], fixed: tuple[int, ...],
+        numbers: tuple[float, ...],
+    ) -> None:  # fmt: skip
+        if self.constants.get("DESCRIPTOR"):
+            # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's
+            # own, and autograd has threads of its own: set it at every launch.
+            triton.set_allocator(_scratch)
+        # A tensor begins at a multiple of 16 or not, and an integer has 32 bits or more.
+        about = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
+        key = (index, fixed, max(numbers, default=0) < 2**31, *map(type, numbers), *about)
+        unusual = knobs.runtime.debug or knobs.compilation.instrumentation_mode
+        if not unusual and (compiled := self.compiled.get(key)) is not None:
+            compiled[grid](*tensors, *fixed, *numbers, *self.last)
+            return
+        compiled = self.function[grid](*tensors, *fixed, *numbers, **self.constants)
+        # Interpreted, or compiled in the background, it is no such kernel.
+        if isinstance(compiled, CompiledKernel):
+            if len(self.compiled) > MOST_REMEMBERED:
+                self.compiled.clear()
+            self.compiled[key] = compiled
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @jit
@@ -50,5 +107,5 @@ def double_kernel(x_ptr, BLOCK: tl.constexpr):
 def probe(device: torch.device) -> str | None:
     """Launch a kernel on the device. Return None where its answer is right, else what was wrong."""
     x = torch.ones(16, device=device)
-    double_kernel[(1,)](x, BLOCK=16)
+    Launch(double_kernel, BLOCK=16)((1, 1, 1), (x,), ())
     return None if bool((x == 2).all()) else "a probe kernel gave a wrong answer"

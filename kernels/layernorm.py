@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend
+from kernels.backend import backend, wants_gradient
 
 WIDEST = 16384  # what the Triton kernels take, which hold whole rows in registers
 
@@ -28,13 +28,16 @@ def layer_norm(
         y = _normalise(summed, weight, bias, eps)
     else:
         # Imported here: a machine that runs the torch backend needs no Triton.
-        from kernels.layernorm_triton import LayerNorm, layer_norm_forward
+        from kernels.layernorm_triton import LayerNorm, forward, layer_norm_forward
 
         if not 1 <= x.shape[-1] <= WIDEST:
             raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
         # Through the dispatcher the operator takes twice as long to reach the GPU (40 us more on a slow CPU), a time
         # that torch.compile takes out.
-        run: Any = layer_norm_forward if torch.compiler.is_compiling() else LayerNorm.apply
+        if torch.compiler.is_compiling():
+            run: Any = layer_norm_forward
+        else:
+            run = LayerNorm.apply if wants_gradient(x, residual, weight, bias) else forward
         y, summed, _ = run(x, residual, weight, bias, eps)
     return y if residual is None else (y, summed)
 

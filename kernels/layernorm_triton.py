@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import tiles
-from kernels.jit import jit, kernel
+from kernels.jit import Launch, jit, kernel
 
 
 @kernel
@@ -130,7 +131,7 @@ def backward_kernel(
 def sum_kernel(
     partial_ptr,  # fp32 [programs, columns]
     out_ptr,  # [columns]
-    programs, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    columns, programs, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_sum = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -189,13 +190,16 @@ def forward(
     x, weight = x.contiguous(), weight.contiguous()
     residual, bias = (None if each is None else each.contiguous() for each in (residual, bias))
     y, summed, stats = _empty_results(x, residual)
-    rows, options = stats.shape[1], forward_options(x.shape[-1])
+    rows, launch = stats.shape[1], forward_launch(x.shape[-1], BIAS=bias is not None, RESIDUAL=residual is not None)
     if rows:
-        forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            x, residual, weight, bias, y, summed, stats, rows, eps,
-            BIAS=bias is not None, RESIDUAL=residual is not None, **options,
-        )  # fmt: skip
+        programs = -(-rows // launch.constants["ROWS"])
+        launch((programs, 1, 1), (x, residual, weight, bias, y, summed, stats), (), (rows, float(eps)))
     return y, summed, stats
+
+
+@cache
+def forward_launch(width: int, **switches: bool) -> Launch:
+    return Launch(forward_kernel, **forward_options(width), **switches)
 
 
 def _empty_results(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,21 +215,25 @@ def backward(
     d_y, x, weight = d_y.contiguous(), x.contiguous(), weight.contiguous()
     d_sum = None if d_sum is None else d_sum.contiguous()
     rows, width = stats.shape[1], x.shape[-1]
-    options = backward_options(width)
+    launch, total = backward_launches(width, BIAS=bias, D_SUM=d_sum is not None)
+    options = launch.constants
     # As many programs as run at a time, 16 warps to a multiprocessor. More programs would leave more sums to be added
     # up: these are 4% of the bytes that the pass moves at 16k rows.
-    programs = min(triton.cdiv(rows, options["ROWS"]), 16 // options["num_warps"] * tiles.multiprocessors(x.device))
+    programs = min(-(-rows // options["ROWS"]), 16 // options["num_warps"] * tiles.multiprocessors(x.device))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, 2 if bias else 1, width, dtype=torch.float32, device=x.device)
     d_parameters = torch.empty(partial.shape[1:], dtype=weight.dtype, device=x.device)
     if rows:
-        backward_kernel[(programs, options["SPLITS"])](
-            d_y, d_sum, x, weight, stats, dx, partial, rows, BIAS=bias, D_SUM=d_sum is not None, **options
-        )
+        launch((programs, options["SPLITS"], 1), (d_y, d_sum, x, weight, stats, dx, partial), (), (rows,))
     columns = d_parameters.numel()
-    options = sum_options(columns)
-    sum_kernel[(triton.cdiv(columns, options["BLOCK_N"]),)](partial, d_parameters, programs, columns, **options)
+    total((-(-columns // total.constants["BLOCK_N"]), 1, 1), (partial, d_parameters), (columns,), (programs,))
     return dx, d_parameters
+
+
+@cache
+def backward_launches(width: int, **switches: bool) -> tuple[Launch, Launch]:
+    columns = 2 * width if switches["BIAS"] else width
+    return Launch(backward_kernel, **backward_options(width), **switches), Launch(sum_kernel, **sum_options(columns))
 
 
 layer_norm_forward = torch.library.custom_op("gpt::layer_norm_forward", forward, mutates_args=())
@@ -270,5 +278,6 @@ class LayerNorm(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_sum: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, d_y, d_sum, None, run=backward)

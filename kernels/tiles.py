@@ -125,8 +125,14 @@ TABLE |= {
 
 def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
     """Return the row that runs for a kernel, by its name in the table, with elements of this many bytes on a device."""
+    return rows(kernel, architecture(device), head_dim, element_size)[0]
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Return the number of a GPU's architecture (80, 89, 90), and 80 for a CPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return rows(kernel, 10 * major + minor, head_dim, element_size)[0]
+    return 10 * major + minor
 
 
 def rows(kernel: str, architecture: int, head_dim: int, element_size: int) -> tuple[Tile, ...]:

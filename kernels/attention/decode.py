@@ -8,6 +8,8 @@ Lengths are read on the device, and the grid depends on shapes alone: a CUDA gra
 Names: b_ is a block in registers, o_ are offsets.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,8 @@ from torch import Tensor
 from kernels import tiles
 from kernels.attention import tile
 from kernels.attention.reference import Call
-from kernels.jit import jit, kernel, tanh
+from kernels.jit import Launch, jit, kernel, tanh
+from kernels.tiles import Tile
 
 # So many programs per multiprocessor keep it reading while one starts and another ends.
 PROGRAMS = 4
@@ -64,10 +67,9 @@ def decode_kernel(
     stride_q_batch, stride_q_token, stride_q_head,
     stride_k_batch, stride_k_token, stride_k_head,  # with PAGE, a batch is a block
     stride_v_batch, stride_v_token, stride_v_head,
-    stride_table_batch,
+    key_heads, group, stride_table_batch, splits,
     queries, keys,  # keys that the cache has room for, per sequence
-    key_heads, group, splits,
-    scale, softcap_log2, window,  # as in the forward kernel
+    window, scale, softcap_log2,  # as in the forward kernel
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PAGE: tl.constexpr,  # keys per block of a paged cache, 0 where it is not paged
@@ -206,19 +208,32 @@ def decode(
     if count > 1:
         part = torch.empty((batch, queries, heads, count, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, queries, heads, count), dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    decode_kernel[(programs * count,)](
-        q, k_cache, v_cache, part, lse, cache_lengths.contiguous(), block_table,
-        *q.stride()[:-1], *k_cache.stride()[:-1], *v_cache.stride()[:-1],
-        0 if block_table is None else block_table.stride(0),
-        queries, keys, key_heads, heads // key_heads, count, *call.scales(), min(call.window or 0, keys),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=size.queries, BLOCK_S=size.keys, WINDOW=call.window is not None,
-        SOFTCAP=call.softcap is not None, PAGE=page, SPLIT=count > 1, num_warps=size.warps, num_stages=size.stages,
+    launch, merge = launches(head_dim, size, count, page, *call.switches()[1:3])
+    launch(
+        (programs * count, 1, 1),
+        (q, k_cache, v_cache, part, lse, cache_lengths.contiguous(), block_table),
+        (*q.stride()[:-1], *k_cache.stride()[:-1], *v_cache.stride()[:-1], key_heads, heads // key_heads),
+        (
+            0 if block_table is None else block_table.stride(0), count, queries, keys, min(call.window or 0, keys),
+            *call.scales(),
+        ),
     )  # fmt: skip
-    if count > 1:
-        # 4,096 numbers are few enough to be loaded all at once; 16 in a row fill two sectors of memory.
-        width = min(max(4096 // count, 16), block_d)
-        merge_kernel[(batch * queries * heads * triton.cdiv(head_dim, width),)](
-            part, lse, out, HEAD_DIM=head_dim, BLOCK_D=width, SPLITS=count
-        )
+    if merge is not None:
+        chunks = -(-head_dim // merge.constants["BLOCK_D"])
+        merge((batch * queries * heads * chunks, 1, 1), (part, lse, out), ())
     return out
+
+
+@cache
+def launches(
+    head_dim: int, size: Tile, splits: int, page: int, window: bool, softcap: bool
+) -> tuple[Launch, Launch | None]:
+    """Return the decode kernel with its constants, and the merge kernel where there is more than one split."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    launch = Launch(
+        decode_kernel, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=size.queries, BLOCK_S=size.keys, WINDOW=window,
+        SOFTCAP=softcap, PAGE=page, SPLIT=splits > 1, num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    # 4,096 numbers are few enough to be loaded all at once; 16 in a row fill two sectors of memory.
+    width = min(max(4096 // splits, 16), block_d)
+    return launch, Launch(merge_kernel, HEAD_DIM=head_dim, BLOCK_D=width, SPLITS=splits) if splits > 1 else None

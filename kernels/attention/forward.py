@@ -7,7 +7,6 @@ arXiv:2307.08691).
 Names: b_ is a block in registers, o_ are offsets. Sizes: T queries, S keys, D head dim.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,31 +18,29 @@ from kernels.jit import kernel, tanh
 
 @kernel
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, length, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] where PACKED
-    lse_ptr,  # fp32 [B, heads, T] or [heads, tokens], natural logarithm
+    q_ptr, k_ptr, v_ptr,  # [B, length, heads, HEAD_DIM], or [tokens, heads, HEAD_DIM] where PACKED
+    out_ptr,  # like q, contiguous
+    lse_ptr,  # fp32 [B, heads, tokens] or [heads, tokens], natural logarithm
     cu_q_ptr, cu_k_ptr,  # int32 [sequences + 1] where PACKED, else not read
     stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head,
-    stride_v_batch, stride_v_token, stride_v_head, stride_out_batch, stride_out_token, stride_out_head,
-    stride_lse_batch, stride_lse_head,
-    queries, keys,  # per sequence; where PACKED, of the longest
+    stride_v_batch, stride_v_token, stride_v_head,
     heads, group,  # query heads, and how many of them share a key head
+    tokens,  # queries of the whole batch where PACKED, else of a sequence
+    queries, keys,  # per sequence; where PACKED, of the longest
+    window,
     scale,  # without a softcap: softmax scale * log2(e); with a softcap c: softmax scale / c
     softcap_log2,  # c * log2(e)
-    window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     row, batch, head = tile.program(queries, heads, BLOCK_T, True)  # True: the last rows first
-    q_start, queries = tile.sequence(cu_q_ptr, batch, queries, stride_q_batch, stride_q_token, PACKED)
-    k_start, keys = tile.sequence(cu_k_ptr, batch, keys, stride_k_batch, stride_k_token, PACKED)
-    v_start, _ = tile.sequence(cu_k_ptr, batch, keys, stride_v_batch, stride_v_token, PACKED)
-    out_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_out_batch, stride_out_token, PACKED)
-    lse_start, _ = tile.sequence(cu_q_ptr, batch, queries, stride_lse_batch, 1, PACKED)
+    q_start, queries = tile.sequence(cu_q_ptr, batch, queries, PACKED)
+    k_start, keys = tile.sequence(cu_k_ptr, batch, keys, PACKED)
     if row >= queries:
         return
-    q_ptr += q_start + head.to(tl.int64) * stride_q_head
-    k_ptr += k_start + (head // group).to(tl.int64) * stride_k_head
-    v_ptr += v_start + (head // group).to(tl.int64) * stride_v_head
+    q_ptr += tile.begin(q_start, batch, head, stride_q_batch, stride_q_token, stride_q_head, PACKED)
+    k_ptr += tile.begin(k_start, batch, head // group, stride_k_batch, stride_k_token, stride_k_head, PACKED)
+    v_ptr += tile.begin(k_start, batch, head // group, stride_v_batch, stride_v_token, stride_v_head, PACKED)
     k = tile.matrix(k_ptr, keys, stride_k_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR)
     v = tile.matrix(v_ptr, keys, stride_v_token, BLOCK_S, BLOCK_D, HEAD_DIM, DESCRIPTOR)
 
@@ -74,12 +71,12 @@ def forward_kernel(
     # A row that saw no key has sum 0 and maximum -inf. It gives 0, and -inf for its log-sum-exp.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
-    out_ptr += out_start + head.to(tl.int64) * stride_out_head
-    tile.store(out_ptr, b_out, row, queries, stride_out_token, BLOCK_T, BLOCK_D, HEAD_DIM)
+    out_ptr += (q_start * heads + head) * HEAD_DIM
+    tile.store(out_ptr, b_out, row, queries, heads * HEAD_DIM, BLOCK_T, BLOCK_D, HEAD_DIM)
     # log(sum of exp(s)) = (maximum + log2(sum of exp2(s - maximum))) * ln(2): with it, exp(s - lse) gives the backward
     # pass any probability again, without maximum and sum.
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
-    lse_ptr += lse_start + head.to(tl.int64) * stride_lse_head
+    lse_ptr += tile.lse_begin(q_start, head, heads, tokens, PACKED)
     o_row = row + tl.arange(0, BLOCK_T)
     tl.store(lse_ptr + o_row, b_lse, mask=o_row < queries)
 
@@ -89,12 +86,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     out, lse = empty_results(q)
     heads, head_dim = q.shape[-2:]
     size = tiles.tile("forward", q.device, head_dim, q.element_size())
-    switches = tile.constants(call, head_dim, size, (q, k, v))
-    programs = triton.cdiv(call.longest_q, size.queries) * call.sequences(q) * heads
+    launch = tile.launch(forward_kernel, size, head_dim, call.switches(), tile.suits_the_copy_engine(q, k, v))
+    programs = -(-call.longest_q // size.queries) * call.sequences(q) * heads
     if programs:
-        forward_kernel[(programs,)](
-            q, k, v, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, *call.strides(q, k, v, out, lse),
-            call.longest_q, call.longest_k, heads, heads // k.shape[-2], *call.scales(), call.window or 0,
-            **switches,
+        launch(
+            (programs, 1, 1), (q, k, v, out, lse, call.cu_seqlens_q, call.cu_seqlens_k),
+            (*call.strides(q, k, v), heads, heads // k.shape[-2]),
+            (lse.shape[-1], call.longest_q, call.longest_k, call.window or 0, *call.scales()),
         )  # fmt: skip
     return out, lse

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.attention.reference import Call, decode_torch, dense_torch, empty_results, packed_torch
-from kernels.backend import backend, uncompiled
+from kernels.backend import backend, uncompiled, wants_gradient
 
 DENSE, PACKED = "[batch, length, heads, head_dim]", "[tokens, heads, head_dim] with cu_seqlens"
 
@@ -46,7 +47,13 @@ def flash_attention(
     if _by_triton(q):
         # The kernels read whole rows: the last dimension must be dense, the others may have any stride.
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        out, lse = attention_forward(q, k, v, *call)
+        # Through the dispatcher an operator takes several times as long to reach the GPU as its launches do, a time
+        # that torch.compile takes out.
+        if torch.compiler.is_compiling():
+            run: Any = attention_forward
+        else:
+            run = FlashAttention.apply if wants_gradient(q, k, v) else _forward
+        out, lse = run(q, k, v, *call)
     else:
         out, lse = (packed_torch if packed else dense_torch)(q, k, v, call, return_lse)
     return (out, lse) if return_lse and lse is not None else out
@@ -80,7 +87,10 @@ def decode_attention(
                 raise ValueError(f"{name} has stride {cache.stride(-1)} in its last dimension; expected 1")
         q = q if q.stride(-1) == 1 else q.contiguous()
         table = block_table if block_table is None or block_table.stride(-1) == 1 else block_table.contiguous()
-        out: Tensor = attention_decode(q, k_cache, v_cache, cache_lengths, table, scale, window, softcap)
+        # The operator says that there is no gradient, where one would be wanted.
+        by_operator = torch.compiler.is_compiling() or wants_gradient(q, k_cache, v_cache)
+        attend: Any = attention_decode if by_operator else _decode
+        out: Tensor = attend(q, k_cache, v_cache, cache_lengths, table, scale, window, softcap)
         return out
     # Outside of torch.compile the wrapper would only take time, more than a short cache does.
     run = _decode_uncompiled if torch.compiler.is_compiling() else decode_torch
@@ -101,7 +111,7 @@ def _by_triton(q: Tensor) -> bool:
 
 def _checked_scale(q: Tensor, scale: float | None, window: int | None, softcap: float | None) -> float:
     """Return the scale. Raises ValueError naming what does not fit."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale}; expected None or a finite number above 0")
     if window is not None and window < 1:
@@ -195,53 +205,21 @@ CALL = (
 QKV = "Tensor q, Tensor k, Tensor v"
 
 
-@torch.library.custom_op("gpt::attention_forward", mutates_args=(), schema=f"({QKV}, {CALL}) -> (Tensor, Tensor)")
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     from kernels.attention.forward import forward
 
     return forward(q, k, v, Call(*call))
 
 
-attention_forward.register_fake(lambda q, *rest: empty_results(q))
-
-
-@torch.library.custom_op(
-    "gpt::attention_backward",
-    mutates_args=(),
-    schema=f"({QKV}, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse, {CALL}) -> (Tensor, Tensor, Tensor)",
-)
-def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor, *call: Any
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.attention.backward import backward
 
     return backward(q, k, v, out, lse, d_out, d_lse, Call(*call))
 
 
-attention_backward.register_fake(lambda *tensors: tuple(each.new_empty(each.shape) for each in tensors[:3]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-
-
-def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    call = (cu_seqlens_q, cu_seqlens_k, *ctx.options)
-    return *attention_backward(*saved, d_out.contiguous(), d_lse.contiguous(), *call), *[None] * len(call)
-
-
-attention_forward.register_autograd(_gradient, setup_context=_save)
-
-
-@torch.library.custom_op(
-    "gpt::decode_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? block_table, "
-    "float scale, SymInt? window, float? softcap) -> Tensor",
-)
-def attention_decode(
+def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None, *options: Any
 ) -> Tensor:
     from kernels.attention.decode import decode
@@ -250,4 +228,52 @@ def attention_decode(
     return decode(q, k_cache, v_cache, cache_lengths, block_table, call)
 
 
+attention_forward = torch.library.custom_op(
+    "gpt::attention_forward", _forward, mutates_args=(), schema=f"({QKV}, {CALL}) -> (Tensor, Tensor)"
+)
+attention_forward.register_fake(lambda q, *rest: empty_results(q))
+attention_backward = torch.library.custom_op(
+    "gpt::attention_backward", _backward, mutates_args=(),
+    schema=f"({QKV}, Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, {CALL}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+attention_backward.register_fake(lambda *tensors: tuple(each.new_empty(each.shape) for each in tensors[:3]))
+attention_decode = torch.library.custom_op(
+    "gpt::decode_attention", _decode, mutates_args=(),
+    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? block_table, "
+    "float scale, SymInt? window, float? softcap) -> Tensor",
+)  # fmt: skip
 attention_decode.register_fake(lambda q, *rest: q.new_empty(q.shape))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    # Few ask for the log-sum-exp: no zeros are made, and read, for its gradient.
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, run: Any = attention_backward
+) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    d_out = torch.zeros_like(saved[3]) if d_out is None else d_out
+    call = (cu_seqlens_q, cu_seqlens_k, *ctx.options)
+    return *run(*saved, d_out, d_lse, *call), *[None] * len(call)
+
+
+attention_forward.register_autograd(_gradient, setup_context=_save)
+
+
+class FlashAttention(torch.autograd.Function):
+    """attention_forward and its gradient without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, d_out, d_lse, run=_backward)

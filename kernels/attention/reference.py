@@ -44,13 +44,13 @@ class Call(NamedTuple):
         return q.shape[0] if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
 
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
-        """Return the strides of every dimension but the last, with 0 for the batch that packed tensors do not have.
-
-        A log-sum-exp, [B, H, T] or packed [H, tokens], has its tokens last and side by side, since a program reads and
-        writes it for the rows of one head. All other tensors have heads and head dim last.
-        """
+        """Return the strides of every dimension but the last, with 0 for the batch that packed tensors do not have."""
         batch = () if self.cu_seqlens_q is None else (0,)
         return tuple(stride for tensor in tensors for stride in (*batch, *tensor.stride()[:-1]))
+
+    def switches(self) -> tuple[bool, bool, bool, bool]:
+        """Return the constants CAUSAL, WINDOW, SOFTCAP and PACKED of the Triton kernels."""
+        return self.causal, self.window is not None, self.softcap is not None, self.cu_seqlens_q is not None
 
 
 def empty_results(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

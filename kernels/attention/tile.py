@@ -3,13 +3,14 @@
 Positions are counted so that the last query has the position of the last key: position = row + keys - queries.
 """
 
-import torch
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.reference import Call
-from kernels.jit import jit
+from kernels.jit import Launch, jit
 from kernels.tiles import Tile
 
 
@@ -30,18 +31,37 @@ def program(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 def sequence(
     cu_seqlens_ptr,  # int32 [sequences + 1], or any pointer where PACKED is false
     index,  # number of the sequence in the batch
-    length, stride_batch,  # of a dense batch
-    stride_token, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Return where sequence `index` begins, in elements, and its number of tokens.
+    length,  # of a dense batch
+    PACKED: tl.constexpr,
+):
+    """Return how many tokens lie before sequence `index` in the batch (int64), and its number of tokens."""
+    if PACKED:
+        start = tl.load(cu_seqlens_ptr + index).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + index + 1).to(tl.int64)
+        return start, (end - start).to(tl.int32)
+    return index.to(tl.int64) * length, length
+
+
+@jit
+def begin(start, index, head, stride_batch, stride_token, stride_head, PACKED: tl.constexpr):
+    """Return where a head of sequence `index` begins in a tensor of any strides. `start` is what `sequence` gave.
 
     The offset is int64: a tensor may have more than 2^31 elements.
     """
     if PACKED:
-        start = tl.load(cu_seqlens_ptr + index).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + index + 1).to(tl.int64)
-        return start * stride_token, (end - start).to(tl.int32)
-    return index.to(tl.int64) * stride_batch, length
+        return start * stride_token + head.to(tl.int64) * stride_head
+    return index.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+
+
+@jit
+def lse_begin(start, head, heads, tokens, PACKED: tl.constexpr):
+    """Return where a head of a sequence begins in a log-sum-exp, [B, heads, tokens] or packed [heads, tokens].
+
+    Its tokens lie side by side, since a program reads and writes it for the rows of one head.
+    """
+    if PACKED:
+        return head.to(tl.int64) * tokens + start
+    return start * heads + head.to(tl.int64) * tokens
 
 
 @jit
@@ -201,21 +221,26 @@ def softmax_step(b_s, b_max, b_sum, unit, MASKED: tl.constexpr):
     return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
 
 
-def constants(call: Call, head_dim: int, size: Tile, loaded: tuple[Tensor, ...]) -> dict[str, int | bool]:
-    """Return the constants of a kernel that walks over the tensors `loaded`."""
-    descriptors = size.descriptors and all(map(_suits_the_copy_engine, loaded))
-    if descriptors:
-        # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's own,
-        # and autograd has threads of its own: set it at every launch.
-        triton.set_allocator(lambda bytes, _alignment, _stream: torch.empty(bytes, dtype=torch.int8, device="cuda"))
-    return {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_T": size.queries, "BLOCK_S": size.keys, "num_warps": size.warps, "num_stages": size.stages,
-        "CAUSAL": call.causal, "WINDOW": call.window is not None, "SOFTCAP": call.softcap is not None,
-        "PACKED": call.cu_seqlens_q is not None, "DESCRIPTOR": descriptors,
-    }  # fmt: skip
+@cache
+def launch(
+    function: Any, size: Tile, head_dim: int, switches: tuple[bool, ...], suits_the_copy_engine: bool,
+    **more: bool,
+) -> Launch:  # fmt: skip
+    """Return a kernel that walks over tiles of this size, with its constants. See Call.switches."""
+    names = ("CAUSAL", "WINDOW", "SOFTCAP", "PACKED")
+    return Launch(
+        function, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_T=size.queries,
+        BLOCK_S=size.keys, num_warps=size.warps, num_stages=size.stages, **dict(zip(names, switches, strict=True)),
+        DESCRIPTOR=size.descriptors and suits_the_copy_engine, **more,
+    )  # fmt: skip
 
 
-def _suits_the_copy_engine(tensor: Tensor) -> bool:
-    starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
-    return all(start % 16 == 0 for start in starts)
+def suits_the_copy_engine(*tensors: Tensor) -> bool:
+    """Return whether rows of the tensors begin at multiples of 16 bytes."""
+    starts = 0
+    for tensor in tensors:
+        size = tensor.element_size()
+        starts |= tensor.data_ptr()
+        for stride in tensor.stride()[:-1]:
+            starts |= stride * size
+    return starts % 16 == 0

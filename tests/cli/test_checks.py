@@ -42,6 +42,14 @@ def test_bf16_units_decide_the_precision(monkeypatch: pytest.MonkeyPatch, native
     assert meaning in finding.meaning
 
 
+def test_a_gpu_on_which_our_kernels_do_not_run_is_no_good_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("kernels.backend.why_not_triton", lambda device: "no driver" if device.index == 1 else None)
+    (finding,) = checks.kernels()
+    assert finding.found == "torch: no driver" and "slower" in finding.meaning and finding.state == "note"
+
+
 def test_a_full_disk_is_broken_and_the_exit_code_says_so(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "LEAST_DISK", 2**80)
     done = gpt("doctor", "--runs", "a/folder/to/come")

@@ -72,6 +72,15 @@ def test_auto_follows_the_gpu(capability: tuple[int, int], expected: str, monkey
     assert runtime.native_precision(torch.device("cuda")) == expected
 
 
+def test_a_gpu_without_our_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(runtime, "why_not_triton", lambda device: "no compiler\nat all")
+    gpu = Runtime(torch.device("cuda", 1), "bf16")
+    for name, expected in (("triton", ""), ("torch", ", slow without our kernels (no compiler)")):
+        monkeypatch.setattr(runtime, "backend", lambda device, name=name: name)
+        assert gpu.describe() == f"H200, bf16{expected}"
+
+
 def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.random()), torch.rand(()).item()
 

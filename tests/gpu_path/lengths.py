@@ -94,19 +94,23 @@ class Nothing:
     def run(self, *unused: Any) -> None: ...
 
 
-def main() -> None:
-    gpu_path.install(90)
+def do_not_compile(note: Callable[[str, str], None]) -> None:
+    """Tell `note` the name and the key of each kernel, in place of compiling it."""
     os.environ["GPT_KERNELS"] = "triton"  # without a probe, which would find that nothing runs
     from triton import knobs
 
-    keys: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-
     def take(*, key: str, fn: Any, **unused: Any) -> bool:
-        keys[call.__name__][full_name(fn.jit_function)].add(key)
-        fn.jit_function.device_caches[0][0][key] = Nothing()
+        note(full_name(fn.jit_function), key)
+        fn.jit_function.device_caches[torch.cuda.current_device()][0][key] = Nothing()
         return True
 
     knobs.runtime.jit_cache_hook = take
+
+
+def main() -> None:
+    gpu_path.install(90)
+    keys: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    do_not_compile(lambda name, key: keys[call.__name__][name].add(key))
     chance = random.Random(0)
     pairs = [(1, 1), *((chance.randint(1, LONGEST), chance.randint(1, LONGEST)) for _ in range(CALLS - 1))]
     calls: tuple[Callable[[int, int], None], ...] = (dense, packed, decode, paged, norm, loss)

@@ -1,4 +1,4 @@
-"""A kernel is compiled once, whatever the lengths: each compilation takes seconds in the middle of a run."""
+"""A kernel is compiled once, whatever the lengths, and runs on the GPU of its tensors."""
 
 import json
 import subprocess
@@ -8,8 +8,9 @@ import pytest
 
 from tests import gpu_path
 
+pytestmark = pytest.mark.skipif(gpu_path.why_not() is not None, reason=str(gpu_path.why_not()))
 
-@pytest.mark.skipif(gpu_path.why_not() is not None, reason=str(gpu_path.why_not()))
+
 def test_no_kernel_is_compiled_anew_for_another_length() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.gpu_path.lengths"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -28,3 +29,8 @@ def test_no_kernel_is_compiled_anew_for_another_length() -> None:
         # The loss with its gradient; log-probabilities; and their gradient.
         "loss": {"cross_entropy_triton.rows_kernel": 3},
     }
+
+
+def test_kernels_graphs_and_copies_are_on_the_gpu_of_their_tensors() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.gpu_path.second_device"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

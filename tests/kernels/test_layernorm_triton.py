@@ -120,7 +120,7 @@ def test_more_sums_than_are_read_at_once_are_all_added_up() -> None:
     partial, total = torch.randn(700, 40, device=DEVICE), torch.empty(40, device=DEVICE)
     options = sum_options(40)
     assert options["BLOCK_P"] < 700
-    sum_kernel[(3,)](partial, total, 700, 40, **options)
+    sum_kernel[(3,)](partial, total, 40, 700, **options)
     assert_within_twice("sum", total, partial.sum(0), partial.double().sum(0))
 
 
