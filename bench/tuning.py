@@ -23,7 +23,8 @@ from kernels import tiles
 from kernels.tiles import Tile
 
 DIRECTION = {"forward": "forward", "keys": "backward", "queries": "backward"}
-LENGTH, BATCH = 4096, 4
+# Lengths, for rows without an end and for those up to it, and the batch of each.
+BATCHES = {4096: 4, 512: 32}
 # The seconds that one candidate may take, the start of its process included. A slower kernel is of no use.
 COMPILE_SECONDS, TIMING_SECONDS = 90, 30
 # The server imports torch once and never touches the GPU: its children start in no time.
@@ -35,26 +36,29 @@ Task = Callable[[Tile], Figures]
 
 
 def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[Figures]:
-    """Yield the result so far, after every kernel and head dim: causal, as training runs.
+    """Yield the result so far, after every kernel, head dim and length: causal, as training runs.
 
     `tuned` holds every candidate, fastest first, with its seconds or the `reason` why it has none, and the fastest as a
     `row` to paste into the table. For "keys" and "queries" the whole backward is timed, the other kernels as they are.
     """
     major, minor = torch.cuda.get_device_capability(runtime.device)
     family = tiles.family(10 * major + minor, runtime.dtype.itemsize)
-    result: Figures = {"precision": runtime.precision, "length": LENGTH, "batch": BATCH, "tuned": []}
-    for head_dim, kernel in itertools.product(head_dims, DIRECTION):
+    result: Figures = {"precision": runtime.precision, "tuned": []}
+    for head_dim, kernel, (length, batch) in itertools.product(head_dims, DIRECTION, BATCHES.items()):
         key = (kernel, family, head_dim)
-        now = tiles.TABLE[key][0]
+        known = tiles.rows(kernel, 10 * major + minor, head_dim, runtime.dtype.itemsize)
+        now = next(tiles.running(known, length))
         checked = partial(tried, check, key, runtime, 512, 1)
-        clocked = partial(tried, timed, key, runtime, LENGTH, BATCH)
-        lines = sorted(try_all(candidates(key), checked, clocked), key=lambda line: line.get("seconds", float("inf")))
-        result["tuned"].append({"kernel": kernel, "head_dim": head_dim, "row": row(key, lines, now), "timings": lines})
+        clocked = partial(tried, timed, key, runtime, length, batch)
+        found = try_all(candidates(key, known, short=length < max(BATCHES)), checked, clocked)
+        lines = sorted(found, key=lambda line: line.get("seconds", float("inf")))
+        about = {"kernel": kernel, "head_dim": head_dim, "length": length, "batch": batch}
+        result["tuned"].append({**about, "row": row(key, lines, now, length), "timings": lines})
         yield result
 
 
-def candidates(key: Key) -> list[Tile]:
-    """Return the rows of the table, then a grid about them."""
+def candidates(key: Key, known: Sequence[Tile], short: bool) -> list[Tile]:
+    """Return the rows of the table, for any length, then a grid about them."""
     kernel, family, _ = key
     # The program of "keys" holds a block of keys and walks over the queries; the others the other way about.
     queries, keys = ((32, 64, 128), (64, 128)) if kernel == "keys" else ((64, 128), (32, 64, 128))
@@ -62,9 +66,9 @@ def candidates(key: Key) -> list[Tile]:
     grid = [Tile(*sizes) for sizes in itertools.product(queries, keys, (4, 8), stages)]
     if kernel == "keys":
         grid += [replace(tile, split=False) for tile in grid]
-    # Wherever there are descriptors, they save registers: pointers are tried only where the table has them.
-    grid = [replace(tile, descriptors=family == "sm_90") for tile in grid]
-    return list(dict.fromkeys([*tiles.TABLE[key], *grid]))
+    # Descriptors save registers, and have to be made by each program: short sequences are tried without.
+    grid = [replace(tile, descriptors=family != "sm_80" and not short) for tile in grid]
+    return list(dict.fromkeys([*(replace(tile, longest=None) for tile in known), *grid]))
 
 
 def try_all(rows: Sequence[Tile], check: Task, clock: Task, workers: int | None = None) -> Iterator[Figures]:
@@ -114,13 +118,14 @@ def tried(measure: Callable[..., Figures], key: Key, runtime: Runtime, length: i
     return measure(attention(runtime, key[2], True, length, batch), "ours", DIRECTION[key[0]], runtime)
 
 
-def row(key: Key, lines: Sequence[Figures], now: Tile) -> str:
+def row(key: Key, lines: Sequence[Figures], now: Tile, length: int) -> str:
     """Return the fastest line as the table writes it, beside the time of the row that runs now."""
     best = lines[0]
     if "seconds" not in best:
         return f"# {key}: no row ran: {best['reason']}"
-    was = next((line["seconds"] for line in lines if line["tile"] == vars(now) and "seconds" in line), None)
-    tile = best["tile"]
+    same = vars(replace(now, longest=None))
+    was = next((line["seconds"] for line in lines if line["tile"] == same and "seconds" in line), None)
+    tile = best["tile"] | {"longest": None if length == max(BATCHES) else length}
     written = ", ".join(
         str(tile[field.name]) if field.default is MISSING else f"{field.name}={tile[field.name]}"
         for field in fields(Tile)
@@ -130,5 +135,5 @@ def row(key: Key, lines: Sequence[Figures], now: Tile) -> str:
     kernel, family, head_dim = key
     return (
         f'("{kernel}", "{family}", {head_dim}): (Tile({written}),),  '
-        f"# {DIRECTION[kernel]} at T {LENGTH:,}, causal: {1e3 * best['seconds']:.3f} ms; before {before}"
+        f"# {DIRECTION[kernel]} at T {length:,}, causal: {1e3 * best['seconds']:.3f} ms; before {before}"
     )

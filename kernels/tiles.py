@@ -8,6 +8,7 @@ at D = 64, twice as long at 32 and half as long at 128. Smaller heads therefore 
 has 65,536 registers), so that the products of some warps run during the exponentials of others.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,7 +20,7 @@ class Tile:
     """Queries (for decode: rows) and keys per block, warps per program, stages of the load pipeline.
 
     descriptors: the copy engine (TMA) loads the tiles. split: tiles that need no mask have a loop of their own ("keys"
-    only; the other kernels always do so).
+    without a window only; the other kernels always do so). longest: the row is for sequences of up to so many tokens.
     """
 
     queries: int
@@ -28,16 +29,19 @@ class Tile:
     stages: int
     descriptors: bool = False
     split: bool = True
+    longest: int | None = None
 
 
 HEAD_DIMS = (32, 64, 128, 256)
 # (kernel, family, largest head dim)
 # fmt: off
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
-    ("forward", "sm_90", 32): (Tile(128, 64, 4, 3, True),  # 167 registers: three programs at a time
-                               Tile(128, 128, 8, 3, True),  # 153
-                               Tile(64, 128, 4, 3, True)),  # 150
-    ("forward", "sm_90", 64): (Tile(64, 128, 4, 2, True),  # 155 registers: three programs at a time
+    ("forward", "sm_90", 32): (Tile(64, 64, 4, 2, longest=512),  # 104 registers: four programs at a time
+                               Tile(64, 128, 4, 3, True),  # 150: three programs at a time
+                               Tile(128, 64, 4, 3, True),  # 167: three
+                               Tile(128, 128, 8, 3, True)),  # 153
+    ("forward", "sm_90", 64): (Tile(64, 64, 4, 2, longest=512),  # 127 registers: four programs at a time
+                               Tile(64, 128, 4, 2, True),  # 155: three programs at a time
                                Tile(128, 64, 8, 3, True),  # 109 registers: two programs at a time
                                Tile(128, 128, 8, 2, True),  # 164
                                Tile(128, 128, 8, 3, True)),  # 164
@@ -45,29 +49,35 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
                                 Tile(128, 64, 8, 3, True),  # 164
                                 Tile(64, 64, 4, 3, True),  # 145, 113 KiB: two programs at a time
                                 Tile(128, 128, 8, 2)),  # 246: what descriptors save
-    ("forward", "sm_90", 256): (Tile(64, 64, 8, 2, True),  # 181 registers, 161 KiB
+    ("forward", "sm_90", 256): (Tile(64, 32, 4, 2, True),  # 232 registers, 96 KiB: two programs at a time
+                                Tile(64, 64, 8, 2, True),  # 181
                                 Tile(128, 64, 8, 2, True)),  # 249
-    ("keys", "sm_90", 32): (Tile(64, 128, 8, 2, True),  # 244 registers
-                            Tile(64, 64, 4, 3, True, split=False),  # 215
-                            Tile(64, 128, 8, 2, True, split=False)),  # 218
-    ("keys", "sm_90", 64): (Tile(32, 64, 4, 2, True),  # 191 registers
+    ("keys", "sm_90", 32): (Tile(32, 64, 4, 2, longest=512),  # 154 registers: three programs at a time
+                            Tile(32, 128, 4, 2, True),  # 240: two programs at a time
+                            Tile(64, 128, 8, 2, True),  # 255
+                            Tile(64, 64, 4, 3, True, split=False)),  # 215
+    ("keys", "sm_90", 64): (Tile(32, 64, 4, 2, split=False, longest=512),  # 163 registers: three programs at a time
+                            Tile(32, 64, 4, 2, True),  # 191
                             Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
                             Tile(64, 128, 8, 3, True, split=False),  # 239
                             Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
                             Tile(64, 128, 8, 2, split=False)),  # 219
     # In one loop: two, or 64 queries, spill.
-    ("keys", "sm_90", 128): (Tile(32, 128, 8, 2, True, split=False),  # 254 registers, 96 KiB
+    ("keys", "sm_90", 128): (Tile(32, 64, 4, 2, True, split=False),  # 253 registers, 64 KiB: two programs at a time
+                             Tile(32, 128, 8, 2, True, split=False),  # 254
                              Tile(64, 64, 8, 2, True, split=False)),  # 248
     ("keys", "sm_90", 256): (Tile(32, 32, 8, 1, True, split=False),),  # 178 registers; in two loops it spills
-    ("queries", "sm_90", 32): (Tile(64, 64, 4, 3, True),  # 113 registers: four programs at a time
+    ("queries", "sm_90", 32): (Tile(64, 64, 4, 2, longest=512),  # 121 registers: four programs at a time
+                               Tile(64, 64, 4, 3, True),  # 113: four
                                Tile(128, 64, 8, 3, True),  # 113
                                Tile(128, 128, 8, 3, True)),  # 177
-    ("queries", "sm_90", 64): (Tile(128, 64, 8, 3, True),  # 122 registers: two programs at a time
+    ("queries", "sm_90", 64): (Tile(64, 64, 4, 2, longest=512),  # 168 registers: three programs at a time
+                               Tile(128, 64, 8, 3, True),  # 122: two
                                Tile(64, 64, 4, 3, True),  # 122
                                Tile(128, 128, 8, 2, True)),  # 216
-    ("queries", "sm_90", 128): (Tile(128, 64, 8, 2, True),  # 182 registers, 128 KiB
+    ("queries", "sm_90", 128): (Tile(64, 64, 4, 2, True),  # 173 registers, 97 KiB: two programs at a time
+                                Tile(128, 64, 8, 2, True),  # 182
                                 Tile(128, 64, 8, 3, True),  # 180
-                                Tile(64, 64, 4, 2, True),  # 173, 97 KiB: two programs at a time
                                 Tile(128, 128, 8, 2, True)),  # 245
     ("queries", "sm_90", 256): (Tile(64, 32, 8, 2, True),  # 188 registers; with one stage it spills
                                 Tile(32, 32, 8, 1, True)),  # 128
@@ -83,6 +93,29 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     ("decode-tall", "sm_90", 64): (Tile(64, 64, 4, 3),),  # 144 registers
     ("decode-tall", "sm_90", 128): (Tile(64, 32, 4, 4), Tile(64, 64, 8, 3)),  # 178, 148 registers
     ("decode-tall", "sm_90", 256): (Tile(64, 32, 8, 3),),  # 191 registers, 128 KiB
+    # sm_100: its tensor cores add up in a memory of their own, and take as long for 64 rows as for 128.
+    ("forward", "sm_100", 256): (Tile(128, 64, 8, 2, True),),  # 234 registers
+    ("queries", "sm_100", 32): (Tile(128, 64, 4, 3, True), Tile(64, 64, 4, 3, True)),  # 159, 119 registers
+    ("queries", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 3, True)),  # 159, 127 registers
+    ("queries", "sm_100", 128): (Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),  # 186, 121 registers
+    ("queries", "sm_100", 256): (Tile(128, 32, 8, 1, True), Tile(64, 32, 4, 1, True)),  # 191, 186 registers
+    ("keys", "sm_100", 32): (Tile(32, 64, 4, 2, True), Tile(64, 128, 8, 2, True, split=False)),
+    ("keys", "sm_100", 64): (Tile(32, 64, 4, 2, True),  # 209 registers: two programs at a time
+                             Tile(32, 128, 8, 2, True, split=False)),  # 184
+    ("keys", "sm_100", 128): (Tile(64, 64, 4, 1, True, split=False),  # 206 registers: two programs at a time
+                              Tile(64, 128, 8, 1, True, split=False)),  # 205
+    # sm_120: descriptors save its forward and dq kernels registers, and make dk and dv spill, which takes sm_80's rows.
+    ("forward", "sm_120", 32): (Tile(64, 64, 4, 2, True),  # 100 registers: four programs at a time
+                                Tile(64, 128, 4, 2, True)),  # 152
+    ("forward", "sm_120", 64): (Tile(64, 64, 4, 2, True),  # 140 registers: three programs at a time
+                                Tile(64, 32, 4, 2, True)),  # 119
+    ("forward", "sm_120", 128): (Tile(64, 32, 4, 2, True),  # 168 registers: two programs at a time
+                                 Tile(64, 64, 4, 2, True)),  # 189
+    ("forward", "sm_120", 256): (Tile(64, 32, 4, 1, True), Tile(64, 32, 8, 1, True)),  # 242, 172 registers
+    ("queries", "sm_120", 32): (Tile(64, 64, 4, 2, True), Tile(64, 32, 4, 2, True)),  # 135, 98 registers
+    ("queries", "sm_120", 64): (Tile(64, 32, 4, 2, True),),  # 169 registers: two programs at a time
+    ("queries", "sm_120", 128): (Tile(64, 16, 4, 2, True), Tile(64, 32, 4, 1, True)),  # 167, 199 registers
+    ("queries", "sm_120", 256): (Tile(32, 32, 4, 1, True), Tile(32, 16, 4, 1, True)),  # 202, 168 registers
     # For sm_80 and sm_89 (99 KiB of shared memory), the larger count of the two. Descriptors are turned back into
     # pointers there, at the price of spills.
     ("forward", "sm_80", 32): (Tile(128, 64, 4, 2),),  # 214 registers
@@ -123,9 +156,12 @@ TABLE |= {
 }
 
 
-def tile(kernel: str, device: torch.device, head_dim: int, element_size: int) -> Tile:
-    """Return the row that runs for a kernel, by its name in the table, with elements of this many bytes on a device."""
-    return rows(kernel, architecture(device), head_dim, element_size)[0]
+def tile(kernel: str, device: torch.device, head_dim: int, element_size: int, length: int) -> Tile:
+    """Return the row that runs for a kernel, by its name in the table, with elements of this many bytes on a device.
+
+    `length` is that of the longest sequence, of queries or keys.
+    """
+    return next(running(rows(kernel, architecture(device), head_dim, element_size), length))
 
 
 @cache
@@ -135,20 +171,33 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def running(found: Iterable[Tile], length: int) -> Iterator[Tile]:
+    """Yield the rows that take sequences of this length; the first is the one that runs."""
+    return (row for row in found if row.longest is None or length <= row.longest)
+
+
 def rows(kernel: str, architecture: int, head_dim: int, element_size: int) -> tuple[Tile, ...]:
-    """Return all rows for an architecture by its number (80, 89, 90); the first is the one that runs."""
+    """Return all rows for an architecture by its number (80, 89, 90); the first that takes a length runs."""
     largest = next(size for size in HEAD_DIMS if head_dim <= size)
     if kernel == "delta":  # it reads two tiles once, and has no loop: a thread takes 32 elements of each
         return (Tile(queries=4096 // largest, keys=0, warps=4, stages=1),)
-    return TABLE[kernel, family(architecture, element_size), largest]
+    name = family(architecture, element_size)
+    return TABLE.get((kernel, name, largest)) or TABLE[kernel, LIKE[name], largest]
+
+
+# A family without rows of its own for a kernel takes those of another.
+LIKE = {"sm_100": "sm_90", "sm_120": "sm_80"}
 
 
 def family(architecture: int, element_size: int) -> str:
-    """Return "fp32"; or "sm_90" where there are TMA, wgmma (or its heir) and 227 KiB of shared memory; or "sm_80"."""
+    """Return "fp32", or the oldest architecture of those that take the same rows.
+
+    sm_90 has TMA, wgmma and 227 KiB of shared memory, sm_100 also memory that its tensor cores add up in. sm_120, the
+    consumer chip, has TMA, and beyond that the tensor cores and the shared memory of sm_89.
+    """
     if element_size > 2:
         return "fp32"
-    # sm_120, the consumer chip, is younger and yet has none of the three.
-    return "sm_90" if 90 <= architecture < 120 else "sm_80"
+    return next((f"sm_{least}" for least in (120, 100, 90) if architecture >= least), "sm_80")
 
 
 @cache

@@ -95,7 +95,8 @@ def dk_dv_kernel(
     b_dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     o_key = key + tl.arange(0, BLOCK_S)
     begin, full_begin, full_end, end = tile.queries_seeing(key, queries, keys, window, BLOCK_T, BLOCK_S, CAUSAL, WINDOW)
-    ONE_LOOP: tl.constexpr = (CAUSAL or WINDOW) and not SPLIT
+    # With a window, a loop without a mask beside those on both borders would spill.
+    ONE_LOOP: tl.constexpr = WINDOW or (CAUSAL and not SPLIT)
     if ONE_LOOP:  # part 0, with a mask, reaches to the end
         full_begin = end
     # One program takes all query heads that share these keys, one after the other: the sum over the heads stays in its
@@ -109,7 +110,7 @@ def dk_dv_kernel(
         q = tile.matrix(head_q_ptr, queries, stride_q_token, BLOCK_T, BLOCK_D, HEAD_DIM, DESCRIPTOR)
         d_out = tile.matrix(head_d_out_ptr, queries, heads * HEAD_DIM, BLOCK_T, BLOCK_D, HEAD_DIM, DESCRIPTOR)
         # As in the forward kernel, part 1 needs no mask. Where CAUSAL, masked rows come first, and none behind part 1.
-        for part in tl.static_range(0 if CAUSAL or WINDOW else 1, 1 if ONE_LOOP else 3 if WINDOW else 2):
+        for part in tl.static_range(0 if CAUSAL or WINDOW else 1, 1 if ONE_LOOP else 2):
             first, last = tile.walk(part, begin, full_begin, full_end, end)
             for row in tl.range(first, last, BLOCK_T):
                 o_row = row + tl.arange(0, BLOCK_T)
@@ -190,7 +191,8 @@ def backward(
     delta = torch.empty_like(lse)
     heads, head_dim = q.shape[-2:]
     key_heads, count = k.shape[-2], call.sequences(q)
-    about, switches = (q.device, head_dim, q.element_size()), call.switches()
+    longest, switches = max(call.longest_q, call.longest_k), call.switches()
+    about = (q.device, head_dim, q.element_size(), longest)
     bounds, strides = (call.cu_seqlens_q, call.cu_seqlens_k), call.strides(q, k, v)
     lengths = (lse.shape[-1], call.longest_q, call.longest_k)
     numbers = (*lengths, call.window or 0, *call.scales(), call.scale)

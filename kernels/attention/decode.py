@@ -198,7 +198,7 @@ def decode(
     key_heads = k_cache.shape[2]
     rows = queries * (heads // key_heads)
     # 16 rows are the fewest that the tensor cores multiply.
-    size = tiles.tile("decode" if rows <= 16 else "decode-tall", q.device, head_dim, q.element_size())
+    size = tiles.tile("decode" if rows <= 16 else "decode-tall", q.device, head_dim, q.element_size(), keys)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     programs = batch * key_heads * triton.cdiv(rows, size.queries)
     if not programs:

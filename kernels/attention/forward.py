@@ -85,7 +85,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """Return out like q, contiguous, and the log-sum-exp, fp32 [B, H, T] or [H, tokens]."""
     out, lse = empty_results(q)
     heads, head_dim = q.shape[-2:]
-    size = tiles.tile("forward", q.device, head_dim, q.element_size())
+    size = tiles.tile("forward", q.device, head_dim, q.element_size(), max(call.longest_q, call.longest_k))
     launch = tile.launch(forward_kernel, size, head_dim, call.switches(), tile.suits_the_copy_engine(q, k, v))
     programs = -(-call.longest_q // size.queries) * call.sequences(q) * heads
     if programs:

@@ -1,7 +1,9 @@
 """The sweep over tile rows: which candidates there are, what becomes of one that dies or hangs, and what is pasted."""
 
+import itertools
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,23 +55,26 @@ def test_only_what_is_right_is_timed() -> None:
 
 
 def test_candidates_are_the_table_and_a_grid_about_it() -> None:
-    for key, now in tiles.TABLE.items():
-        found = tuning.candidates(key)
-        assert tuple(found[: len(now)]) == now and len(set(found)) == len(found) < 120
-        _, family, _ = key
+    for (key, known), short in itertools.product(tiles.TABLE.items(), (False, True)):
+        found = tuning.candidates(key, known, short)
+        now = [replace(tile, longest=None) for tile in known]
+        assert found[: len(now)] == now and len(set(found)) == len(found) < 120
         for tile in found[len(now) :]:
-            assert tile.descriptors == (family == "sm_90")
-    assert {tile.keys for tile in tuning.candidates(("keys", "sm_80", 64))} == {64, 128}
+            assert tile.descriptors == (key[1] != "sm_80" and not short) and tile.longest is None
+    key = ("keys", "sm_80", 64)
+    assert {tile.keys for tile in tuning.candidates(key, tiles.TABLE[key], False)} == {64, 128}
 
 
 def test_the_fastest_row_is_ready_to_paste() -> None:
     fast, now, wrong = Tile(128, 64, 4, 3, True, False), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)
     lines: list[dict[str, Any]] = [{"tile": vars(fast), "seconds": 0.001}, {"tile": vars(now), "seconds": 0.0015}]
     lines.append({"tile": vars(wrong), "reason": "wrong"})
-    pasted = tuning.row(KEY, lines, now)
-    assert eval("{" + pasted.partition("#")[0] + "}", {"Tile": Tile}) == {KEY: (fast,)}
-    assert "1.000 ms; before 1.500" in pasted
-    assert "no row ran" in tuning.row(KEY, [{"tile": vars(now), "reason": "spilled"}], now)
+    for length, longest in ((4096, None), (512, 512)):
+        pasted = tuning.row(KEY, lines, replace(now, longest=longest), length)
+        found = eval("{" + pasted.partition("#")[0] + "}", {"Tile": Tile})
+        assert found == {KEY: (replace(fast, longest=longest),)}
+        assert f"at T {length:,}, causal: 1.000 ms; before 1.500" in pasted
+    assert "no row ran" in tuning.row(KEY, [{"tile": vars(now), "reason": "spilled"}], now, 512)
 
 
 def test_a_candidate_runs_with_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
