@@ -9,6 +9,7 @@ from cli.bench_kernels import chosen
 from cli.console import print_table
 from cli.options import BenchOptions, Device, Few, GenerationPrecision, RunArgument, integers
 from engine.config import Weight
+from engine.errors import InputError
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 
@@ -156,29 +157,80 @@ def bench_serving(
     print(f"written to {write_result(f'serving-{recipe.name}', machine, {'run': path.name, **result}, on.out)}")
 
 
-def bench_compile(dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "bf16") -> None:
-    """Compile every kernel at every size for sm_80, 89, 90 and 100, GPU or not: registers, spills, shared memory.
+def bench_compile(
+    dtype: Annotated[str, Option(help="bf16, fp16 or fp32.")] = "bf16",
+    options: Annotated[bool, Option("--options", help="Attention with every option: 1,000 kernels.")] = False,
+    model: Annotated[int | None, Option(help="Bounds on paper for sm_80, 89, 90, 100 or 120.")] = None,
+) -> None:
+    """Compile every kernel at every size for sm_80, 89, 90, 100 and 120, GPU or not: registers, spills, shared memory.
 
-    Example: gpt bench-compile --dtype fp16
+    Example: gpt bench-compile --model 90
     """
-    import json
+    from bench.compile_report import ARCHITECTURES, FAMILIES, OPTIONS, report
 
-    from bench.compile_report import FAMILIES, report
-    from engine.disk import write_atomically
-    from engine.run import versions
-
-    lines = {family: list(report(family, dtype=dtype)) for family in FAMILIES}
+    if model is not None:
+        if model not in ARCHITECTURES:
+            raise InputError(f"--model is {model}; it takes {', '.join(map(str, ARCHITECTURES))}")
+        _model(model)
+        return
+    families = OPTIONS if options else FAMILIES
+    lines = {family: list(report(family, dtype=dtype)) for family in families}
     rows = []
     for family, line in ((family, line) for family, found in lines.items() for line in found):
         name = line["kernel"] if family == "attention" else f"{family} {line['kernel']}"
         figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
         rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures)])
     print_table(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
-    path = BenchOptions.out / f"compile-{dtype}.json"
-    # Each kernel gets a line of the file.
-    parts = [f'"{family}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]" for family, found in lines.items()]
-    write_atomically(path, "{\n" + ",\n".join([f'"versions": {json.dumps(versions())}', *parts]) + "\n}\n")
+    _write(f"compile-options-{dtype}" if options else f"compile-{dtype}", lines)
+
+
+def _write(name: str, lines: dict[str, Any]) -> None:
+    """Write what was compiled: each kernel gets a line of the file."""
+    import json
+
+    from engine.disk import write_atomically
+    from engine.run import versions
+
+    parts = [
+        f'"{family}": '
+        + ("[\n" + ",\n".join(map(json.dumps, found)) + "\n]" if isinstance(found, list) else json.dumps(found))
+        for family, found in ({"versions": versions()} | lines).items()
+    ]
+    path = BenchOptions.out / f"{name}.json"
+    write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
     print(f"written to {path}")
+
+
+def _model(architecture: int) -> None:
+    from bench.floor import PREDICTIONS, floor
+
+    found = floor(architecture, BenchOptions.out)
+    rows = []
+    for line in found["rows"]:
+        if "bound" in line:
+            figures = (line["registers"], line["spilled_bytes"], line["programs"], line["limit"])
+            speeds = (f"{line[name] / 1e12:,.0f}" for name in PREDICTIONS)
+            rows.append([line["kernel"], line["peer"], *_how(line), *map(str, figures), *speeds])
+    heads = (
+        "kernel",
+        "whose",
+        "D",
+        "tile, warps, stages",
+        "",
+        "registers",
+        "spilled",
+        "programs",
+        "limit",
+        *PREDICTIONS,
+    )
+    print_table(heads, rows, box=None, title=f"{found['chip']['name']}, causal, bf16, TFLOP/s at most")
+    for line in found["rows"]:
+        if "bound" not in line:
+            print(f"{line['peer']}: no bound at head dim {line['head_dim']}: {line['reason']}")
+    for kernel, trust in found["trust"].items():
+        by = ", ".join(f"{trust[name]:.2f} by {name}" for name in PREDICTIONS)
+        print(f"{kernel}: {trust['rows']} rows were timed; rank correlation {by}")
+    _write(f"floor-sm{architecture}", found)
 
 
 def _how(line: dict[str, Any]) -> tuple[str, str, str]:

@@ -1,0 +1,63 @@
+"""Triton kernels of others as the compiler wants them, for `gpt bench-compile --model`: nothing here launches.
+
+The tile sizes of a peer are its own choice for the architecture. The tutorial of Triton tries several.
+"""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from bench.compile_report import TYPE_OF, Launch
+from kernels.tiles import Tile
+
+
+def plain(architecture: int, head_dim: int) -> Iterator[Launch]:
+    """Yield causal, dense attention in bf16: the plainest, with the tiles of Triton's tutorial."""
+    from bench import plain_triton as plain
+
+    # The tutorial has eight warps on Hopper for the largest of its tiles alone, and one size for the backward pass.
+    forward = [
+        Tile(queries, keys, warps, 3, True)
+        for queries, keys, warps in itertools.product((64, 128), (32, 64, 128), (4, 8))
+        if architecture != 90 or warps == 4 or queries * keys == 128 * 128
+    ]
+    for name, function, tiles in (
+        ("forward", plain.forward_kernel, forward),
+        ("keys", plain.dk_dv_kernel, [Tile(32, 128, 4, 5)]),
+        ("queries", plain.dq_kernel, [Tile(128, 32, 4, 5)]),
+    ):
+        for tile in tiles:
+            constants = {"HEAD_DIM": head_dim, "BLOCK_T": tile.queries, "BLOCK_S": tile.keys}
+            yield _launch("plain", name, function, constants, head_dim, tile)
+
+
+def flash_linear_attention(architecture: int, head_dim: int) -> Iterator[Launch]:
+    """Yield the same attention of another package. Raises ImportError where it is not installed."""
+    fla: Any = importlib.import_module("fla.ops.attn.parallel")
+    # What it chooses where a multiprocessor has as much shared memory as a Hopper, an Ampere, or less.
+    large, middle = architecture in (90, 100), architecture == 80
+    warps, other = (8, 64) if large else (4, 32) if middle else (2, 32)
+    own = 128 if large or (middle and head_dim <= 64) else 64
+    values = head_dim if large else min(head_dim, 128 if middle else 64)
+    switches: dict[str, Any] = {
+        "W": None, "B": 4, "H": 16, "HQ": 16, "G": 1, "K": head_dim, "V": head_dim, "BK": head_dim, "BS": other,
+        "g_cumsum": None, "dg_cumsum": None, "sink_bias": None, "cu_seqlens": None, "chunk_indices": None,
+        "USE_G": False, "USE_SINK_BIAS": False, "USE_WINDOW": False, "IS_VARLEN": False,
+    }  # fmt: skip
+    for name, function, tile, columns in (
+        ("forward", fla.parallel_attn_fwd_kernel, Tile(128, other, warps, 3), values),
+        ("keys", fla.parallel_attn_bwd_kernel_dkv, Tile(other, own, warps, 3), head_dim),
+        ("queries", fla.parallel_attn_bwd_kernel_dq, Tile(own, other, warps, 3), head_dim),
+    ):
+        kernel = function.fn
+        held = tile.keys if name == "keys" else tile.queries
+        constants = {each: value for each, value in switches.items() if each in kernel.arg_names}
+        yield _launch("fla", name, kernel, {**constants, "BT": held, "BV": columns}, head_dim, tile)
+
+
+def _launch(peer: str, name: str, function: Any, constants: dict[str, Any], head_dim: int, tile: Tile) -> Launch:
+    types = TYPE_OF | dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16")
+    types |= {"lse": "*fp32", "delta": "*fp32"}
+    about = {"peer": peer, "head_dim": head_dim, "tile": vars(tile)}
+    return Launch(name, function, "bf16", constants, about, tile.warps, tile.stages, types)
