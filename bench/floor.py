@@ -32,20 +32,21 @@ class Chip:
     clock: float
     tensor: int
     fp32: int
+    memory: float  # bytes a second
 
     @property
     def peak(self) -> float:
         return self.multiprocessors * self.clock * self.tensor
 
 
-# White papers: A100 312 TFLOP/s; GeForce RTX 4090 165; H100 SXM, whose multiprocessors the H200 has, 989; B200 2,250;
-# GeForce RTX 5090 210.
+# White papers and data sheets: A100 (40 GB) 312 TFLOP/s; GeForce RTX 4090 165; H100 SXM, whose multiprocessors the H200
+# has, 989; B200 2,250; GeForce RTX 5090 210.
 CHIPS = {
-    80: Chip("A100", 108, 1.410e9, 2048, 64),
-    89: Chip("RTX 4090", 128, 2.520e9, 512, 128),
-    90: Chip("H200", 132, 1.830e9, 4096, 128),
-    100: Chip("B200", 148, 1.850e9, 8192, 128),
-    120: Chip("RTX 5090", 170, 2.407e9, 512, 128),
+    80: Chip("A100", 108, 1.410e9, 2048, 64, 1.555e12),
+    89: Chip("RTX 4090", 128, 2.520e9, 512, 128, 1.008e12),
+    90: Chip("H200", 132, 1.830e9, 4096, 128, 4.8e12),
+    100: Chip("B200", 148, 1.850e9, 8192, 128, 8e12),
+    120: Chip("RTX 5090", 170, 2.407e9, 512, 128, 1.792e12),
 }
 # The same guide, results in a clock, alike on all of these: exp2 and its like 16; integers, comparisons, minima and
 # conversions 64, integer products too, which share a unit with fp32; shuffles 32. Shared memory moves 128 bytes, and
@@ -62,6 +63,7 @@ ELSEWHERE = frozenset(
         "BRA",
         "BAR",
         "NOP",
+        "EXIT",
         "ELECT",
         "SYNCS",
         "WARPGROUP",
@@ -81,10 +83,11 @@ JUMP = re.compile(r"BRA(?:\.U)?.*`\((\.L_x_\d+)\)")
 WIDTH = re.compile(r"\.(64|128)\b")
 
 
-def loops(sass: str) -> list[list[tuple[str, str]]]:
+def loops(sass: str, holding: str = "MMA") -> list[list[tuple[str, str]]]:
     """Return the innermost loops with matrix products, shortest first, each as its instructions: name and operands.
 
     The shortest is the one without a mask. Few of the instructions that only one thread runs are counted for all.
+    Other loops are found by another part of an instruction's name; where there are none, the whole kernel is returned.
     """
     starts: dict[str, int] = {}
     body: list[tuple[str, str]] = []
@@ -102,7 +105,8 @@ def loops(sass: str) -> list[list[tuple[str, str]]]:
         for start, end in found
         if not any(start <= other and last <= end and (start, end) != (other, last) for other, last in found)
     ]
-    return sorted((loop for loop in inner if any("MMA" in name for name, _ in loop)), key=len)
+    found_inner = sorted((loop for loop in inner if any(holding in name for name, _ in loop)), key=len)
+    return found_inner if found_inner or holding == "MMA" else [body]
 
 
 def clocks(loop: Iterable[tuple[str, str]], chip: Chip, warps: int) -> dict[str, float]:
@@ -123,8 +127,7 @@ def clocks(loop: Iterable[tuple[str, str]], chip: Chip, warps: int) -> dict[str,
             matrices = int(name.rsplit(".", 1)[1]) if name[-1] in "24" else 1
             busy["shared memory"] += 128 * matrices / SHARED_BYTES
         elif kind in ("LDS", "STS", "LDGSTS", "LDL", "STL"):
-            width = WIDTH.search(name)
-            busy["shared memory"] += WARP * (int(width[1]) // 8 if width else 4) / SHARED_BYTES
+            busy["shared memory"] += WARP * _width(name) / SHARED_BYTES
         elif kind == "SHFL":
             busy["shared memory"] += 1
         elif kind not in ELSEWHERE and kind[0] != "U":
@@ -164,6 +167,23 @@ def bound(sass: str, chip: Chip, kernel: str, head_dim: int, tile: Tile, program
     }  # fmt: skip
 
 
+def stream(sass: str, chip: Chip, warps: int, elements: int) -> dict[str, Any]:
+    """Return how many bytes a kernel without products moves for each of `elements`, and how long it works on them.
+
+    `busy` is the time of the unit that works most, over that of the bytes, if they all came from memory.
+    """
+    body = [instruction for loop in loops(sass, "LDG") for instruction in loop]
+    moved = sum(WARP * warps * _width(name) for name, _ in body if name.split(".")[0] in ("LDG", "LDGSTS", "STG"))
+    limit, longest = max(clocks(body, chip, warps).items(), key=lambda each: each[1])
+    memory = moved / (chip.memory / chip.multiprocessors / chip.clock)
+    return {"bytes": moved / elements, "limit": limit, "busy": longest / memory}
+
+
+def _width(name: str) -> int:
+    width = WIDTH.search(name)
+    return int(width[1]) // 8 if width else 2 if ".U16" in name else 4
+
+
 def programs_at_once(architecture: int, warps: int, registers: int, shared: int, tensor_columns: int = 0) -> int:
     """Return how many programs a multiprocessor holds at a time; each also takes 1 KiB of shared memory."""
     room = SHARED_LIMIT[architecture] + 1024
@@ -183,13 +203,14 @@ def floor(architecture: int, results: Path) -> dict[str, Any]:
     tuned = [each for path in timed for each in json.loads(path.read_text())["tuned"]]
     found = list(in_processes(partial(lines, architecture, tuple(PRODUCTS)), HEAD_DIMS))
     clocked = list(in_processes(partial(_timed, architecture), tuned))
+    streams = list(in_processes(partial(_streams, architecture), ["layernorm", "cross_entropy"]))
     trust: dict[str, Any] = {}
     for kernel in PRODUCTS:
         rows = [each for each in clocked if each["kernel"] == kernel and "bound" in each]
         if rows:
             by = {name: rank_correlation([(each["seconds"], -each[name]) for each in rows]) for name in PREDICTIONS}
             trust[kernel] = {"rows": len(rows), **by}
-    return {"chip": vars(CHIPS[architecture]), "rows": found, "trust": trust, "timed": clocked}
+    return {"chip": vars(CHIPS[architecture]), "rows": found, "streams": streams, "trust": trust, "timed": clocked}
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
@@ -216,6 +237,31 @@ def lines(architecture: int, kernels: Sequence[str], head_dim: int) -> list[dict
     except ImportError as error:
         missing = [{"peer": "fla", "head_dim": head_dim, "reason": f"not installed ({error})"}]
     return [{"peer": "ours", **_line(each, architecture)} for each in found if each.kernel in kernels] + missing
+
+
+def _streams(architecture: int, family: str) -> list[dict[str, Any]]:
+    """Return what LayerNorm or cross-entropy moves, ours beside Liger's, in bf16 (ours reads and writes bf16 here)."""
+    from bench import compile_report, peers
+
+    ours = compile_report.layernorm(architecture, (1024, 4096), "bf16")
+    if family == "cross_entropy":
+        ours = compile_report.cross_entropy(architecture, (28000, 128256), "bf16")
+    chosen = [each for each in ours if each.about.get("bias", each.kernel == "loss") and not each.about.get("softcap")]
+    found: list[tuple[str, Launch]] = [("ours", each) for each in chosen if each.kernel != "sum"]
+    try:
+        found += [("liger", each) for each in peers.liger(architecture, family)]
+    except ImportError as error:
+        return [{"peer": "liger", "reason": f"not installed ({error})"}]
+    result = []
+    for peer, launch in found:
+        if family == "cross_entropy":  # Liger's logits are bf16, ours fp32: compared is the rest
+            launch = launch._replace(types={**launch.types, "logits_ptr": "*bf16"})
+        compiled, constants = compile_kernel(launch, architecture), launch.constants
+        size = next(constants[name] for name in ("BLOCK_V", "BLOCK_SIZE", "BLOCK_N") if name in constants)
+        sass = disassembled(compiled, "nvdisasm", "-c")
+        figures = stream(sass, CHIPS[architecture], launch.warps, size * constants.get("ROWS", 1))
+        result.append({"peer": peer, "kernel": launch.kernel, **launch.about, **resources(compiled), **figures})
+    return result
 
 
 def _timed(architecture: int, tuned: dict[str, Any]) -> list[dict[str, Any]]:

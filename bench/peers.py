@@ -61,3 +61,39 @@ def _launch(peer: str, name: str, function: Any, constants: dict[str, Any], head
     types |= {"lse": "*fp32", "delta": "*fp32"}
     about = {"peer": peer, "head_dim": head_dim, "tile": vars(tile)}
     return Launch(name, function, "bf16", constants, about, tile.warps, tile.stages, types)
+
+
+def liger(architecture: int, family: str) -> Iterator[Launch]:
+    """Yield LayerNorm or cross-entropy with its gradient. Raises ImportError where Liger is not installed."""
+    if family == "layernorm":
+        norms: Any = importlib.import_module("liger_kernel.ops.layer_norm")
+        types = dict.fromkeys(("X_ptr", "Y_ptr", "DX_ptr", "DY_ptr"), "*bf16") | {"eps": "fp32"}
+        types |= dict.fromkeys(("W_ptr", "B_ptr", "Mean_ptr", "RSTD_ptr", "DW_ptr", "DB_ptr"), "*fp32")
+        for width in (1024, 4096):
+            constants = {"BLOCK_SIZE": width}
+            warps = 4 if width < 2048 else 8
+            yield Launch(
+                "forward", norms._layer_norm_forward_kernel, "bf16", constants, {"width": width}, warps, 3, types
+            )
+            constants |= {"rows_per_program": 125, "COMPUTE_DW": True, "COMPUTE_DB": True}
+            yield Launch(
+                "backward", norms._layer_norm_backward_kernel, "bf16", constants, {"width": width}, warps, 3, types
+            )
+        return
+    losses: Any = importlib.import_module("liger_kernel.ops.cross_entropy")
+    kernel = losses.liger_cross_entropy_kernel
+    switches: dict[str, Any] = dict.fromkeys(
+        (name for name in kernel.arg_names if name.startswith(("HAS", "RETURN"))), False
+    )
+    switches |= {
+        "HAS_GRADIENTS": True,
+        "lse_square_scale": 0.0,
+        "label_smoothing": 0.0,
+        "reduction": "mean",
+        "softcap": None,
+    }
+    switches |= dict.fromkeys(("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr"), None)
+    for vocab in (28000, 128256):
+        warps = 8 if architecture >= 100 else 32
+        types = {"Y_ptr": "*i64"} | dict.fromkeys(("n_non_ignore", "sum_non_ignore_weight", "weight_sum"), "fp32")
+        yield Launch("loss", kernel, "bf16", {**switches, "BLOCK_SIZE": 32768}, {"vocab": vocab}, warps, 3, types)

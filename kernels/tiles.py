@@ -1,11 +1,15 @@
 """Tile sizes: per kernel, family of architectures and head dim, the row that runs, then others that wait to be timed.
 
-Registers (of 255 a thread) and shared memory are what the compiler (Triton 3.7) says of bf16, causal and packed; no row
-spills on sm_80, 89 and 90. Some do on sm_100, which takes the rows of sm_90 until it has its own. Rows for head dim 64
-on sm_90 were timed on an H200 (bench/results/attention-tiles-nvidia-h200.json): the first is the fastest that does not
-spill. Elsewhere what runs is what arithmetic favours. On sm_90 the exponentials of a tile take as long as its products
-at D = 64, twice as long at 32 and half as long at 128. Smaller heads therefore want more warps on a multiprocessor (it
-has 65,536 registers), so that the products of some warps run during the exponentials of others.
+Registers (of 255 a thread) and shared memory are what the compiler (Triton 3.7) says of bf16, causal and packed. No row
+that runs spills there; what does with other options is listed in bench/compile_report.py. Rows for head dim 64 on sm_90
+without an end (`longest`) were timed on an H200 (bench/results/attention-tiles-nvidia-h200.json): the first is the
+fastest that does not spill. Elsewhere what runs is what the instructions of its inner loop allow on paper (`gpt
+bench-compile --model`), which ordered those timed rows as the clock did (rank correlation 0.8 to 0.9): what counts is
+the slowest unit of the chip, and how many programs a multiprocessor holds (it has 65,536 registers), as the products of
+one run during the exponentials of another. The forward kernel at head dim 128 keeps the row that the H200 has run.
+
+Short sequences have few tiles for each program. Their rows have no descriptors, which each program would have to make
+first, and small tiles, of which the diagonal wastes less.
 """
 
 from collections.abc import Iterable, Iterator
@@ -104,7 +108,10 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
                              Tile(32, 128, 8, 2, True, split=False)),  # 184
     ("keys", "sm_100", 128): (Tile(64, 64, 4, 1, True, split=False),  # 206 registers: two programs at a time
                               Tile(64, 128, 8, 1, True, split=False)),  # 205
-    # sm_120: descriptors save its forward and dq kernels registers, and make dk and dv spill, which takes sm_80's rows.
+    # sm_120: descriptors save registers. In two loops dk and dv spill, and in one the mask waits for the tensor cores.
+    ("keys", "sm_120", 32): (Tile(32, 64, 4, 2, True, split=False),),  # 161 registers: three programs at a time
+    ("keys", "sm_120", 64): (Tile(32, 64, 4, 2, split=False),),  # 174 registers; with descriptors it spills
+    ("keys", "sm_120", 128): (Tile(32, 64, 8, 2, split=False), Tile(32, 64, 8, 2)),  # 168, 224 registers
     ("forward", "sm_120", 32): (Tile(64, 64, 4, 2, True),  # 100 registers: four programs at a time
                                 Tile(64, 128, 4, 2, True)),  # 152
     ("forward", "sm_120", 64): (Tile(64, 64, 4, 2, True),  # 140 registers: three programs at a time

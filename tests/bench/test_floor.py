@@ -68,6 +68,15 @@ def test_the_slowest_unit_is_the_limit() -> None:
     assert floor.programs_at_once(120, 4, 32, 1024) == 12  # of 48 warps
 
 
+def test_what_a_kernel_without_products_moves() -> None:
+    sass = "/*0000*/ LDG.E.128 R4, [R2.64] ; /*0010*/ EXIT ;".replace(";", ";\n")
+    found = floor.stream(sass, floor.CHIPS[90], warps=2, elements=512)
+    # 16 bytes of 64 threads; two instructions of two warps, against what a multiprocessor's share of the memory takes.
+    assert found["bytes"] == 2 and found["limit"] == "issue"
+    chip = floor.CHIPS[90]
+    assert found["busy"] == pytest.approx(1 / (1024 * chip.multiprocessors * chip.clock / chip.memory))
+
+
 def test_rank_correlation() -> None:
     assert floor.rank_correlation([(1, 10), (2, 20), (3, 30)]) == pytest.approx(1)
     assert floor.rank_correlation([(1, 3), (2, 2), (2, 2), (3, 1)]) == pytest.approx(-1)
