@@ -33,6 +33,8 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()
 # What spills all the same, each a few bytes of what is rare: architecture, kernel, size, and what is special about it.
 SPILLS = {
     (90, "keys", 128, "POINTERS"): "heads that do not begin at multiples of 16 bytes: no larger row spills less",
+    (80, "keys", 48, "bf16"): "a head that fills no block: 16 bytes",
+    (89, "keys", 48, "bf16"): "the same",
     (100, "keys", 64, "POINTERS"): "the same",
     (100, "keys", 32, "POINTERS"): "the same, with a window",
     (100, "keys", 32, "bf16"): "8 bytes with a window",

@@ -57,26 +57,7 @@ WARP = 32
 PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
 PREDICTIONS = ("bound", "in_step")
 # What costs a scheduler's slot alone, as all of the scalar unit (U...) does.
-ELSEWHERE = frozenset(
-    (
-        "HMMA",
-        "BRA",
-        "BAR",
-        "NOP",
-        "EXIT",
-        "ELECT",
-        "SYNCS",
-        "WARPGROUP",
-        "DEPBAR",
-        "LDGDEPBAR",
-        "LDG",
-        "STG",
-        "LDC",
-        "LDTM",
-        "STTM",
-    )
-)
-
+ELSEWHERE = re.compile("U|HMMA|BRA|BAR|NOP|EXIT|ELECT|SYNCS|WARPGROUP|DEPBAR|LDGDEPBAR|LDG|STG|LDC|LDTM|STTM")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);")
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 JUMP = re.compile(r"BRA(?:\.U)?.*`\((\.L_x_\d+)\)")
@@ -130,7 +111,7 @@ def clocks(loop: Iterable[tuple[str, str]], chip: Chip, warps: int) -> dict[str,
             busy["shared memory"] += WARP * _width(name) / SHARED_BYTES
         elif kind == "SHFL":
             busy["shared memory"] += 1
-        elif kind not in ELSEWHERE and kind[0] != "U":
+        elif not ELSEWHERE.match(kind):
             busy["integers"] += WARP / INTEGERS
     return {unit: warps * each for unit, each in busy.items()}
 

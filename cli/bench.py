@@ -9,7 +9,7 @@ from cli.bench_kernels import chosen
 from cli.console import print_table
 from cli.options import BenchOptions, Device, Few, GenerationPrecision, RunArgument, integers
 from engine.config import Weight
-from engine.errors import InputError
+from engine.errors import InputError, meant
 
 BATCHES = {"nano": 16, "tiny": 8, "large": 4}
 
@@ -166,8 +166,10 @@ def bench_compile(
 
     Example: gpt bench-compile --model 90
     """
-    from bench.compile_report import ARCHITECTURES, FAMILIES, OPTIONS, report
+    from bench.compile_report import ARCHITECTURES, ELEMENT_SIZE, FAMILIES, OPTIONS, known_spill, report
 
+    if dtype not in ELEMENT_SIZE:
+        raise InputError(f"--dtype is {dtype}; it takes {', '.join(ELEMENT_SIZE)}{meant(dtype, ELEMENT_SIZE)}")
     if model is not None:
         if model not in ARCHITECTURES:
             raise InputError(f"--model is {model}; it takes {', '.join(map(str, ARCHITECTURES))}")
@@ -177,10 +179,15 @@ def bench_compile(
     lines = {family: list(report(family, dtype=dtype)) for family in families}
     rows = []
     for family, line in ((family, line) for family, found in lines.items() for line in found):
-        name = line["kernel"] if family == "attention" else f"{family} {line['kernel']}"
+        if options and not line["spilled_bytes"]:  # the file has them all
+            continue
+        name = line["kernel"] if family.startswith("attention") else f"{family} {line['kernel']}"
         figures = (line["registers"], line["spilled_bytes"], f"{line['shared_bytes'] / 1024:.0f}")
-        rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures)])
-    print_table(("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB"), rows, box=None)
+        why = (known_spill(line) or "not known") if line["spilled_bytes"] else ""
+        rows.append([name, str(line["architecture"]), *_how(line), *map(str, figures), why])
+    print_table(
+        ("kernel", "sm", "size", "tile, warps, stages", "", "registers", "spilled", "KiB", "why"), rows, box=None
+    )
     _write(f"compile-options-{dtype}" if options else f"compile-{dtype}", lines)
 
 
@@ -211,19 +218,8 @@ def _model(architecture: int) -> None:
             figures = (line["registers"], line["spilled_bytes"], line["programs"], line["limit"])
             speeds = (f"{line[name] / 1e12:,.0f}" for name in PREDICTIONS)
             rows.append([line["kernel"], line["peer"], *_how(line), *map(str, figures), *speeds])
-    heads = (
-        "kernel",
-        "whose",
-        "D",
-        "tile, warps, stages",
-        "",
-        "registers",
-        "spilled",
-        "programs",
-        "limit",
-        *PREDICTIONS,
-    )
-    print_table(heads, rows, box=None, title=f"{found['chip']['name']}, causal, bf16, TFLOP/s at most")
+    heads = ("kernel", "whose", "D", "tile, warps, stages", "", "registers", "spilled", "programs", "limit")
+    print_table((*heads, *PREDICTIONS), rows, box=None, title=f"{found['chip']['name']}, causal, bf16, TFLOP/s at most")
     for line in found["rows"]:
         if "bound" not in line:
             print(f"{line['peer']}: no bound at head dim {line['head_dim']}: {line['reason']}")

@@ -218,6 +218,8 @@ def test_there_is_nothing_to_tune_without_a_gpu(gpt: Gpt) -> None:
 
 
 MISTAKES = {
+    "no such dtype": (["bench-compile", "--dtype", "bf61"], "did you mean bf16?"),
+    "no such chip": (["bench-compile", "--model", "75"], "80, 89, 90, 100, 120"),
     "no such preset": (["train", "huge"], "nano, tiny, large"),
     "no preset": (["train"], "gpt train nano"),
     "no such setting": (["train", "nano", "--set", "model.depth=3"], "blocks"),
