@@ -6,9 +6,9 @@ not: nothing runs. stub.c takes the place of libcuda and notes each launch (driv
 a GPU, and torch.cuda answers for it (cuda.py). What kernels should have written is 0.
 
 Checked at every launch: each parameter's bytes are what Python handed over; what was promised to the compiler
-(multiples of 16) holds; all tensors are on the device that is current in this thread; grid and shared memory are within
-the device's; an allocator was there where scratch memory is needed; nothing is compiled, and nothing waits for the
-device, while a CUDA graph is captured.
+(multiples of 16) holds; device and stream are the thread's current ones, and all tensors are there; grid and shared
+memory are within the device's; an allocator was there where scratch memory is needed; nothing is compiled, and nothing
+waits for the device, while a CUDA graph is captured.
 
 Not seen: whatever happens on the chip (wrong addresses, races, faults of the copy engine), time, a tensor that was
 forgotten on the CPU, torch.compile.
@@ -17,7 +17,9 @@ forgotten on the CPU, torch.compile.
     ...                                # anything, with device="cuda"
     gpu.problems                       # must be empty
 
-`python -m tests.gpu_path [--arch 90] COMMAND...` runs a command of `gpt` on such a device.
+`python -m tests.gpu_path [--arch 90] COMMAND...` runs a command of `gpt` on such a device. The tests run scenarios.py:
+calls of every kernel function (options.py), whole passes (passes.py), and launches that are wrong on purpose, each of
+which must be found (faults.py).
 """
 
 from tests.gpu_path.driver import Machine, why_not

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu_path.driver import Machine
 
@@ -18,8 +19,9 @@ MAKE = (
     "triu_indices"
 )
 MAKE_NEW = "new_empty new_zeros new_ones new_full new_tensor new_empty_strided"
-# What a capture forbids, since it would wait for the device.
-WAIT = "item tolist cpu numpy __bool__ __int__ __float__ __index__ nonzero"
+# What a capture forbids, since it would wait for the device: methods that do no operation on a CPU, and operators.
+WAIT = "tolist cpu numpy"
+WAITING = "_local_scalar_dense nonzero masked_select equal is_nonzero unique_consecutive unique_dim _unique2"
 GIB = 2**30
 # What is registered lives as long as this object.
 LIBRARY = torch.library.Library("aten", "IMPL")
@@ -57,6 +59,8 @@ def _replace_factories(machine: Machine) -> None:
         @functools.wraps(function)
         def make(*arguments: Any, **options: Any) -> Any:
             if "device" in options:
+                if machine.capturing and function.__name__ in ("tensor", "as_tensor", "asarray"):
+                    machine.waits(f"torch.{function.__name__}")
                 options["device"] = on_cpu(options["device"])
             options.pop("pin_memory", None)
             made = function(*arguments, **options)
@@ -77,6 +81,8 @@ def _replace_factories(machine: Machine) -> None:
             arguments = (on_cpu(arguments[0]), *arguments[1:])
         if "device" in options:
             options["device"] = on_cpu(options["device"])
+        if machine.capturing and "cpu" in map(str, (*arguments, *options.values())):
+            machine.waits("Tensor.to")
         return move(self, *arguments, **options)
 
     tensor.to = to
@@ -110,8 +116,7 @@ def _replace_device_of_tensors(machine: Machine) -> None:
     def waiting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wait(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-            if machine.capturing:
-                machine.problems[f"Tensor.{name}: waits for the device while a CUDA graph is captured"] += 1
+            machine.waits(f"Tensor.{name}")
             return function(self, *arguments, **options)
 
         return wait
@@ -137,6 +142,24 @@ def _replace_backward(machine: Machine) -> None:
                 return thread.submit(run).result()
 
         setattr(torch.autograd, name, functools.wraps(original)(aside))
+
+
+class Waits(TorchDispatchMode):
+    """Note operators for whose result the host would have to wait: their shape, or their value, is on the device."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = func.overloadpacket.__name__, kwargs or {}
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        of_unknown_size = name == "repeat_interleave" and options.get("output_size") is None
+        if name in WAITING.split() or by_mask or of_unknown_size:
+            self.machine.waits(name)
+        return func(*args, **options)
 
 
 def _add_products() -> None:
@@ -176,7 +199,9 @@ def _answers(machine: Machine) -> dict[str, Any]:
 
         def wait_stream(self, other: "Stream") -> None: ...
         def wait_event(self, event: "Event") -> None: ...
-        def synchronize(self) -> None: ...
+        def synchronize(self) -> None:
+            machine.waits("Stream.synchronize")
+
         def query(self) -> bool:
             return True
 
@@ -187,7 +212,9 @@ def _answers(machine: Machine) -> dict[str, Any]:
         def __init__(self, *unused: Any, **options: Any) -> None: ...
         def record(self, stream: Stream | None = None) -> None: ...
         def wait(self, stream: Stream | None = None) -> None: ...
-        def synchronize(self) -> None: ...
+        def synchronize(self) -> None:
+            machine.waits("Event.synchronize")
+
         def query(self) -> bool:
             return True
 
@@ -205,7 +232,7 @@ def _answers(machine: Machine) -> dict[str, Any]:
 
     @contextlib.contextmanager
     def graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, **options: Any) -> Iterator[None]:
-        with use(stream or Stream()):
+        with use(stream or Stream()), Waits(machine):
             machine.capturing += 1
             try:
                 yield
@@ -262,7 +289,6 @@ def _answers(machine: Machine) -> dict[str, Any]:
     )  # fmt: skip
     memory = dict.fromkeys(("max_memory_allocated", "memory_allocated", "max_memory_reserved", "memory_reserved"))
     nothing = (
-        "synchronize",
         "empty_cache",
         "reset_peak_memory_stats",
         "manual_seed",
@@ -273,6 +299,7 @@ def _answers(machine: Machine) -> dict[str, Any]:
     return {
         **dict.fromkeys(nothing, lambda *unused, **options: None),
         **dict.fromkeys(memory, lambda *unused: GIB),
+        "synchronize": lambda *unused: machine.waits("torch.cuda.synchronize"),
         "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "stream": use,
         "current_stream": current_stream, "default_stream": lambda device=None: usual[index(device)],
         "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: machine.devices,

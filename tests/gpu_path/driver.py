@@ -79,6 +79,11 @@ class Machine:
     def name(self) -> str:
         return f"no GPU (sm_{self.architecture}, times are not real)"
 
+    def waits(self, what: str) -> None:
+        """Note that the host waits for the device."""
+        if self.capturing:
+            self.problems[f"{what} waits for the device while a CUDA graph is captured"] += 1
+
     def resources(self, compiled: str) -> dict[str, int]:
         """Return registers and spilled bytes per thread, and bytes of shared memory, of a compiled kernel."""
         from triton import knobs
@@ -178,6 +183,8 @@ def install(architecture: int) -> Machine:
             if note.shared > machine.shared_limit or note.block[0] != 32 * kernel.metadata.num_warps:
                 problems.append(f"{note.shared} bytes of shared memory, {note.block[0]} threads")
             problems += self.wrong_parameters(kernel, note.values, arguments)
+            if note.stream != (current := torch.cuda.current_stream(device).cuda_stream):
+                problems.append(f"launched on stream {note.stream:#x}, not on the current one, {current:#x}")
             where = {each.device.index for each in arguments if isinstance(each, torch.Tensor)}
             if where - {device}:
                 problems.append(f"launched on device {device} with tensors on {sorted(where)}")
@@ -204,9 +211,11 @@ def install(architecture: int) -> Machine:
                 elif kind == "fp32":
                     given = int.from_bytes(ctypes.c_float(value), "little")
                 else:
-                    given = int(value or 0) & (2 ** (8 * WIDTH.get(kind, 8)) - 1)
+                    given = int(value or 0)
+                    if kind in WIDTH:  # it has a sign
+                        raw -= (raw >> (8 * WIDTH[kind] - 1)) << 8 * WIDTH[kind]
                 if raw != given:
-                    wrong.append(f"{name} ({kind}): {value!r} became {raw:#x}")
+                    wrong.append(f"{name} ({kind}): {given:#x} became {raw:#x}")
                 divisor = promised.get(place, {}).get("tt.divisibility", 1)
                 if raw % divisor:
                     wrong.append(f"{name}: compiled as a multiple of {divisor}, got {raw}")
