@@ -232,12 +232,13 @@ def _answers(machine: Machine) -> dict[str, Any]:
 
     @contextlib.contextmanager
     def graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, **options: Any) -> Iterator[None]:
-        with use(stream or Stream()), Waits(machine):
-            machine.capturing += 1
+        stream = stream or Stream()
+        with use(stream), Waits(machine):
+            machine.capturing.append(stream.cuda_stream)
             try:
                 yield
             finally:
-                machine.capturing -= 1
+                machine.capturing.pop()
 
     def index(device: Any = None) -> int:
         if device is None or isinstance(device, int):
@@ -307,6 +308,6 @@ def _answers(machine: Machine) -> dict[str, Any]:
         "get_device_name": lambda *unused: machine.name, "get_device_properties": lambda *unused: properties,
         "get_device_capability": lambda *unused: (major, minor), "mem_get_info": lambda *unused: (130 * GIB, 140 * GIB),
         "is_bf16_supported": lambda *unused, **options: True, "can_device_access_peer": lambda *unused: True,
-        "is_current_stream_capturing": lambda: machine.capturing > 0,
+        "is_current_stream_capturing": lambda: bool(machine.capturing),
         "get_rng_state": lambda *unused: torch.get_rng_state(), "set_rng_state": lambda *unused: None,
     }  # fmt: skip

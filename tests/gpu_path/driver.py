@@ -63,8 +63,8 @@ class Machine:
     # By hash; and, for each kernel, the hashes that this process compiled or loaded, in order.
     kernels: dict[str, Any] = field(default_factory=dict)
     compiled: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    # How many CUDA graphs are being captured, and were replayed.
-    capturing: int = 0
+    # The streams on which CUDA graphs are being captured, and how many graphs were replayed.
+    capturing: list[int] = field(default_factory=list)
     replays: int = 0
 
     @property
@@ -185,6 +185,8 @@ def install(architecture: int) -> Machine:
             problems += self.wrong_parameters(kernel, note.values, arguments)
             if note.stream != (current := torch.cuda.current_stream(device).cuda_stream):
                 problems.append(f"launched on stream {note.stream:#x}, not on the current one, {current:#x}")
+            if machine.capturing and note.stream not in machine.capturing:
+                problems.append("launched beside the CUDA graph that is captured")
             where = {each.device.index for each in arguments if isinstance(each, torch.Tensor)}
             if where - {device}:
                 problems.append(f"launched on device {device} with tensors on {sorted(where)}")

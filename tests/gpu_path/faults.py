@@ -72,6 +72,12 @@ def capture(what: Callable[[], object]) -> None:
         what()
 
 
+def beside_the_capture() -> None:
+    add_kernel[(1,)](numbers(), 1, 0.5, BLOCK=16)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), torch.cuda.stream(torch.cuda.Stream()):
+        add_kernel[(1,)](numbers(), 1, 0.5, BLOCK=16)
+
+
 def waiting(wait: Callable[[torch.Tensor], object]) -> None:
     capture(lambda: wait(numbers()))
 
@@ -114,6 +120,7 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "fault: too many programs": (lambda: add_kernel[(1, 65536)](numbers(), 1, 0.5, BLOCK=16), "grid"),
     "fault: another stream": (another_stream, "launched on stream 0x0"),
+    "fault: beside a capture": (beside_the_capture, "launched beside the CUDA graph"),
     "fault: compiled in a capture": (
         lambda: capture(lambda: add_kernel[(1,)](numbers(), 1, 0.5, BLOCK=32)),
         "compiled while a CUDA graph is captured",
