@@ -237,7 +237,7 @@ def install(architecture: int) -> Machine:
     def compiled(*, key: str, fn: Any, **unused: Any) -> None:
         if machine.capturing:
             machine.problems[f"{full_name(fn.jit_function)}: compiled while a CUDA graph is captured"] += 1
-        kernel = next(cache[0][key] for cache in fn.jit_function.device_caches.values() if key in cache[0])
+        kernel = fn.jit_function.device_caches[torch.cuda.current_device()][0][key]
         machine.kernels[kernel.hash] = by_metadata[id(kernel.metadata)] = kernel
         machine.compiled[full_name(fn.jit_function)].append(kernel.hash)
 

@@ -20,10 +20,17 @@ from tests import gpu_path
 from tests.gpu_path.driver import PROBE, Machine
 
 
-def run(gpu: Machine, scenario: Callable[[], dict[str, int]]) -> list[str]:
-    """Return what was wrong with a scenario."""
+def begin(gpu: Machine) -> None:
+    torch.manual_seed(0)
+    torch.cuda.set_device(0)
+    gpu.tensors_on = 0
     gpu.launches.clear()
     gpu.problems.clear()
+
+
+def run(gpu: Machine, scenario: Callable[[], dict[str, int]]) -> list[str]:
+    """Return what was wrong with a scenario."""
+    begin(gpu)
     try:
         expected = scenario()
     except Exception:
@@ -35,7 +42,7 @@ def run(gpu: Machine, scenario: Callable[[], dict[str, int]]) -> list[str]:
 
 def find(gpu: Machine, wrong: Callable[[], object], expected: str) -> list[str]:
     """Return what was wrong with how the GPU took a launch that is wrong: nothing where it has said so."""
-    gpu.problems.clear()
+    begin(gpu)
     try:
         wrong()
     except Exception:
@@ -71,11 +78,10 @@ def main(architecture: int, chosen: str = "") -> None:
         # An older architecture needs no memory for descriptors.
         if chosen not in name or (name == "fault: no allocator" and architecture < 90):
             continue
-        begin = time.perf_counter()
-        torch.manual_seed(0)
+        started = time.perf_counter()
         if found := scenario():
             wrong[name] = found
-        seconds[name] = round(time.perf_counter() - begin, 2)
+        seconds[name] = round(time.perf_counter() - started, 2)
     print(json.dumps({"wrong": wrong, "seconds": seconds, "kernels": kernels(gpu)}, default=str))
 
 
