@@ -102,9 +102,11 @@ def training_step(device: str = "cuda", precision: str = "bf16", optimizer: Any 
     return expected
 
 
-def dense_pass(device: str = "cuda") -> Launches:
+def dense_pass(device: str = "cuda", *, chosen: bool = True) -> Launches:
+    """A pass over whole rows, on a device that was chosen or that the tensors alone name."""
+    trained = model(device) if chosen else GPT(CONFIG).to(device)
     tokens = torch.zeros(3, 50, dtype=torch.int64, device=device)
-    model(device).loss(tokens, tokens).backward()
+    trained.loss(tokens, tokens).backward()
     return passes(1, 1, 1)
 
 
@@ -194,3 +196,11 @@ def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
     yield "server's thread", partial(server, machine)
     for method in ("ppo", "grpo", "dpo"):
         yield f"alignment: {method}", partial(alignment, machine, method)
+    second = "cuda:1"
+    yield "second device: training step", partial(training_step, second)
+    yield "second device: dense pass", partial(dense_pass, second)
+    yield "second device: dense pass, where another one is current", partial(dense_pass, second, chosen=False)
+    yield "second device: batcher", partial(batcher, machine, graphs=False, ahead=True, device=second)
+    yield "second device: batcher, graphs", partial(batcher, machine, graphs=True, ahead=True, device=second)
+    yield "second device: server's thread", partial(server, machine, second)
+    yield "second device: alignment", partial(alignment, machine, "ppo", second)
