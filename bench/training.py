@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import plain
-from bench.harness import Figures, added_memory, in_turn
+from bench.harness import Figures, added_memory, in_turn, outcome
 from engine.config import OptimizerConfig, Recipe, ScheduleConfig
 from engine.model import GPT
 from engine.runtime import Runtime, cpu_multiplies_bf16, measured_peak, wall_seconds
@@ -51,7 +51,8 @@ def training_step(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) 
 def our_step(
     recipe: Recipe, runtime: Runtime, *, compile: bool = False, kind: Literal["muon", "adamw"] = "muon"
 ) -> Step:
-    model = GPT(recipe.model).to(runtime.device)
+    with runtime.device:  # to draw the weights of large takes a CPU five seconds
+        model = GPT(recipe.model)
     model.compute_dtype = runtime.dtype
     optimizer = Optimizer(model, OptimizerConfig(kind=kind), matmul_dtype=muon_dtype(runtime))
     batch = packed_batch(recipe, runtime.device)
@@ -65,7 +66,8 @@ def our_step(
 
 def plain_step(recipe: Recipe, runtime: Runtime, *, compile: bool = False, attend: plain.Attend = plain.sdpa) -> Step:
     """Return the peer's step, under autocast unless the runtime is fp32."""
-    model = plain.PlainGPT(recipe.model, attend).to(runtime.device)
+    with runtime.device:
+        model = plain.PlainGPT(recipe.model, attend)
     run = torch.compile(model) if compile else model
     tokens = packed_batch(recipe, runtime.device).tokens.view(-1, recipe.model.context)
     targets = tokens.roll(-1)
@@ -95,52 +97,65 @@ def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Ca
     return found
 
 
-def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False) -> Figures:
-    """Return tokens per second of each variant (medians of `rounds`, in turn), start-up seconds and peak memory."""
-    steps: dict[str, Step] = {}
-    builds = variants(recipe, runtime, compile=compile)
+def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False) -> Iterator[Figures]:
+    """Yield tokens per second of each variant (medians of `rounds`, in turn), start-up seconds and peak memory.
 
-    def start(name: str) -> None:
+    `missing` has the reason of each variant that cannot run. torch.compile may take minutes: what is compiled comes
+    last, one at a time, each beside all others, and there is a result before each.
+    """
+    builds, steps = variants(recipe, runtime, compile=compile), dict[str, Step]()
+    peak, tokens, on_gpu = measured_peak(runtime, seconds=1.0), recipe.tokens_per_step, runtime.device.type == "cuda"
+    started, missing, shares = dict[str, Figures](), dict[str, Figures](), list[Figures]()
+
+    def build(name: str) -> None:
         steps[name] = builds[name]()
         steps[name]()
 
-    # The peak is that of two steps with nothing made ready before them. A CPU knows only that of a whole process. On
-    # a GPU the first step is one of the two: to compile it a second time may take a minute.
-    start_up, peaks = {}, {}
-    for name in builds:
-        if runtime.device.type == "cuda":
+    def start(name: str) -> Figures:
+        # The peak is that of two steps with nothing made ready before them. A CPU knows only that of a whole process.
+        # On a GPU the first step is one of the two: to compile it a second time may take a minute.
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(runtime.device)
         held = runtime.peak_memory()
-        start_up[name] = wall_seconds(partial(start, name), runtime.device)
-        if runtime.device.type == "cuda":
+        seconds = wall_seconds(partial(build, name), runtime.device)
+        if on_gpu:
             steps[name]()
-            peaks[name] = runtime.peak_memory() - held
+            memory = runtime.peak_memory() - held
+        else:
+            memory = added_memory(partial(partial, take_two, builds[name]), runtime)
+        return {"start_up_seconds": seconds, "peak_memory_bytes": memory}
 
-    def clock(step: Step) -> Figures:
-        return {"seconds": wall_seconds(step, runtime.device)}
+    def clock(name: str) -> Figures:
+        return {"seconds": wall_seconds(steps[name], runtime.device)}
 
-    taken = in_turn({name: partial(clock, step) for name, step in steps.items()}, rounds)
-    peak, tokens = measured_peak(runtime, seconds=1.0), recipe.tokens_per_step
-    seconds = {name: found["seconds"] for name, found in taken.items()}
-    return {
-        "preset": recipe.name,
-        "batch": recipe.loop.batch,
-        "context": recipe.model.context,
-        "precision": runtime.precision,
-        "cpu_multiplies_bf16": cpu_multiplies_bf16(),
-        "peak_flops": peak,
-        "variants": {
-            name: {
-                "tokens_per_second": tokens / seconds[name],
-                "against_plain": seconds["plain"] / seconds[name],
-                "mfu": tokens * recipe.model.flops_per_token / seconds[name] / peak,
-                "start_up_seconds": start_up[name],
-                "peak_memory_bytes": peaks.get(name) or added_memory(partial(partial, take_two, build), runtime),
-            }
-            for name, build in builds.items()
-        },
-        "profile": profile(steps["ours"]),
-    }
+    slow = [name for name in builds if name.endswith("compiled")]
+    for group in [[name for name in builds if name not in slow], *([name] for name in slow)]:
+        for name in group:
+            found = outcome(start, name)
+            (missing if "reason" in found else started)[name] = found
+        taken = in_turn({name: partial(clock, name) for name in started}, rounds)
+        if "ours" in started and not shares:
+            shares = profile(steps["ours"])
+        speeds = {name: tokens / found["seconds"] for name, found in taken.items()}
+        yield {
+            "preset": recipe.name,
+            "batch": recipe.loop.batch,
+            "context": recipe.model.context,
+            "precision": runtime.precision,
+            "cpu_multiplies_bf16": cpu_multiplies_bf16(),
+            "peak_flops": peak,
+            "variants": {
+                name: {
+                    "tokens_per_second": speed,
+                    "against_plain": speed / speeds["plain"] if "plain" in speeds else None,
+                    "mfu": speed * recipe.model.flops_per_token / peak,
+                    **started[name],
+                }
+                for name, speed in speeds.items()
+            },
+            "missing": missing,
+            "profile": shares,
+        }
 
 
 def take_two(build: Callable[[], Step]) -> None:

@@ -42,15 +42,19 @@ def bench_train(
     if context is not None:
         recipe, title = config.override(recipe, "model.context", context), f"{title}-{context}"
     machine = on.choose()
-    result = bench_training(recipe, machine, rounds=rounds, compile=compile)
     print(f"{preset}, batch {recipe.loop.batch} x {recipe.model.context}, {machine.describe()}")
+    for result in bench_training(recipe, machine, rounds=rounds, compile=compile):
+        path = write_result(title, machine, result, on.out)
     rows = []
     for name, found in result["variants"].items():
-        speeds = [f"{found['tokens_per_second']:,.0f}", f"{found['against_plain']:.2f}x", f"{100 * found['mfu']:.0f}%"]
+        ratio = found["against_plain"] and f"{found['against_plain']:.2f}x"
+        speeds = [f"{found['tokens_per_second']:,.0f}", ratio or "-", f"{100 * found['mfu']:.0f}%"]
         memory = f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"
         rows.append([name, *speeds, f"{found['start_up_seconds']:.1f} s", memory])
     print_table(("variant", "tokens/s", "against plain", "of peak", "start-up", "peak memory"), rows)
-    print(f"written to {write_result(title, machine, result, on.out)}")
+    for name, why in result["missing"].items():
+        print(f"{name}: {why['reason']}")
+    print(f"written to {path}")
 
 
 def bench_quality(
@@ -110,9 +114,12 @@ def bench_decode(
     for point in decoding.bench_decoding(model, machine, batches=batches, providers=names, rounds=rounds):
         points.append(point)
         path = harness.write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, on.out)
-        for name in names:
+        for reason in harness.missing(point):
+            print(reason)
+        able = [name for name in names if "reason" not in point[name]]
+        for name in able:
             found = point[name]
-            ratio = found["tokens_per_second"] / point[names[0]]["tokens_per_second"]
+            ratio = found["tokens_per_second"] / point[able[0]]["tokens_per_second"]
             speeds = [f"{found['tokens_per_second']:,.0f}", f"{ratio:.2f}x"]
             shares = [f"{found[share]:.0%}" for share in ("bandwidth_share", "same_tokens")]
             rows.append([str(point["batch"]), name, *speeds, f"{found['first_token_seconds'] * 1000:,.1f} ms", *shares])

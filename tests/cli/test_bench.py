@@ -1,11 +1,14 @@
-"""gpt bench-decode: figures in a file, and the same tokens as the peer's."""
+"""gpt bench-decode: figures in a file, and the same tokens as the peer's; gpt bench-train: a table."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from bench import decoding
 from engine.config import PRESETS, ModelConfig
 from tests.cli.conftest import Gpt
 
@@ -24,6 +27,33 @@ def test_it_leaves_figures_and_both_choose_the_same_tokens(gpt: Gpt, monkeypatch
     for point in points:
         assert point["ours"]["same_tokens"] == 1.0
         assert point["ours"]["tokens_per_second"] > 0 and point["transformers"]["first_token_seconds"] > 0
+
+
+def test_a_peer_that_fails_costs_only_itself(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*unused: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    small = dataclasses.replace(PRESETS["nano"], model=ModelConfig(200, 32, 2, 2, 64))
+    monkeypatch.setitem(PRESETS, "nano", small)
+    monkeypatch.setitem(decoding.PROVIDERS, "transformers", failing)
+    options = ("--batch", "1", "--rounds", "1", "--device", "cpu", "--out", "figures")
+    result = gpt("bench-decode", "nano", "--only", "transformers,ours", *options)
+    assert result.code == 0, result.err
+    assert "transformers: OutOfMemoryError: no room" in result.out
+    (written,) = Path("figures").glob("decode-nano-*.json")
+    (point,) = json.loads(written.read_text())["points"]
+    assert point["transformers"] == {"reason": "OutOfMemoryError: no room"} and point["ours"]["same_tokens"] == 1.0
+
+
+def test_training_prints_a_table_with_what_cannot_run_below(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"tokens_per_second": 1000.0, "mfu": 0.5, "start_up_seconds": 1.0, "peak_memory_bytes": 2**20}
+    result = {"variants": {"ours": {**figures, "against_plain": None}}, "missing": {"plain": {"reason": "no room"}}}
+    monkeypatch.setattr("bench.training.bench_training", lambda *_, **__: iter([result]))
+    shown = gpt("bench-train", "nano", "--device", "cpu", "--out", "figures")
+    assert shown.code == 0, shown.err
+    assert "1,000" in shown.out and "plain: no room" in shown.out
+    (written,) = Path("figures").glob("training-nano-*.json")
+    assert json.loads(written.read_text())["variants"] == result["variants"]
 
 
 def test_an_unknown_peer_gets_one_clear_message(gpt: Gpt) -> None:
