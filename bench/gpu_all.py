@@ -52,8 +52,10 @@ class Step:
     command: str  # behind `python -m`; {out} is its folder, {workers} what spreads tests over the cores
 
     def arguments(self, out: Path) -> list[str]:
-        # Most of the tests' time is Triton compiling: one process for each core, up to sixteen.
-        spread = f"-n {min(os.cpu_count() or 1, 16)}" if importlib.util.find_spec("xdist") else ""
+        # Most of the tests' time is Triton compiling: one process for each core, up to sixteen. Where a kernel does not
+        # come to its end, that process is replaced.
+        spread = f"-n {min(os.cpu_count() or 1, 16)} -o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true"
+        spread = spread if importlib.util.find_spec("xdist") else ""
         return shlex.split(self.command.format(out=shlex.quote(str(out)), workers=spread))
 
 

@@ -1,5 +1,6 @@
 """bench/gpu_all.py: a day on a GPU goes on where it was cut, and nothing that is done is done again."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu_all
 from bench.gpu_all import Step
+from tests.kernels.conftest import pytest_runtest_logfinish
 
 # It stands for Python: a step "sh LINES" runs the lines, and the device is there while the file "device" is.
 PYTHON = """#!/bin/sh
@@ -164,6 +167,21 @@ def test_tests_that_ended_count_though_pytest_hangs(xdist: bool, world: Path, ca
     assert call(Step("tests", 1, f"sh 'cat {world}/lines; exec sleep 60'")) == 1
     (mark,) = (mark for mark in gpu_all.marks([world / "out"], {}) if "seconds" in mark)
     assert mark["tests"] == {"PASSED": 1, "FAILED": 1} and mark["exit"] != 0
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_device_that_failed_ends_the_process_of_its_test(failed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        if failed:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ended: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    pytest_runtest_logfinish()
+    assert ended == [1] * failed
 
 
 def test_code_is_what_python_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
