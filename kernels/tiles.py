@@ -62,9 +62,8 @@ TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
                             Tile(64, 64, 4, 3, True, split=False)),  # 215
     ("keys", "sm_90", 64): (Tile(32, 64, 4, 2, split=False, longest=512),  # 163 registers: three programs at a time
                             Tile(32, 64, 4, 2, True),  # 191
-                            Tile(64, 128, 8, 2, True),  # 255 registers, and yet no spill
-                            Tile(64, 128, 8, 3, True, split=False),  # 239
-                            Tile(64, 64, 4, 2, True, split=False),  # 239: two programs at a time
+                            Tile(64, 128, 8, 3, True, split=False),  # 247
+                            Tile(64, 64, 4, 2, True, split=False),  # 251: two programs at a time
                             Tile(64, 128, 8, 2, split=False)),  # 219
     # In one loop: two, or 64 queries, spill.
     ("keys", "sm_90", 128): (Tile(32, 64, 4, 2, True, split=False),  # 253 registers, 64 KiB: two programs at a time
