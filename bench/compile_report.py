@@ -38,6 +38,7 @@ SPILLS = {
     (100, "keys", 64, "POINTERS"): "the same",
     (100, "keys", 32, "POINTERS"): "the same, with a window",
     (100, "keys", 32, "bf16"): "8 bytes with a window",
+    (120, "keys", 32, "bf16"): "16 bytes with a softcap; in two loops 24",
     (90, "decode", 192, "fp32"): "a window, a softcap and a paged cache in fp32, which is for checks",
     (90, "decode-tall", 192, "fp32"): "the same",
     (90, "backward", 9000, "fp32"): "LayerNorm wider than 8,192 whose rows are no multiple of 16: 8 or 16 warps spill",
