@@ -256,6 +256,40 @@ def scores(*, dtype: torch.dtype, grad: bool, out: bool) -> Launches:
     return {}
 
 
+def changing() -> Launches:
+    """Calls that differ in one thing from a call before: where a tensor begins, a stride, a number that is too long."""
+    shape, parts = (2, 16, 2, 32), dict[str, Any](dtype=BF16, grad=False)
+    usual, odd = tensor("whole", *shape, **parts), tensor("odd", *shape, **parts)
+    q_kv = ((usual, usual), (odd, usual), (usual, odd), (tensor("whole", 2, 16, 2, 40, **parts)[..., :32], usual))
+    lengths = torch.ones(2, dtype=torch.int32, device="cuda")
+    for q, kv in q_kv:
+        flash_attention(q, kv, kv, window=20)
+        decode_attention(q, kv, kv, lengths)
+    for window in (1, 2**31, 2**40):
+        flash_attention(usual, usual, usual, window=window)
+    weight = tensor("whole", 512, grad=False)
+    for memory in ("whole", "odd"):
+        layer_norm(tensor(memory, 37, 512, **parts), weight)
+    return {ATTENTION_FORWARD[0]: 7, DECODE_KERNEL: 4, NORM_FORWARD[0]: 2}
+
+
+def many() -> Launches:
+    """More sequences and rows than CUDA takes on the second axis of a grid."""
+    count = 70_000
+    q = tensor("whole", count, 1, 32, dtype=BF16)
+    bounds = torch.arange(count + 1, dtype=torch.int32, device="cuda")
+    packed = dict[str, Any](cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=1, max_seqlen_k=1)
+    backward([flash_attention(q, q, q, **packed)], [q])  # type: ignore[list-item]
+    with torch.inference_mode():
+        decode_attention(q[:, None], q[:, None], q[:, None], bounds[1:])
+    x, weight = tensor("whole", count, 32), tensor("whole", 32)
+    backward([layer_norm(x, weight)], [x, weight])  # type: ignore[list-item]
+    loss = linear_cross_entropy(x, tensor("whole", 16, 32), torch.zeros(count, dtype=torch.int64, device="cuda"))
+    once = (*ATTENTION_FORWARD, *ATTENTION_BACKWARD, *NORM_FORWARD, *NORM_BACKWARD, DECODE_KERNEL)
+    # A block of logits has at most 32 MiB.
+    return dict.fromkeys(once, 1) | {ROWS_KERNEL: -(-count // block_rows(count, 16, loss.itemsize, gpu=True))}
+
+
 def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
     """Yield all of them, by names that tell their options."""
     functions: dict[str, tuple[Callable[..., Launches], Options]] = {
@@ -270,3 +304,5 @@ def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
         for case in covering(options):
             said = ", ".join(f"{option}={value}".replace("torch.", "") for option, value in case.items())
             yield f"{name}: {said}", partial(function, **case)
+    yield "calls that change", changing
+    yield "many sequences", many
