@@ -59,6 +59,13 @@ class Step:
         return shlex.split(self.command.format(out=shlex.quote(str(out)), workers=spread))
 
 
+def tuning(head_dim: int) -> Iterator[Step]:
+    """Yield a step for each kernel; backward is what misses its target by most."""
+    for kernel in ("keys", "forward", "queries"):
+        command = f"cli bench-attention --tune --head-dim {head_dim} --only {kernel} --out {{out}}"
+        yield Step(f"tune-{head_dim}-{kernel}", 100, command)
+
+
 QUICK = "--only ours,flash,cudnn --out {out}"
 TRAIN = "--rounds 5 --compile --out {out}"
 STEPS = (
@@ -71,16 +78,16 @@ STEPS = (
     Step("decode-large", 50, "cli bench-decode large --only ours --rounds 3 --out {out}"),
     # The second: what no GPU has measured yet, ...
     Step("train-nano", 90, "cli train nano --steps 100 --device cuda --out {out}/run"),
-    Step("tune-128", 120, "cli bench-attention --tune --head-dim 128 --out {out}"),
+    *tuning(128),
     Step("attention-32", 60, f"cli bench-attention --head-dim 32 {QUICK}"),
-    Step("tune-32", 120, "cli bench-attention --tune --head-dim 32 --out {out}"),
+    *tuning(32),
     Step("layernorm-wide", 50, "cli bench-layernorm --widths 1024,2048,4096 --out {out}"),
     Step("attention-full", 60, f"cli bench-attention --head-dim 64,128 --full {QUICK}"),
     Step("attention-plain", 40, "cli bench-attention --head-dim 64,128 --lengths 4096 --only ours,plain --out {out}"),
     Step("train-large-2048", 200, f"cli bench-train large --batch 8 --context 2048 {TRAIN}"),
     Step("decode-peers", 120, "cli bench-decode large --batch 1,8 --rounds 1 --out {out}"),
     # ... then what is known and may have changed. flex is compiled for every length, which takes longer than all else.
-    Step("tune-64", 120, "cli bench-attention --tune --head-dim 64 --out {out}"),
+    *tuning(64),
     Step("decode-attention", 60, "cli bench-decode-attention --only ours,paged,flash --out {out}"),
     Step("cross-entropy", 50, "cli bench-cross-entropy --out {out}"),
     Step("layernorm", 50, "cli bench-layernorm --widths 256,512,768 --out {out}"),

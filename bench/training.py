@@ -100,6 +100,8 @@ def variants(recipe: Recipe, runtime: Runtime, *, compile: bool) -> dict[str, Ca
 def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compile: bool = False) -> Iterator[Figures]:
     """Yield tokens per second of each variant (medians of `rounds`, in turn), start-up seconds and peak memory.
 
+    `host_seconds` of a step pass before the host has told a GPU all of it: where they are most of it, the GPU waits.
+
     `missing` has the reason of each variant that cannot run. torch.compile may take minutes: what is compiled comes
     last, one at a time, each beside all others, and there is a result before each.
     """
@@ -126,7 +128,15 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
         return {"start_up_seconds": seconds, "peak_memory_bytes": memory}
 
     def clock(name: str) -> Figures:
-        return {"seconds": wall_seconds(steps[name], runtime.device)}
+        host = 0.0
+
+        def step() -> None:
+            nonlocal host
+            begin = time.perf_counter()
+            steps[name]()
+            host = time.perf_counter() - begin
+
+        return {"seconds": wall_seconds(step, runtime.device), "host_seconds": host}
 
     slow = [name for name in builds if name.endswith("compiled")]
     for group in [[name for name in builds if name not in slow], *([name] for name in slow)]:
@@ -149,6 +159,7 @@ def bench_training(recipe: Recipe, runtime: Runtime, *, rounds: int = 10, compil
                     "tokens_per_second": speed,
                     "against_plain": speed / speeds["plain"] if "plain" in speeds else None,
                     "mfu": speed * recipe.model.flops_per_token / peak,
+                    "host_seconds": taken[name]["host_seconds"],
                     **started[name],
                 }
                 for name, speed in speeds.items()

@@ -35,7 +35,7 @@ Key = tuple[str, str, int]
 Task = Callable[[Tile], Figures]
 
 
-def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[Figures]:
+def tune(runtime: Runtime, head_dims: Sequence[int], kernels: Sequence[str] = tuple(DIRECTION)) -> Iterator[Figures]:
     """Yield the result so far, after every kernel, head dim and length: causal, as training runs.
 
     `tuned` holds every candidate, fastest first, with its seconds or the `reason` why it has none, and the fastest as a
@@ -44,7 +44,7 @@ def tune(runtime: Runtime, head_dims: Sequence[int]) -> Iterator[Figures]:
     major, minor = torch.cuda.get_device_capability(runtime.device)
     family = tiles.family(10 * major + minor, runtime.dtype.itemsize)
     result: Figures = {"precision": runtime.precision, "tuned": []}
-    for head_dim, kernel, (length, batch) in itertools.product(head_dims, DIRECTION, BATCHES.items()):
+    for head_dim, kernel, (length, batch) in itertools.product(head_dims, kernels, BATCHES.items()):
         key = (kernel, family, head_dim)
         known = tiles.rows(kernel, 10 * major + minor, head_dim, runtime.dtype.itemsize)
         now = next(tiles.running(known, length))

@@ -26,7 +26,9 @@ def bench_attention(
     causal: Annotated[bool | None, Option("--causal/--full", help="Both, unless one is given.")] = None,
     tokens: Annotated[Few | None, Option(help="Batch times length: 16,384 on a GPU, 1,024 on a CPU.")] = None,
     only: Annotated[str | None, Option(help="Of ours, plain, flash, efficient, cudnn, flex.")] = None,
-    tune: Annotated[bool, Option("--tune", help="Time rows for kernels/tiles.py instead.")] = False,
+    tune: Annotated[
+        bool, Option("--tune", help="Time rows for kernels/tiles.py; --only forward, keys or queries.")
+    ] = False,
     *,
     on: BenchOptions,
 ) -> None:
@@ -45,7 +47,7 @@ def bench_attention(
     if not {32, 64, 128, 256}.issuperset(dims):
         raise InputError(f"--head-dim is {head_dim}; it takes 32, 64, 128 and 256, with commas between")
     if tune:
-        _tune(machine, dims, on.out)
+        _tune(machine, dims, only, on.out)
         return
     total = tokens or kernels.TOKENS[kind]
     default = [length for length in kernels.LENGTHS[kind] if length <= total]
@@ -88,15 +90,15 @@ def bench_attention(
             harness.plot(points, "head_dim", "length", "flops_per_second", 1 / scale, title, unit, picture)
 
 
-def _tune(machine: Any, dims: list[int], out: Path) -> None:
+def _tune(machine: Any, dims: list[int], only: str | None, out: Path) -> None:
     if machine.device.type != "cuda":
         raise InputError("--tune has nothing to time without a GPU; `gpt bench-compile` says what the compiler makes")
     if machine.precision == "fp32":
         raise InputError("--tune times rows for half precision, which the table is for; try --precision bf16")
     from bench.harness import write_result
-    from bench.tuning import tune
+    from bench.tuning import DIRECTION, tune
 
-    for result in tune(machine, dims):
+    for result in tune(machine, dims, chosen(only, DIRECTION, DIRECTION)):
         path = write_result("attention-tiles", machine, result, out)
         print(result["tuned"][-1]["row"], flush=True)
     print(f"written to {path}")

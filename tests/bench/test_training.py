@@ -27,4 +27,5 @@ def test_what_cannot_run_has_a_reason_and_all_else_figures(failing: str, monkeyp
     assert second["missing"] == {failing: {"reason": "OutOfMemoryError: no room"}}
     assert (second["profile"] == []) == (failing == "ours")
     for found in second["variants"].values():
-        assert found["tokens_per_second"] > 0 and (found["against_plain"] is None) == (failing == "plain")
+        assert 0 < found["host_seconds"] <= recipe.tokens_per_step / found["tokens_per_second"]
+        assert (found["against_plain"] is None) == (failing == "plain")

@@ -50,7 +50,6 @@ def shrink() -> None:
     harness.TOLERANCE.update(dict.fromkeys(harness.TOLERANCE, float("inf")))
     kernels.SHAPES["cuda"] = tuple((512, width) for _, width in kernels.SHAPES["cuda"])
     kernels.BYTES_BETWEEN = 2**10
-    tuning.BATCHES = {256: 1, 128: 1}
 
     def added_memory(ready: Callable[[], Callable[[], Any]], *unused: Any, **options: Any) -> int:
         ready()()
@@ -58,6 +57,9 @@ def shrink() -> None:
 
     def candidates(*arguments: Any, all: Any = tuning.candidates, **options: Any) -> Any:
         return all(*arguments, **options)[:1]
+
+    def attention(runtime: Any, head_dim: int, causal: bool, *unused: int) -> harness.Case:
+        return kernels.attention(runtime, head_dim, causal, 128, 1)
 
     def here(task: Callable[[Any], Any], rows: Sequence[Any], seconds: float) -> Iterator[Any]:
         return (harness.outcome(task, tile) for tile in rows)
@@ -67,7 +69,7 @@ def shrink() -> None:
         (runtime, {"measured_peak": lambda *unused, **options: 1e15}),
         (training, {"measured_peak": lambda *unused, **options: 1e15}),
         # In processes of their own there would be no device.
-        (tuning, {"candidates": candidates, "in_processes": here}),
+        (tuning, {"attention": attention, "candidates": candidates, "in_processes": here}),
     ]
     for module, names in replaced:
         for name, value in names.items():

@@ -46,6 +46,9 @@ def test_each_step_of_a_day_on_a_gpu_starts_and_writes_what_is_no_result(half: i
         assert result["device"] == NOT_REAL and "times-are-not-real" in path.name
         for who, reason in reasons(result):
             assert who not in OURS and re.search(PEERS, reason), f"{name}: {who}: {reason}"
+        if name.startswith("tune-"):
+            assert [f"tune-{each['head_dim']}-{each['kernel']}" for each in result["tuned"]][:1] == [name]
+            assert len({each["kernel"] for each in result["tuned"]}) == 1
         for machine in MACHINES:
             assert all(measured_rate(preset, "bf16", machine, path.parent) is None for preset in PRESETS.values())
 
