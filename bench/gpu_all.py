@@ -1,12 +1,13 @@
 """Everything that wants a GPU, from the tree, in steps: what is right first, then how fast it is, most valuable first.
 
-    python3 -m bench.gpu_all FOLDER [STEP...]        (once, and the same once more; --help has the names of the steps)
+    bash bench/gpu_all.sh FOLDER [STEP...]        (once, and the same once more; --help has the names of the steps)
 
 GPUs are lent for minutes: a call ends after six (--seconds), and can be cut anywhere. The next one goes on with what
-has not ended yet on this device with this code. gpu_all.jsonl says what has, in FOLDER or in bench/results of the
-tree: where the second call meets an empty machine, put what came back of FOLDER into bench/results before. A step
-that ran out of its own time goes to the end of the queue, and has longer there. Steps that are named run whatever is
-written down. What a step writes (JSON as it goes, plots, log.txt) lies in FOLDER/STEP-N, with N from 1.
+has not ended yet on this device; then it does again what ended with other code, first what failed. gpu_all.jsonl says
+what has ended, in FOLDER or in bench/results of the tree: where the second call meets an empty machine, put what came
+back of FOLDER into bench/results before. A step that ran out of its own time goes to the end of the queue, and has
+longer there. Steps that are named run whatever is written down. What a step writes (JSON as it goes, plots, log.txt)
+lies in FOLDER/STEP-N, with N from 1.
 
 Nothing but Python and torch is needed to start. The exit status is 0 once all steps have ended well.
 """
@@ -102,7 +103,7 @@ def code() -> str:
 
 
 def marks(folders: Sequence[Path], about: Mark) -> list[Mark]:
-    """Return what was written down of this code on this device; a line that was cut is none."""
+    """Return what was written down that holds all of `about`; a line that was cut is none."""
     files = [folder / MARKS for folder in folders if (folder / MARKS).exists()]
     found = []
     # A line that is in both is one.
@@ -112,12 +113,21 @@ def marks(folders: Sequence[Path], about: Mark) -> list[Mark]:
     return [mark for mark in found if isinstance(mark, dict) and about.items() <= mark.items()]
 
 
-def remaining(past: Sequence[Mark], named: Sequence[str]) -> list[Step]:
-    """Return the steps that are to run: those that ran out of their own time come last."""
-    done = {mark["step"] for mark in past if "exit" in mark}
+def remaining(past: Sequence[Mark], named: Sequence[str], code: str) -> list[Step]:
+    """Return the steps that are to run: what has never ended, then what failed with other code, then what passed.
+
+    Among equals, those that ran out of their own time come last.
+    """
+    ended = {mark["step"]: mark for mark in past if "exit" in mark}
     cut = Counter(mark["step"] for mark in past if "out_of_time" in mark)
+    done = {name for name, mark in ended.items() if mark.get("code") == code}
     wanted = [step for step in STEPS if step.name in named or (not named and step.name not in done)]
-    return sorted(wanted, key=lambda step: cut[step.name])
+
+    def order(step: Step) -> tuple[int, int]:
+        before = ended.get(step.name)
+        return 0 if before is None else 2 if before["exit"] == 0 else 1, cut[step.name]
+
+    return sorted(wanted, key=order)
 
 
 def run(arguments: Sequence[str], log: Path, seconds: float) -> int | None:
@@ -156,8 +166,8 @@ def device() -> str | None:
 
 def call(folder: Path, about: Mark, named: Sequence[str], end: float) -> Iterator[Mark]:
     """Run steps until the time is up, and yield a mark of each. Raises ConnectionError when the device is gone."""
-    past = marks([folder, RESULTS], about)
-    for step in remaining(past, named):
+    past = marks([folder, RESULTS], {"device": about["device"]})
+    for step in remaining(past, named, about["code"]):
         if (left := end - time.monotonic() - GRACE) < LEAST:
             return
         mine = [mark for mark in past if mark["step"] == step.name]

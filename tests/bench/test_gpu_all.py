@@ -71,18 +71,24 @@ def test_what_is_done_is_not_done_again_wherever_it_is_written_down(world: Path,
     assert call(*THREE[1:], options=("two",)) == 0 and ran(world) == ["two-2"]
 
 
-@pytest.mark.parametrize("other", ["code", "device"])
-def test_other_code_and_another_device_begin_anew(
-    other: str, world: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_device_begins_anew(world: Path, call: Call) -> None:
     call()
-    if other == "code":
-        monkeypatch.setattr(gpu_all, "code", lambda: "changed")
-    else:
-        (world / "device").write_text("another device\n")
+    (world / "device").write_text("another device\n")
     (world / "out/one-1").rename(world / "out/old")
     call()
     assert "one-1" in ran(world)
+
+
+def test_with_other_code_what_never_ran_comes_first_then_what_failed(
+    world: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, three = THREE
+    call(two, one)
+    monkeypatch.setattr(gpu_all, "code", lambda: "mended")
+    capsys.readouterr()
+    call(two, one, three)
+    said = [line.split()[1].rstrip(",") for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
+    assert said == ["three-1", "one-2", "two-2"]
 
 
 def test_a_step_out_of_its_time_comes_last_and_has_longer(
@@ -109,7 +115,7 @@ def test_the_call_ends_in_time_and_what_it_cuts_is_next(
     assert call(*steps, options=("--seconds", "1")) == 1
     assert time.monotonic() - began < 5 and ran(world) == ["long-1"]
     past = gpu_all.marks([world / "out"], {})
-    assert [step.name for step in gpu_all.remaining(past, [])] == ["long", "two"]
+    assert [step.name for step in gpu_all.remaining(past, [], "this code")] == ["long", "two"]
 
 
 def test_a_device_that_is_gone_ends_the_call_and_nothing_counts_as_done(
