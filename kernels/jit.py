@@ -45,7 +45,7 @@ class Launch:
     """
 
     def __init__(self, function: Any, **constants: Any) -> None:
-        self.function, self.constants = function, constants
+        self.function, self.constants, self.scratch = function, constants, constants.get("DESCRIPTOR", False)
         self.last = [constants[name] for name in function.arg_names if name in constants]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -57,29 +57,31 @@ class Launch:
         index = tensors[0].get_device()  # type: ignore[union-attr]
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                self._launch(index, grid, tensors, fixed, numbers)
-        else:
-            self._launch(index, grid, tensors, fixed, numbers)
-
-    def _launch(
-        self, index: int, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], fixed: tuple[int, ...],
-        numbers: tuple[float, ...],
-    ) -> None:  # fmt: skip
-        if self.constants.get("DESCRIPTOR"):
+                self(grid, tensors, fixed, numbers)
+            return
+        if self.scratch:
             # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's
             # own, and autograd has threads of its own: set it at every launch.
             triton.set_allocator(_scratch)
         # A tensor begins at a multiple of 16 or not, and an integer has 32 bits or more.
         about = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
         key = (index, fixed, max(numbers, default=0) < 2**31, *map(type, numbers), *about)
-        unusual = knobs.runtime.debug or knobs.compilation.instrumentation_mode
-        if not unusual and (compiled := self.compiled.get(key)) is not None:
-            compiled[grid](*tensors, *fixed, *numbers, *self.last)
+        # With these settings Triton compiles anew.
+        usual = not (knobs.runtime.debug or knobs.compilation.instrumentation_mode)
+        if usual and (compiled := self.compiled.get(key)) is not None:
+            arguments = (*tensors, *fixed, *numbers, *self.last)
+            if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler's
+                compiled[grid](*arguments)
+            else:  # what that does, in a third of the time
+                driver = triton.runtime.driver.active
+                stream = driver.get_current_stream(driver.get_current_device())
+                run, about = compiled.run, compiled.packed_metadata
+                run(*grid, stream, compiled.function, about, None, None, None, *arguments)
             return
         compiled = self.function[grid](*tensors, *fixed, *numbers, **self.constants)
         # Interpreted, or compiled in the background, it is no such kernel.
-        if isinstance(compiled, CompiledKernel):
-            if len(self.compiled) > MOST_REMEMBERED:
+        if usual and isinstance(compiled, CompiledKernel):
+            if len(self.compiled) >= MOST_REMEMBERED:
                 self.compiled.clear()
             self.compiled[key] = compiled
 

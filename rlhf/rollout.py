@@ -81,13 +81,15 @@ def roll_out(
     answers: list[list[int]] = [[] for _ in prompts]
     sampled: list[list[float]] = [[] for _ in prompts]
     whole = tokens = 0
-    while not batcher.idle:
-        for step in batcher.step():
-            assert step.logprob is not None
-            answers[numbers[step.request]].append(step.token)
-            sampled[numbers[step.request]].append(step.logprob)
-            whole, tokens = whole + (step.finish is not None), tokens + 1
-        progress(whole, tokens)
+    # A policy is in training: to change its mode at each step would take as long as the rest of the step.
+    with inference(model):
+        while not batcher.idle:
+            for step in batcher.step():
+                assert step.logprob is not None
+                answers[numbers[step.request]].append(step.token)
+                sampled[numbers[step.request]].append(step.logprob)
+                whole, tokens = whole + (step.finish is not None), tokens + 1
+            progress(whole, tokens)
     ended = torch.tensor([answer[-1] in ends for answer in answers])
     return Rollout(prompts, answers, ended, torch.tensor([log_prob for own in sampled for log_prob in own]))
 

@@ -127,7 +127,7 @@ def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -
     """Return the output, and the log-sum-exp where it is asked for, as flash_attention gives them."""
     causal, scale, window, softcap = call.causal, call.scale, call.window, call.softcap
     queries, keys = q.shape[1], k.shape[1]
-    # SDPA gives NaN for a row without keys, and knows neither softcap nor log-sum-exp.
+    # SDPA knows neither softcap nor log-sum-exp, and does not promise what a row without keys gives (0 in torch 2.13).
     rows_without_keys = keys == 0 or (queries > keys and (causal or window is not None))
     if return_lse or softcap is not None or rows_without_keys or queries == 0:
         out, lse = attention_reference(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
