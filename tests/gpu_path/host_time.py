@@ -37,12 +37,14 @@ def launch_nowhere() -> None:
 
     driver.install(90)
     import triton
+    from triton import knobs
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver as current
 
     from kernels import cross_entropy, tiles
 
-    # Without the notes about each launch, which take longer than it.
+    # Without the notes about each kernel and each launch, which take longer than it.
+    knobs.runtime.jit_post_compile_hook = None
     current.active.launcher_cls = nvidia.CudaLauncher
     current.active.get_current_device, current.active.get_current_stream = (lambda: 0), (lambda device: 0)
     set_allocator = triton.set_allocator
@@ -50,11 +52,14 @@ def launch_nowhere() -> None:
     patched.set_allocator = lambda unused: set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
     )
-    rows, heights, replaced = tiles.rows, cross_entropy.block_rows, [tiles, cross_entropy]
-    patched = replaced[0]
-    patched.tile = lambda kernel, device, *rest: rows(kernel, 90, *rest)[0]
+    rows, heights = tiles.rows, cross_entropy.block_rows
+    patched = tiles
+    if hasattr(tiles, "architecture"):
+        patched.architecture = lambda device: 90
+    else:  # of a tree before it
+        patched.tile = lambda kernel, device, head_dim, element_size: rows(kernel, 90, head_dim, element_size)[0]
     patched.multiprocessors = lambda device: 132
-    patched = replaced[1]
+    patched = cross_entropy
     patched.block_rows = lambda rows, vocab, element_size, *, gpu: heights(rows, vocab, element_size, gpu=True)
 
 
