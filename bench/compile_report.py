@@ -164,7 +164,7 @@ FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Launch]],
     "cross_entropy": (cross_entropy, (4096, 28000, 128256)),
     "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 9000, 16384)),
 }
-# Some 2,000 kernels, in minutes: only where they are asked for.
+# Some 1,000 kernels, in minutes: only where they are asked for.
 OPTIONS = {"attention options": (partial(attention, options=every), (32, 64, 128, 256))}
 
 
