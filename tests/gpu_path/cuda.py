@@ -126,17 +126,22 @@ def _replace_device_of_tensors(machine: Machine) -> None:
 
 
 def _replace_backward(machine: Machine) -> None:
-    """Run the way back on a thread of its own, as autograd does for a GPU: nothing is set there but the device."""
+    """Run the way back on a thread of its own, as autograd does for a GPU: only device and stream are set there.
+
+    Autograd takes the stream of the forward pass, which is not known here: the caller's stands for it.
+    """
     for name in ("backward", "grad"):
         original = getattr(torch.autograd, name)
 
         def aside(*arguments: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
             deterministic = torch.are_deterministic_algorithms_enabled()
+            stream = torch.cuda.current_stream(machine.tensors_on)
 
             def run() -> Any:
                 torch.cuda.set_device(machine.tensors_on)
                 torch.use_deterministic_algorithms(deterministic)
-                return original(*arguments, **options)
+                with torch.cuda.stream(stream):
+                    return original(*arguments, **options)
 
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(run).result()
