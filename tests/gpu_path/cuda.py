@@ -64,7 +64,9 @@ def _replace_factories(machine: Machine) -> None:
                 options["device"] = on_cpu(options["device"])
             options.pop("pin_memory", None)
             made = function(*arguments, **options)
-            return made.zero_() if fill else made
+            if fill:
+                made.detach().zero_()  # it may be a leaf that takes a gradient
+            return made
 
         return make
 
