@@ -63,11 +63,11 @@ class Launch:
             # Descriptors are made on the device and live in memory that Triton asks for. The setting is the thread's
             # own, and autograd has threads of its own: set it at every launch.
             triton.set_allocator(_scratch)
-        # A tensor begins at a multiple of 16 or not, and an integer has 32 bits or more.
+        # A tensor begins at a multiple of 16 or not.
         about = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
-        key = (index, fixed, max(numbers, default=0) < 2**31, *map(type, numbers), *about)
-        # With these settings Triton compiles anew.
-        usual = not (knobs.runtime.debug or knobs.compilation.instrumentation_mode)
+        key = (index, fixed, *map(type, numbers), *about)
+        # With these settings Triton compiles anew, and for integers of more than 32 bits.
+        usual = max(numbers, default=0) < 2**31 and not (knobs.runtime.debug or knobs.compilation.instrumentation_mode)
         if usual and (compiled := self.compiled.get(key)) is not None:
             arguments = (*tensors, *fixed, *numbers, *self.last)
             if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler's
