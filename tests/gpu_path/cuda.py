@@ -19,8 +19,8 @@ MAKE = (
     "triu_indices"
 )
 MAKE_NEW = "new_empty new_zeros new_ones new_full new_tensor new_empty_strided"
-# What a capture forbids, since it would wait for the device: methods that do no operation on a CPU, and operators.
-WAIT = "tolist cpu numpy"
+# What a capture forbids, since it would wait for the device: methods, and operators (not seen in inference mode).
+WAIT = "tolist cpu numpy item __bool__ __int__ __float__ __index__ nonzero"
 WAITING = "_local_scalar_dense nonzero masked_select equal is_nonzero unique_consecutive unique_dim _unique2"
 GIB = 2**30
 # What is registered lives as long as this object.

@@ -149,6 +149,7 @@ def install(architecture: int) -> Machine:
     # The stub notes one launch at a time.
     lock = threading.Lock()
     by_metadata: dict[int, Any] = {}
+    loaded_on: dict[int, int] = {}
 
     class Launcher(nvidia.CudaLauncher):
         def __init__(self, source: Any, metadata: Any) -> None:
@@ -187,6 +188,8 @@ def install(architecture: int) -> Machine:
                 problems.append(f"launched on stream {note.stream:#x}, not on the current one, {current:#x}")
             if machine.capturing and note.stream not in machine.capturing:
                 problems.append("launched beside the CUDA graph that is captured")
+            if device != loaded_on[id(self.metadata)]:
+                problems.append(f"launched on device {device}, but loaded on {loaded_on[id(self.metadata)]}")
             where = {each.device.index for each in arguments if isinstance(each, torch.Tensor)}
             if where - {device}:
                 problems.append(f"launched on device {device} with tensors on {sorted(where)}")
@@ -242,6 +245,7 @@ def install(architecture: int) -> Machine:
             machine.problems[f"{full_name(fn.jit_function)}: compiled while a CUDA graph is captured"] += 1
         kernel = fn.jit_function.device_caches[torch.cuda.current_device()][0][key]
         machine.kernels[kernel.hash] = by_metadata[id(kernel.metadata)] = kernel
+        loaded_on[id(kernel.metadata)] = torch.cuda.current_device()
         machine.compiled[full_name(fn.jit_function)].append(kernel.hash)
 
     triton.runtime.driver.set_active(Driver())

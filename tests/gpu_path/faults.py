@@ -74,6 +74,11 @@ def beside_the_capture() -> None:
         add_kernel[(1,)](numbers(), 1, 0.5, BLOCK=16)
 
 
+def inferring() -> None:
+    with torch.inference_mode():
+        waiting(lambda x: x.max().item())
+
+
 def waiting(wait: Callable[[torch.Tensor], object]) -> None:
     capture(lambda: wait(numbers()))
 
@@ -118,6 +123,7 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "fault: too many programs": (lambda: add_kernel[(1, 65536)](numbers(), 1, 0.5, BLOCK=16), "grid"),
     "fault: another stream": (another_stream, "launched on stream 0x0"),
+    "fault: item in a capture, inferring": (inferring, "Tensor.item waits for the device"),
     "fault: beside a capture": (beside_the_capture, "launched beside the CUDA graph"),
     "fault: compiled in a capture": (
         lambda: capture(lambda: add_kernel[(1,)](numbers(), 1, 0.5, BLOCK=32)),
