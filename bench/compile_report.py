@@ -33,14 +33,19 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()
 # What spills all the same, each a few bytes of what is rare: architecture, kernel, size, and what is special about it.
 SPILLS = {
     (90, "keys", 128, "POINTERS"): "heads that do not begin at multiples of 16 bytes: no larger row spills less",
+    (90, "forward", 256, "POINTERS"): "the same in fp16, with a window: 80 bytes",
+    (90, "queries", 256, "POINTERS"): "the same: 224 bytes",
     (80, "keys", 48, "bf16"): "a head that fills no block: 16 bytes",
     (89, "keys", 48, "bf16"): "the same",
-    (100, "keys", 64, "POINTERS"): "the same",
+    (100, "keys", 64, "POINTERS"): "heads that do not begin at multiples of 16 bytes",
     (100, "keys", 32, "POINTERS"): "the same, with a window",
     (100, "keys", 32, "bf16"): "8 bytes with a window",
     (120, "keys", 32, "bf16"): "16 bytes with a softcap; in two loops 24",
     (90, "decode", 192, "fp32"): "a window, a softcap and a paged cache in fp32, which is for checks",
     (90, "decode-tall", 192, "fp32"): "the same",
+    (90, "decode", 256, "fp32"): "a window and a paged cache in fp32: 8 bytes",
+    (90, "decode", 80, "fp32"): "the same",
+    (80, "delta", 32, "fp32"): "8 bytes, once, in fp32, which is for checks",
     (90, "backward", 9000, "fp32"): "LayerNorm wider than 8,192 whose rows are no multiple of 16: 8 or 16 warps spill",
 }
 

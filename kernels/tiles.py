@@ -4,7 +4,7 @@ Registers (of 255 a thread) and shared memory are what the compiler (Triton 3.7)
 that runs spills there; what does with other options is listed in bench/compile_report.py. Rows for head dim 64 on sm_90
 without an end (`longest`) were timed on an H200 (bench/results/attention-tiles-nvidia-h200.json): the first is the
 fastest that does not spill. Elsewhere what runs is what the instructions of its inner loop allow on paper (`gpt
-bench-compile --model`), which ordered those timed rows as the clock did (rank correlation 0.8 to 0.9): what counts is
+bench-compile --model`), in an order that was fitted to those timed rows (rank correlation 0.8 to 0.9): what counts is
 the slowest unit of the chip, and how many programs a multiprocessor holds (it has 65,536 registers), as the products of
 one run during the exponentials of another. The forward kernel at head dim 128 keeps the row that the H200 has run.
 
