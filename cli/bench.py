@@ -176,10 +176,10 @@ def bench_compile(
     from bench.compile_report import ARCHITECTURES, ELEMENT_SIZE, FAMILIES, OPTIONS, known_spill, report
 
     if dtype not in ELEMENT_SIZE:
-        raise InputError(f"--dtype is {dtype}; it takes {', '.join(ELEMENT_SIZE)}{meant(dtype, ELEMENT_SIZE)}")
+        raise InputError(f"--dtype is {dtype}; it must be {', '.join(ELEMENT_SIZE)}{meant(dtype, ELEMENT_SIZE)}")
     if model is not None:
         if model not in ARCHITECTURES:
-            raise InputError(f"--model is {model}; it takes {', '.join(map(str, ARCHITECTURES))}")
+            raise InputError(f"--model is {model}; it must be {', '.join(map(str, ARCHITECTURES))}")
         _model(model)
         return
     families = OPTIONS if options else FAMILIES

@@ -174,7 +174,16 @@ def test_every_option_and_setting_that_a_message_names_is_one() -> None:
     groups = {name.partition(".")[0] for name, _, _ in settings(Recipe) if "." in name}
     names = {name for name, _, _ in settings(Recipe)}
     # Where they are no advice: git's options, and the names of files and of a module's own attribute.
-    apart = {"--always", "--dirty", "model.safetensors", "optimizer.safetensors", "model.decode_int8"}
+    # Of git and pytest, and names of files and of attributes.
+    apart = {
+        "--always",
+        "--dirty",
+        "--tb",
+        "--continue-on-collection-errors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "model.decode_int8",
+    }
     for path in (each for room in ("cli", "engine", "train", "rlhf", "bench") for each in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

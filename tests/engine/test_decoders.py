@@ -36,6 +36,8 @@ def test_int8_decoding_stays_near_the_model(gpt: GPT) -> None:
 
 def test_int8_is_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     with pytest.raises(InputError, match="int8 is for decoding on a CPU"):
         runtime.choose("cuda", "int8")
 
