@@ -8,7 +8,6 @@ it leaves out (waits, the first and last tiles, masks, descriptors, memory) only
 import json
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +91,7 @@ def loops(sass: str, holding: str = "MMA") -> list[list[tuple[str, str]]]:
 
 def clocks(loop: Iterable[tuple[str, str]], chip: Chip, warps: int) -> dict[str, float]:
     """Return for how many clocks each unit but the tensor cores works on a round of a loop, for all warps."""
-    busy: defaultdict[str, float] = defaultdict(float)
+    busy = dict.fromkeys(("issue", "exponentials", "fp32", "integers", "shared memory"), 0.0)
     for name, operands in loop:
         kind = name.split(".")[0]
         busy["issue"] += 1 / ISSUES

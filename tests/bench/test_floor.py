@@ -52,6 +52,7 @@ def test_each_unit_gets_its_clocks() -> None:
     assert busy["exponentials"] == 4 * 32 / 16
     assert busy["fp32"] == 4 * 32 / 128 and busy["integers"] == 4 * 32 / 64
     assert busy["issue"] == 4 * 9 / 4
+    assert floor.clocks([], floor.CHIPS[100], warps=4) == dict.fromkeys(busy, 0)
 
 
 def test_the_slowest_unit_is_the_limit() -> None:
