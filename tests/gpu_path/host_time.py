@@ -212,6 +212,12 @@ def compare(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def git(tree: Path) -> str:
+    """Return the commit of a tree."""
+    command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the root of another tree of this project")
@@ -222,7 +228,12 @@ def main() -> None:
     for case, least in found.items():
         print(f"{case:35} {least['before']:10,.1f} us before {least['now']:10,.1f} now, ratio {least['ratio']:.2f}")
     if arguments.write:
-        about = {"device": "none: a driver that does nothing in place of a GPU's", "unit": "microseconds of CPU time"}
+        from engine.run import versions
+
+        about = {
+            "device": "none: a driver that does nothing in place of a GPU's", "versions": versions(),
+            "before": git(arguments.before), "unit": "microseconds of CPU time",
+        }  # fmt: skip
         arguments.write.write_text(json.dumps(about | {"rounds": arguments.rounds, "cases": found}, indent=1) + "\n")
 
 
