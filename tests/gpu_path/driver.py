@@ -84,18 +84,6 @@ class Machine:
         if self.capturing:
             self.problems[f"{what} waits for the device while a CUDA graph is captured"] += 1
 
-    def resources(self, compiled: str) -> dict[str, int]:
-        """Return registers and spilled bytes per thread, and bytes of shared memory, of a compiled kernel."""
-        from triton import knobs
-
-        kernel = self.kernels[compiled]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(kernel.asm["cubin"])
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
-        return {"registers": registers, "spilled_bytes": stack, "shared_bytes": kernel.metadata.shared}
-
 
 def why_not() -> str | None:
     """Return why there can be no such device here, or None."""

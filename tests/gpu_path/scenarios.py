@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.compile_report import resources
 from tests import gpu_path
 from tests.gpu_path.driver import PROBE, Machine
 
@@ -60,7 +61,7 @@ def kernels(gpu: Machine) -> list[dict[str, Any]]:
             source = gpu.kernels[each].src
             constants = {source.fn.arg_names[place]: value for (place,), value in source.constants.items()}
             types = sorted({kind[1:] for kind in source.signature.values() if kind.startswith("*")})
-            found.append({"kernel": name, "constants": constants, "pointers": types, **gpu.resources(each)})
+            found.append({"kernel": name, "constants": constants, "pointers": types, **resources(gpu.kernels[each])})
     return found
 
 
