@@ -298,34 +298,18 @@ def choose_row(scores, temperature, top_k, top_p, min_p, penalty, seen, draw, lo
 
 
 @native
-def choose_rows(scores, rows, seen, tokens, logprobs, scratch):
-    """Choose for many rows, each in its own way; what they have seen gets the new token. Calls may run side by side.
+def choose_next(row, scores, seen, scratch):
+    """Choose for a ROW, which counts what it draws: see choose_row. Where it has a penalty, the token is seen then.
 
-    scores: fp32 [B, V]; rows: ROW [B]; seen: uint8 [B, V], or [0, V] where no row has a penalty; tokens: int64 [B] and
-    logprobs: fp32 [B], which are written; scratch: fp32 [4, V]. Returns how many rows have used up their draws: before
-    the next call they need others, and `drawn` 0.
+    `row.drawn` must be below DRAWS.
     """
-    nothing, empty = scratch[0, :0].view(np.uint8), 0
-    for i in range(len(rows)):
-        row, own, draw = rows[i], nothing, ZERO
-        if row.penalty != ONE:
-            own = seen[i]
-        if row.temperature > ZERO:
-            draw = row.draws[row.drawn]
-            row.drawn += 1
-            empty += row.drawn == DRAWS
-        tokens[i], logprobs[i] = choose_row(
-            scores[i],
-            row.temperature,
-            row.top_k,
-            row.top_p,
-            row.min_p,
-            row.penalty,
-            own,
-            draw,
-            row.logprob,
-            scratch,
-        )
-        if row.penalty != ONE:
-            own[tokens[i]] = 1
-    return empty
+    draw = ZERO
+    if row.temperature > ZERO:
+        draw = row.draws[row.drawn]
+        row.drawn += 1
+    token, logprob = choose_row(
+        scores, row.temperature, row.top_k, row.top_p, row.min_p, row.penalty, seen, draw, row.logprob, scratch
+    )
+    if row.penalty != ONE:
+        seen[token] = 1
+    return token, logprob

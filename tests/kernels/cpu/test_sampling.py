@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling import Sampling, distribution, penalise
-from kernels.cpu.sampling import DRAWS, ROW, choose_rows, exp
+from kernels.cpu.sampling import DRAWS, ROW, choose_next, exp
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -40,12 +40,10 @@ def chosen(logits: Tensor, samplings: list[Sampling], draws: Tensor, seen: Tenso
         row["top_k"], row["top_p"] = min(sampling.top_k or tokens, tokens), sampling.top_p
         row["min_p"], row["penalty"] = sampling.min_p, sampling.repetition_penalty
         row["logprob"], row["drawn"], row["draws"][3] = 1, 3, draw
-    found, logprobs = np.full(count, -1), np.zeros(count, np.float32)
-    scratch = np.full((4, tokens), np.nan, np.float32)
-    before = logits.clone()
-    choose_rows(logits.numpy(), rows, seen.numpy(), found, logprobs, scratch)
+    scratch, before = np.full((4, tokens), np.nan, np.float32), logits.clone()
+    found = [choose_next(*each, scratch) for each in zip(rows, logits.numpy(), seen.numpy(), strict=True)]
     assert logits.equal(before) or logits.isnan().any()
-    return found.tolist(), torch.from_numpy(logprobs)
+    return [token for token, _ in found], torch.tensor([logprob for _, logprob in found])
 
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 4096, 5000])
@@ -77,7 +75,7 @@ def test_it_chooses_as_the_definition_does(size: int, spread: float) -> None:
 
 def test_of_equal_scores_top_k_keeps_all_and_top_p_the_first() -> None:
     logits = torch.zeros(1, 600).index_fill_(1, torch.tensor([5, 100, 599]), 2.0)
-    draws, seen = torch.linspace(0, 1 - 2**-24, 200), torch.zeros(0, 600, dtype=torch.uint8)
+    draws, seen = torch.linspace(0, 1 - 2**-24, 200), torch.zeros(200, 600, dtype=torch.uint8)
 
     def possible(**cuts: Any) -> set[int]:
         return set(chosen(logits.expand(200, -1).contiguous(), [Sampling(**cuts)] * 200, draws, seen)[0])
@@ -92,7 +90,7 @@ def test_of_equal_scores_top_k_keeps_all_and_top_p_the_first() -> None:
 def test_without_a_distribution_it_does_what_the_definition_does() -> None:
     nan, inf = math.nan, math.inf
     logits = torch.tensor([[1, nan, 3, nan], [1, -nan, 3, 2], [1, inf, 3, inf], [-inf] * 4, [-inf, 2, -inf, 3]])
-    seen, draws = torch.zeros(0, 4, dtype=torch.uint8), torch.full((5,), 0.99)
+    seen, draws = torch.zeros(5, 4, dtype=torch.uint8), torch.full((5,), 0.99)
     tokens, logprobs = chosen(logits, [Sampling(0.0)] * 5, draws, seen)
     assert tokens == logits.argmax(-1).tolist() and logprobs.isnan().tolist() == [True] * 4 + [False]
     for sampling in (Sampling(), Sampling(top_k=2), Sampling(0.5, top_p=0.9)):
@@ -104,21 +102,20 @@ def test_without_a_distribution_it_does_what_the_definition_does() -> None:
 def test_the_lowest_and_the_highest_draw_fall_on_tokens_that_have_probability(draw: float) -> None:
     logits = torch.rand(300, 700)
     logits[:, :300] = logits[:, -300:] = -1e4
-    seen = torch.zeros(0, 700, dtype=torch.uint8)
+    seen = torch.zeros(300, 700, dtype=torch.uint8)
     for sampling in (Sampling(), Sampling(0.3)):
         tokens, _ = chosen(logits, [sampling] * 300, torch.full((300,), draw), seen)
         assert set(tokens) == ({300} if draw == 0 else {399})
 
 
-def test_a_row_takes_its_draws_in_order_and_says_when_they_are_used_up() -> None:
+def test_a_row_takes_its_draws_in_order_and_none_where_it_is_cold() -> None:
     rows = np.zeros(2, ROW)
     rows["top_k"], rows["top_p"], rows["penalty"], rows["temperature"] = 1000, 1, 1, [1, 0]
     rows["draws"] = np.linspace(0, 1, DRAWS, endpoint=False)
-    scores, scratch = np.zeros((2, 1000), np.float32), np.zeros((4, 1000), np.float32)
-    tokens, logprobs, seen = np.zeros(2, np.int64), np.zeros(2, np.float32), np.zeros((0, 1000), np.uint8)
+    scores, scratch, seen = np.zeros(1000, np.float32), np.zeros((4, 1000), np.float32), np.zeros(0, np.uint8)
     for step in range(DRAWS):
-        assert choose_rows(scores, rows, seen, tokens, logprobs, scratch) == (step == DRAWS - 1)
-        assert abs(tokens[0] - 1000 * step / DRAWS) <= 1 and tokens[1] == 0 and np.isnan(logprobs).all()
+        (warm, logprob), (cold, _) = (choose_next(row, scores, seen, scratch) for row in rows)
+        assert abs(warm - 1000 * step / DRAWS) <= 1 and cold == 0 and math.isnan(logprob)
     assert rows["drawn"].tolist() == [DRAWS, 0]
 
 
