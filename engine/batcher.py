@@ -8,24 +8,28 @@ A step that raises an exception costs one request, not all of them: see `Batcher
 
 A step moves every producing sequence on by one token and reads one chunk of prompts, so that a long prompt stalls
 nobody for longer than its chunk. On a GPU the tokens stay there: the next step is under way before the host has read
-what the last one chose.
+what the last one chose. On a CPU a step is one call (engine/native.py), and where nobody waits it makes several tokens.
 """
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.decoders import make_decoder
+from engine.decoders import Ending, Reading, make_decoder, make_native
 from engine.errors import InputError
 from engine.model import GPT, KVCache, swap_rows
 from engine.runtime import ToHost, inference
 from engine.sampling import Sampling, choose, make_generator
 
+# A native step goes on for at most so many tokens, or seconds: what is new meanwhile waits for its end.
+MOST_TURNS, MOST_SECONDS = 16, 0.004
 # When too many at once were too much, a step that goes well makes room for this many more of them.
 ROOM_REGAINED = 1 / 64
 
@@ -91,6 +95,7 @@ class Running:
     drawn: int = 0  # numbers that its generator had given before
     over: bool = False  # stopped or cancelled: tokens that are still under way are dropped
     seen: Tensor | None = None  # bool [V], for a repetition penalty
+    slot: int = -1  # of a native cache, in which nothing moves
 
     @property
     def length(self) -> int:
@@ -106,13 +111,16 @@ class Running:
         return Running(self.number, request, self.most - len(self.tokens), self.group, generator, drawn=drawn)
 
 
+Arriving = ToHost | Tensor | NDArray[Any]
+
+
 class Chosen(NamedTuple):
-    """The next tokens of some sequences, on their way to the host."""
+    """The next tokens of some sequences, on a GPU on their way to the host."""
 
     rows: list[Running]
-    tokens: ToHost
-    logprobs: ToHost | None = None  # [rows, 1 + k], the token's own first, then the k likeliest
-    likeliest: ToHost | None = None  # [rows, k]
+    tokens: Arriving
+    logprobs: Arriving | None = None  # [rows, 1 + k], the token's own first, then the k likeliest
+    likeliest: Arriving | None = None  # [rows, k]
 
 
 class Batcher:
@@ -136,13 +144,17 @@ class Batcher:
         self.model, self.slots, self.queue, self.chunk = model, slots, queue, chunk
         weight = model.embedding.weight
         self.device, dtype = weight.device, model.compute_dtype or weight.dtype
-        # How much of one prompt a step reads at most.
-        self.width = min(chunk, model.config.context)
-        # A short prompt that is read beside a long one is padded to its width, and the padding is written as well.
-        capacity = model.config.context + self.width
-        self.cache = KVCache(model.config, slots, capacity, device=self.device, dtype=dtype)
-        self.last = torch.zeros(slots, dtype=torch.int64, device=self.device)  # each slot's newest token
-        self.decoder = make_decoder(model, self.cache, self.last, graphs=graphs)
+        self.native = None if ahead or graphs else make_native(model, slots, chunk, MOST_TURNS)
+        self.turn_seconds = MOST_SECONDS  # what a token of all running sequences took last
+        if self.native is None:
+            # How much of one prompt a step reads at most.
+            self.width = min(chunk, model.config.context)
+            # A short prompt that is read beside a long one is padded to its width, and the padding is written as well.
+            capacity = model.config.context + self.width
+            self.cache = KVCache(model.config, slots, capacity, device=self.device, dtype=dtype)
+            self.last = torch.zeros(slots, dtype=torch.int64, device=self.device)  # each slot's newest token
+            self.decoder = make_decoder(model, self.cache, self.last, graphs=graphs)
+        self.free_slots = list(range(slots))
         self.ahead = self.device.type == "cuda" if ahead is None else ahead
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by slot
@@ -185,12 +197,15 @@ class Batcher:
         return not (self.waiting or self.running or self.under_way or self.suspects)
 
     def step(self) -> list[Step]:
-        """Produce one token for every producing sequence and read one chunk of prompts. Return the tokens, by slot."""
+        """Produce a token for every producing sequence, or some, and read one chunk of prompts. Return the tokens."""
         self._admit()
-        with inference(self.model):
-            chosen = [self._produce()] if self.producing else []
-            if self.producing < len(self.running):
-                chosen += self._read()
+        if self.native is not None:
+            chosen = self._step_natively() if self.running else []
+        else:
+            with inference(self.model):
+                chosen = [self._produce()] if self.producing else []
+                if self.producing < len(self.running):
+                    chosen += self._read()
         self._free()
         if self.ahead:
             chosen, self.under_way = self.under_way, chosen
@@ -233,6 +248,7 @@ class Batcher:
 
     def _clear(self) -> None:
         self.running, self.under_way, self.producing = [], [], 0
+        self.free_slots = list(range(self.slots))
 
     def _admit(self) -> None:
         if self.suspects:
@@ -240,8 +256,48 @@ class Batcher:
         else:
             line, room = self.waiting, int(self.room)
         while line and len(self.running) < room:
-            self.cache.lengths[len(self.running)] = 0
+            if self.native is None:
+                self.cache.lengths[len(self.running)] = 0
+            else:
+                line[0].slot = self.free_slots.pop()
             self.running.append(line.popleft())
+
+    def _step_natively(self) -> list[Chosen]:
+        """Do all in one call. Prompts that are now read to their ends stand behind the sequences that produce."""
+        native, reading, ended, room = self.native, [], [], self.chunk
+        assert native is not None
+        for each in self.running[self.producing :]:
+            if room == 0:
+                break
+            part = each.request.prompt[each.read : each.read + room]
+            last = each.read + len(part) == len(each.request.prompt)
+            ending = None
+            if last:
+                ended.append(each)
+                ask = each.request
+                ending = Ending(ask.prompt, ask.sampling, each.generator, ask.stop_ids, ask.top_logprobs is not None)
+            reading.append(Reading(part, each.slot, each.read, ending))
+            each.read, room = each.read + len(part), room - len(part)
+        chosen = [*self.running[: self.producing], *ended]
+        asking = max((each.request.top_logprobs or 0 for each in chosen), default=0)
+        turns = 1
+        if not (reading or asking or self.suspects):
+            turns = min(each.most - each.produced for each in chosen)
+            turns = max(1, min(turns, MOST_TURNS, int(MOST_SECONDS / self.turn_seconds)))
+        native.draw([each.generator for each in chosen[: self.producing]], turns)
+        begin = time.perf_counter()
+        tokens, logprobs = native.step(self.producing, reading, turns)
+        self.turn_seconds = (time.perf_counter() - begin) / len(tokens)
+        if ended:
+            others = [each for each in self.running[self.producing :] if each not in ended]
+            self.running = chosen + others
+            self.producing = len(chosen)
+        for each in chosen:
+            each.produced += len(tokens)
+        if asking:
+            likeliest = _likeliest(native.scores(len(chosen)), torch.from_numpy(tokens[0]), asking)
+            return [Chosen(chosen, tokens[0], *likeliest)]
+        return [Chosen(chosen, tokens[turn], logprobs[turn][:, None]) for turn in range(len(tokens))]
 
     def _produce(self) -> Chosen:
         chosen = self.running[: self.producing]
@@ -300,10 +356,7 @@ class Batcher:
         asking = [each.request.top_logprobs for each in chosen if each.request.top_logprobs is not None]
         if not asking:
             return Chosen(chosen, ToHost(tokens))
-        logprobs = logits.log_softmax(-1)
-        values, likeliest = logprobs.topk(max(asking))
-        own = logprobs.gather(-1, tokens[:, None])
-        return Chosen(chosen, ToHost(tokens), ToHost(torch.cat((own, values), dim=-1)), ToHost(likeliest))
+        return Chosen(chosen, ToHost(tokens), *map(ToHost, _likeliest(logits, tokens, max(asking))))
 
     def _seen(self, each: Running, slot: int) -> Tensor:
         """Return the tokens of its text so far, bool [V]: those of the prompt, and every new one."""
@@ -316,18 +369,18 @@ class Batcher:
 
     def _arrived(self, chosen: Chosen) -> list[Step]:
         steps = []
-        tokens, logprobs, likeliest = (each.read().tolist() if each else [] for each in chosen[1:])
+        tokens, logprobs, likeliest = ([] if each is None else each.tolist() for each in chosen[1:])
         for row, (each, token) in enumerate(zip(chosen.rows, tokens, strict=True)):
             if each.over:
                 continue
             each.tokens.append(token)
             finish = "stop" if token in each.request.stop_ids else "length" if len(each.tokens) == each.most else None
             each.over = finish is not None
-            step = Step(each.number, token, finish)
-            if (asked := each.request.top_logprobs) is not None:
-                top = tuple(zip(likeliest[row][:asked], logprobs[row][1:], strict=False))
-                step = step._replace(logprob=logprobs[row][0], top=top)
-            steps.append(step)
+            if (asked := each.request.top_logprobs) is None:
+                steps.append(Step(each.number, token, finish))
+            else:
+                top = tuple(zip(likeliest[row][:asked], logprobs[row][1:], strict=False)) if asked else ()
+                steps.append(Step(each.number, token, finish, logprobs[row][0], top))
         return steps
 
     def _free(self) -> None:
@@ -341,10 +394,22 @@ class Batcher:
                 self._swap(slot, self.producing)
                 slot = self.producing
             self._swap(slot, len(self.running) - 1)
-            self.running.pop()
+            if (given := self.running.pop().slot) >= 0:
+                self.free_slots.append(given)
 
     def _swap(self, one: int, other: int) -> None:
-        if one != other:
+        if one == other:
+            return
+        if self.native is not None:
+            self.native.swap(one, other)
+        else:
             self.cache.swap(one, other, max(self.running[one].length, self.running[other].length))
             swap_rows(self.last, one, other)
-            self.running[one], self.running[other] = self.running[other], self.running[one]
+        self.running[one], self.running[other] = self.running[other], self.running[one]
+
+
+def _likeliest(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of the tokens and of the likeliest, [rows, 1 + count], and the latter's ids."""
+    logprobs = logits.log_softmax(-1)
+    values, likeliest = logprobs.topk(count)
+    return torch.cat((logprobs.gather(-1, tokens[:, None]), values), dim=-1), likeliest

@@ -88,6 +88,8 @@ def stream(
             raise InputError(f"prompt {index}: {error}") from None
     while not batcher.idle:
         for index, token, finish, *_ in batcher.step():
+            if texts[index].stopped:  # by a token of this same step
+                continue
             text = texts[index].push(token, last=finish is not None)
             if texts[index].stopped:
                 batcher.cancel(index)

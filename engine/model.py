@@ -18,6 +18,8 @@ from engine.errors import InputError
 from engine.runtime import free_memory
 from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, linear_scores
 
+CPU = torch.device("cpu")
+
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Return cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
@@ -38,6 +40,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
+def check_room(batch: int, each: int, device: torch.device = CPU) -> None:
+    """Raise InputError where keys and values of `batch` texts, of so many bytes each, find no room."""
+    if (most := free_memory(device) // each) < batch:
+        raise InputError(
+            f"a cache for {batch:,} texts at once takes {batch * each / 2**30:,.1f} GiB; there is room for {most:,}"
+        )
+
+
 class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one step and not a whole pass.
 
@@ -49,11 +59,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        each = 2 * config.blocks * config.width * capacity * torch.empty(0, dtype=dtype).element_size()
-        if (most := free_memory(torch.device(device)) // each) < batch:
-            raise InputError(
-                f"a cache for {batch:,} texts at once takes {batch * each / 2**30:,.1f} GiB; there is room for {most:,}"
-            )
+        check_room(batch, 2 * config.blocks * config.width * capacity * dtype.itemsize, torch.device(device))
         # A head's keys lie together: attention reads them four times as fast as with the heads of a token together.
         # The keys of all heads come first, then the values.
         shape = (config.blocks, batch, 2 * config.heads, capacity, config.head_dim)

@@ -182,7 +182,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class ToHost:
-    """A copy of a tensor on its way to the host. The device continues meanwhile; `read` waits until it has arrived."""
+    """A copy of a tensor on its way to the host. The device continues meanwhile; to read it waits until it is there."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.arrived: torch.cuda.Event | None = None
@@ -198,6 +198,9 @@ class ToHost:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensor
+
+    def tolist(self) -> Any:
+        return self.read().tolist()
 
 
 @contextlib.contextmanager

@@ -1,1 +1,22 @@
-"""What a CPU runs natively: functions of numbers and NumPy arrays, compiled by numba once and kept on disk."""
+"""Decoding on a CPU, compiled by Numba: the fused step of a whole model, and the choice of the next token.
+
+Importing a file of this package imports Numba. `why_not` says beforehand whether that is any use.
+"""
+
+import os
+from functools import cache
+
+
+def why_not() -> str | None:
+    """Return None where these kernels run, else the reason why the torch backend computes instead."""
+    asked = os.environ.get("GPT_KERNELS")
+    return f"GPT_KERNELS is {asked}" if asked else _why_not_numba()
+
+
+@cache
+def _why_not_numba() -> str | None:
+    try:
+        from kernels.cpu import step  # noqa: F401
+    except Exception as error:  # a missing package, or one that does not fit NumPy or this CPU
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -6,21 +6,10 @@ score that k tokens reach, and the weight above which they hold top_p, are found
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    # mypy skips the bodies of functions that are marked so: their integers have 32 bits or 64, their floats 32.
-    from typing import no_type_check as native
-    from typing import no_type_check as summing
-else:
-    import numba
-
-    OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
-    native = numba.njit(**OPTIONS, fastmath={"contract"})
-    # These sums may be taken in any order: else they are not vectorised.
-    summing = numba.njit(**OPTIONS, fastmath={"contract", "reassoc", "nsz"})
+from kernels.cpu.jit import HALF, ONE, ZERO, exp, native, summing
 
 BLOCK = 256
 DRAWS = 64
@@ -40,29 +29,6 @@ ROW = np.dtype(
         ("draws", np.float32, (DRAWS,)),
     ]
 )
-
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-# Below this, exp is taken as 0: its results would be denormal.
-LOWEST = np.float32(-87)
-LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1 / math.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
-# Cephes' polynomial for (exp(x) - 1 - x) / x^2 where |x| is at most ln(2) / 2.
-P5, P4, P3, P2, P1, P0 = (
-    np.float32(each)
-    for each in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-)
-
-
-@native
-def exp(x):
-    """exp(x) in fp32 for x <= 0, right to about an ulp, in a form that LLVM vectorises."""
-    bounded = max(x, LOWEST)
-    whole = np.int32(bounded * LOG2_E - HALF)
-    part = np.float32(whole)
-    rest = (bounded - part * LN2_HIGH) - part * LN2_LOW
-    series = ((((P5 * rest + P4) * rest + P3) * rest + P2) * rest + P1) * rest + P0
-    power = np.int32(np.int32(whole + 127) << 23).view(np.float32)
-    result = (series * (rest * rest) + rest + ONE) * power
-    return ZERO if x < LOWEST else result
 
 
 @native

@@ -214,6 +214,7 @@ def test_who_is_cancelled_after_a_failure_gets_no_more(gpt: GPT, monkeypatch: py
 
 
 def test_a_broken_device_is_said_and_not_tried_again(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_KERNELS", "torch")  # what is compiled does not go through the model
     batcher = Batcher(gpt, slots=4)
     batcher.submit(Request([1], GREEDY, 5))
 
@@ -290,6 +291,7 @@ def test_in_bf16_scores_are_fp32_from_the_last_product_on(
         seen.append(logits.clone())
         return logits.argmax(-1)
 
+    monkeypatch.setenv("GPT_KERNELS", "torch")
     monkeypatch.setattr("engine.batcher.choose", choose)
     batcher = Batcher(gpt, slots=1)
     batcher.submit(Request([5, 6, 7], GREEDY, 3))

@@ -122,6 +122,7 @@ class Script:
                 scripts.setdefault(generator, itertools.chain(script, itertools.repeat(script[-1])))
             return torch.tensor([next(scripts[generator]) for generator in generators])
 
+        self.monkeypatch.setenv("GPT_KERNELS", "torch")  # the native step chooses by itself
         self.monkeypatch.setattr("engine.batcher.choose", choose)
         arguments = (self.gpt, self.tokenizer, [[self.tokenizer.eod]] * len(sequences), GREEDY)
         chunks: list[list[str]] = [[] for _ in sequences]

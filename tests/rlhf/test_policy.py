@@ -233,8 +233,9 @@ def with_an_easy_reward(rank: int) -> None:
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_two_processes_learn_what_one_does(recipe: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
     # GRPO's groups of 8 are cut by three processes, and statistics of one part would be others than those of all.
-    # At ten times this rate what rounding does, which differs from CPU to CPU, has grown to 2e-4 after eight steps.
-    plan = override(recipe(method, rounds=3, rate=0.003), "loop.micro_batch", 4)
+    # At fifteen times this rate what rounding does, which differs from CPU to CPU, has grown to 2e-4 after eight steps.
+    # At 0.003 a draw of the third round lies so near the border of two tokens that two processes take the other one.
+    plan = override(recipe(method, rounds=3, rate=0.002), "loop.micro_batch", 4)
     count = 2 if method == "ppo" else 3
     train_on(plan, tmp_path / "one", 1, trick=with_an_easy_reward)
     train_on(plan, tmp_path / "many", count, trick=with_an_easy_reward)

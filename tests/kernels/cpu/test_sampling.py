@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.sampling import Sampling, distribution, penalise
-from kernels.cpu.sampling import DRAWS, ROW, choose_next, exp
+from kernels.cpu.jit import exp
+from kernels.cpu.sampling import DRAWS, ROW, choose_next
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},

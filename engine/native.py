@@ -1,0 +1,187 @@
+"""A model's steps on a CPU by kernels/cpu: its weights packed, its own cache, and one call for all that run.
+
+Row r of a step is what the r-th running sequence reads next. Nothing moves in the cache: a row says which slot it has.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.decoders import Reading
+from engine.model import GPT, LayerNorm, check_room, rotary_angles
+from kernels.cpu.pack import pack, strip_size, strips
+from kernels.cpu.sampling import DRAWS, ROW
+from kernels.cpu.step import QUERIES, Cache, Choice, Floats, Longs, Rows, Scratch, Shape, Weights, step
+from kernels.cpu.team import team
+from kernels.cpu.tile import LANES, STRIP
+
+# Products of weights with rows, below which threads would wait for one another longer than they work.
+LEAST_WORK = 300_000
+MATRICES = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
+
+
+class NativeDecoder:
+    """The model's weights, packed, and a cache of its own. It does not see later changes of the model."""
+
+    def __init__(self, model: GPT, slots: int, most_read: int, most_turns: int = 1) -> None:
+        """Make room for so many sequences, and for steps that read at most `most_read` tokens of prompts besides."""
+        config, dtype = model.config, model.compute_dtype or model.embedding.weight.dtype
+        self.kind = "int8" if model.decode_int8 else "bf16" if dtype == torch.bfloat16 else "fp32"
+        self.members = torch.get_num_threads()
+        self.shape = Shape(
+            config.blocks, config.width, config.heads, config.head_dim, config.rotary_dim, config.parallel_residual,
+            float(np.float32(config.norm_eps)),
+        )  # fmt: skip
+        self.work = config.matmul_parameters
+        with torch.inference_mode():
+            self.weights = _weights(model, self.kind)
+        self.slots, rows, capacity = slots, slots + most_read, _whole(config.context)
+        values_dim = -(-config.head_dim // LANES) * LANES
+        shape, kept = (config.blocks, slots, config.heads), np.dtype(np.uint16 if self.kind == "bf16" else np.float32)
+        dims = config.head_dim + values_dim
+        check_room(slots, config.blocks * config.heads * capacity * dims * kept.itemsize)
+        self.cache = Cache(*(np.zeros((*shape, capacity * dim), kept) for dim in (config.head_dim, values_dim)))
+        width, expanded = _whole(config.width), _whole(4 * config.width)
+        self.scratch = Scratch(
+            _room(rows, width), _room(self.members, rows, width), _room(rows, _whole(3 * config.width)),
+            _room(rows, width), _room(rows, expanded), _room(self.members, QUERIES, capacity),
+            _room(self.members, QUERIES, values_dim), _room(slots, _whole(config.outputs)),
+            _room(self.members, 4, config.outputs),
+        )  # fmt: skip
+        self.numbers = np.arange(rows + 1)
+        self.rows = Rows(*(np.zeros(rows + 1, np.int64) for _ in Rows._fields))
+        self.choice = Choice(
+            config.outputs, np.zeros(slots, np.int64), np.zeros(rows, ROW), np.zeros((1, 0), np.uint8),
+            np.full((rows, 1), -1), np.zeros((most_turns, slots), np.int64), _room(most_turns, slots),
+        )  # fmt: skip
+        self._run(0, 0, 0, 1, members=1)  # compiles
+
+    def step(self, producing: int, reading: Sequence[Reading] = (), turns: int = 1) -> tuple[Longs, Floats]:
+        """Move the first rows on by a token each, and read parts of prompts, each of another slot.
+
+        Returns the tokens chosen, [turns, wanted], and their log-probabilities where they are asked for: of the rows
+        that produce, then of the prompts that end, which are the next rows from now on. `scores` has what they were
+        chosen from. More turns are for steps that read nothing; they may end early (see kernels/cpu/step.py).
+        """
+        rows, wanted, count, groups = self.rows, self.choice.wanted, producing, producing
+        rows.groups[: producing + 1] = self.numbers[: producing + 1]
+        wanted[:producing] = self.numbers[:producing]
+        asked = producing
+        for part in reading:
+            end = count + len(part.tokens)
+            rows.tokens[count:end], rows.slots[count:end] = part.tokens, part.slot
+            rows.positions[count:end] = self.numbers[: end - count] + part.position
+            count, groups = end, groups + 1
+            rows.groups[groups] = end
+            if part.ending is not None:
+                self._begin(end - 1, part)
+                wanted[asked] = end - 1
+                asked += 1
+        done = self._run(count, groups, asked, turns, self.members if count * self.work > LEAST_WORK else 1)
+        for row in range(producing, asked):
+            for array in self._by_row():
+                array[row] = array[wanted[row]]
+        return self.choice.tokens[:done, :asked], self.choice.logprobs[:done, :asked]
+
+    def _run(self, count: int, groups: int, wanted: int, turns: int, members: int) -> int:
+        arguments = (self.shape, self.weights, self.cache, self.scratch, self.rows, count, groups, self.choice)
+        return int(team(members).run(step, *arguments, wanted, turns))
+
+    def _begin(self, row: int, part: Reading) -> None:
+        """Set how tokens are chosen from now on."""
+        assert part.ending is not None
+        prompt, sampling, generator, stop_ids, logprob = part.ending
+        record, vocab = self.choice.rows[row], self.choice.vocab
+        record["temperature"] = max(sampling.temperature, 1e-10) if sampling.temperature > 0 else 0
+        record["top_k"] = min(sampling.top_k or vocab, vocab)
+        record["top_p"], record["min_p"] = sampling.top_p, sampling.min_p
+        record["penalty"] = sampling.repetition_penalty
+        record["logprob"], record["drawn"] = logprob, 0
+        if sampling.temperature > 0:
+            record["draws"] = torch.rand(DRAWS, generator=generator).numpy()
+        stops = self.choice.stops
+        if (more := len(stop_ids) - stops.shape[1]) > 0:
+            self.choice = self.choice._replace(stops=np.pad(stops, ((0, 0), (0, more)), constant_values=-1))
+        self.choice.stops[row] = -1
+        self.choice.stops[row, : len(stop_ids)] = list(stop_ids)
+        if sampling.repetition_penalty != 1:
+            if not self.choice.seen.size:
+                self.choice = self.choice._replace(seen=np.zeros((self.slots, vocab), np.uint8))
+            seen = self.choice.seen[part.slot]
+            seen[:] = 0
+            seen[[token for token in prompt if token < vocab]] = 1
+
+    def draw(self, generators: Sequence[torch.Generator], turns: int) -> None:
+        """Give the first rows the random numbers that they need for so many turns, each from its own generator."""
+        for row in np.flatnonzero(self.choice.rows["drawn"][: len(generators)] + turns > DRAWS).tolist():
+            record = self.choice.rows[row]
+            fresh, left = record["drawn"], DRAWS - record["drawn"]
+            record["draws"][:left] = record["draws"][fresh:]
+            record["draws"][left:] = torch.rand(int(fresh), generator=generators[row]).numpy()
+            record["drawn"] = 0
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows: each keeps its slot."""
+        for array in self._by_row():
+            array[[one, other]] = array[[other, one]]
+
+    def _by_row(self) -> tuple[NDArray[Any], ...]:
+        rows, choice = self.rows, self.choice
+        return rows.tokens, rows.slots, rows.positions, choice.rows, choice.stops
+
+    def scores(self, wanted: int) -> Tensor:
+        """Return the scores of the last step's choices, fp32 [wanted, V], valid until the next step."""
+        return torch.from_numpy(self.scratch.logits[:wanted, : self.choice.vocab])
+
+
+def _whole(columns: int) -> int:
+    return strips(columns) * STRIP
+
+
+def _room(*shape: int) -> Floats:
+    return np.zeros(shape, np.float32)
+
+
+def _weights(model: GPT, kind: str) -> Weights:
+    config, width = model.config, model.config.width
+    matrices: list[list[Any]] = [[block.get_submodule(name) for name in MATRICES] for block in model.blocks]
+    packed = [[pack(each.weight, kind) for each in block] for block in matrices]
+    sizes = torch.tensor([[each.numel() for each in block] for block in packed])
+    ends = sizes.flatten().cumsum(0)
+    places = np.zeros((config.blocks + 1, len(MATRICES)), np.int64)
+    places[:-1] = (ends.view(sizes.shape) - sizes).numpy()
+    places[-1, 0] = ends[-1]
+    outputs = [3 * width, width, 4 * width, width, config.outputs]
+    depths = [width, width, width, 4 * width, width]
+    norms: list[Any] = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    biases = torch.zeros(0, 0, 0)
+    if config.biases:
+        biases = torch.stack([
+            torch.stack([F.pad(each.bias.detach().float(), (0, _whole(4 * width) - len(each.bias))) for each in block])
+            for block in matrices
+        ])  # fmt: skip
+    embedding = model.embedding.weight.detach()
+    cos, sin = rotary_angles(torch.arange(_whole(config.context)), config.rotary_dim, config.rotary_base)
+    half = config.rotary_dim // 2
+    return Weights(
+        torch.cat([*(each for block in packed for each in block), pack(model.head.weight, kind)]).numpy(),
+        places,
+        np.array([strip_size(depth, kind) for depth in depths]),
+        np.array([strips(columns) for columns in outputs]),
+        np.array(depths),
+        torch.stack([_norm(norm) for norm in (*norms, model.final_norm)]).numpy(),
+        biases.numpy(),
+        (embedding.bfloat16().view(torch.uint16) if kind == "bf16" else embedding.float()).numpy(),
+        cos[:, 0, :half].contiguous().numpy(),
+        sin[:, 0, half:].contiguous().numpy(),  # of which rotary_angles negates the first half
+    )
+
+
+def _norm(norm: LayerNorm) -> Tensor:
+    weight = norm.weight.detach().float()
+    return torch.stack((weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float()))
