@@ -46,7 +46,10 @@ class TextStream:
         if self.stopped:
             return ""
         # A character that the end cuts in half stays in the decoder: half of one is never text.
-        self.held += self.decoder.decode(self.tokenizer.bytes_of([token]))
+        text = self.decoder.decode(self.tokenizer.token_bytes[token])
+        if not self.stop:
+            return text
+        self.held += text
         found = [position for each in self.stop if (position := self.held.find(each)) >= 0]
         if found:
             self.stopped = True

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import cache
 from json import JSONEncoder
 from typing import Any, NamedTuple
 
@@ -131,12 +132,24 @@ class CompletionAnswer:
     async def events(self, job: Job, *, include_usage: bool) -> AsyncIterator[str]:
         """Server-sent events: one for every token, one for every end, which may add what was held back."""
         head = {**self.head, "object": self.chunk_kind, "system_fingerprint": None}
-        usage = {"usage": None} if include_usage else {}
+        # What all events share is spelled once.
+        before = "data: " + to_json({**head, "choices": []})[:-2]
+        after = ('],"usage":null}' if include_usage else "]}") + "\n\n"
 
         def event(index: int, fields: dict[str, Any], tokens: Sequence[Token], finish: str | None) -> str:
             logprobs = self.describe(tokens) if self.logprobs and (tokens or not finish) else None
             choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": finish}
-            return f"data: {to_json({**head, 'choices': [choice], **usage})}\n\n"
+            return before + to_json(choice) + after
+
+        @cache
+        def around(index: int) -> list[str]:
+            return event(index, self.delta("\0", None), (), None).rsplit('"\\u0000"', 1)
+
+        def of_token(index: int, text: str, tokens: Sequence[Token]) -> str:
+            if self.logprobs:
+                return event(index, self.delta(text, None), tokens, None)
+            start, end = around(index)  # of such events only the text differs
+            return start + to_json(text) + end
 
         first = [(index, self.first(choice)) for index, choice in enumerate(self.choices)]
         yield "".join(event(index, fields, (), None) for index, fields in first if fields)
@@ -145,7 +158,7 @@ class CompletionAnswer:
                 events = []
                 for index, (text, tokens, produced, finish) in arrived:
                     if produced:
-                        events.append(event(index, self.delta(text, None), tokens, None))
+                        events.append(of_token(index, text, tokens))
                         text, tokens = "", []
                     if finish:
                         events.append(event(index, self.delta(text, finish), tokens, finish))

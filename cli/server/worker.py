@@ -44,7 +44,8 @@ class Job:
         self.worker, self.size = worker, len(requests)
         self.running = set(range(self.size))
         self.numbers: dict[int, int] = {}  # the batcher's, by index; only the thread uses them
-        self.arrived: asyncio.Queue[tuple[int, Arrival] | Exception] = asyncio.Queue()
+        self.arrived: list[tuple[int, Arrival] | Exception] = []
+        self.news = asyncio.Event()
         self.begin, self.begun, self.closed = time.perf_counter(), False, False
         self.timer = worker.loop.call_later(worker.seconds, self._expire)
 
@@ -53,13 +54,18 @@ class Job:
 
         Raises ModelError, ClientGoneError.
         """
-        found = [await self.arrived.get()]
-        while not self.arrived.empty():
-            found.append(self.arrived.get_nowait())
+        await self.news.wait()
+        self.news.clear()
+        found, self.arrived = self.arrived, []
         for each in found:
             if isinstance(each, Exception):
                 raise each
         return found  # type: ignore[return-value]
+
+    def put(self, arrival: tuple[int, Arrival] | Exception) -> None:
+        """Hand something over, on the event loop."""
+        self.arrived.append(arrival)
+        self.news.set()
 
     def finish(self, index: int) -> None:
         """Give up a text of which no more is wanted: the model's next step may use its slot."""
@@ -76,11 +82,11 @@ class Job:
         for index in tuple(self.running):
             self.finish(index)
         self.worker.jobs.discard(self)
-        self.arrived.put_nowait(ClientGoneError())
+        self.put(ClientGoneError())
 
     def _expire(self) -> None:
         for index in self.running:
-            self.arrived.put_nowait((index, None))
+            self.put((index, None))
 
 
 class Worker:
@@ -147,10 +153,10 @@ class Worker:
         now = time.perf_counter()
         for job, index, step in found:
             if step.finish == "error":
-                job.arrived.put_nowait(ModelError(FAILED))
+                job.put(ModelError(FAILED))
                 continue
             self.generated_tokens += 1
-            job.arrived.put_nowait((index, step))
+            job.put((index, step))
             if not job.begun:
                 job.begun = True
                 self.first_tokens += 1
@@ -159,7 +165,7 @@ class Worker:
     def _fail(self) -> None:
         self.failed = True
         for job in self.jobs:
-            job.arrived.put_nowait(ModelError(BROKEN))
+            job.put(ModelError(BROKEN))
 
     # The methods below run in the thread.
 
@@ -201,15 +207,15 @@ class Worker:
             for index, request in enumerate(requests):
                 if read_prompts:
                     read = read_prompt(self.batcher.model, request.prompt, request.top_logprobs or 0)
-                    self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, read))
+                    self.loop.call_soon_threadsafe(job.put, (index, read))
                 if not request.max_tokens:
-                    self.loop.call_soon_threadsafe(job.arrived.put_nowait, (index, None))
+                    self.loop.call_soon_threadsafe(job.put, (index, None))
                     continue
                 number = self.batcher.submit(request)
                 job.numbers[index], self.owners[number] = number, (job, index)
         except Exception as error:
             log_failure(error)
-            self.loop.call_soon_threadsafe(job.arrived.put_nowait, ModelError(FAILED))
+            self.loop.call_soon_threadsafe(job.put, ModelError(FAILED))
             self.batcher.probe()
 
     def _cancel(self, job: Job, index: int) -> None:

@@ -1,6 +1,7 @@
 """Every field of the OpenAI API that is obeyed, through OpenAI's own client."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,31 @@ def test_an_answer_of_ours_may_be_sent_back_as_it_came(server: Live) -> None:
     message = chat(server, max_tokens=3).choices[0].message
     again = [*MESSAGES, message, {"role": "user", "content": "Go on."}]
     assert chat(server, messages=again, max_tokens=3).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("usage", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_every_event_is_json_as_short_as_it_can_be_with_the_same_fields(
+    server: Live, path: str, logprobs: bool, usage: bool
+) -> None:
+    what = {"messages": MESSAGES} if path.startswith("chat") else {"prompt": '"\0"', "echo": True}
+    body = {"model": "small", **what, "n": 3, "max_tokens": 9, "stream": True, "seed": 5}
+    if usage:
+        body["stream_options"] = {"include_usage": True}
+    if logprobs:
+        body["logprobs"] = True if path.startswith("chat") else 2
+    *events, done, nothing = server.post(path, body).text.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    assert len(events) == 3 * (1 + 9 + 1) + usage
+    for event in events:
+        content = json.loads(event.removeprefix("data: "))
+        assert event == f"data: {json.dumps(content, separators=(',', ':'))}"
+        fields = ["id", "created", "model", "object", "system_fingerprint", "choices", "usage"]
+        assert list(content) == fields[: 6 + usage]
+        for choice in content["choices"]:
+            said = "delta" if path.startswith("chat") else "text"
+            assert list(choice) == ["index", said, "logprobs", "finish_reason"]
 
 
 @pytest.mark.parametrize("ask", [complete, chat])
