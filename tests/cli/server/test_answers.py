@@ -97,6 +97,29 @@ def test_every_event_is_json_as_short_as_it_can_be_with_the_same_fields(
             assert list(choice) == ["index", said, "logprobs", "finish_reason"]
 
 
+def test_a_step_of_several_tokens_gives_the_same_answers(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers() -> list[Any]:
+        text = complete(server, n=3, max_tokens=13, logprobs=1).choices
+        stop = text[1].text[4:6]
+        cut = complete(server, n=3, max_tokens=13, stop=stop)
+        streamed = [
+            event.choices[0] for event in complete(server, n=3, max_tokens=13, stop=stop, stream=True) if event.choices
+        ]
+        by_text = [[each for each in streamed if each.index == index] for index in range(3)]
+        assert ["".join(each.text for each in one) for one in by_text] == [each.text for each in cut.choices]
+        assert stop not in cut.choices[1].text and cut.choices[1].finish_reason == "stop"
+        return [text, cut.choices, cut.usage, by_text]
+
+    wanted, batcher = answers(), server.worker.batcher
+    one = batcher.step
+
+    def several() -> list[Step]:
+        return [step for _ in range(5) if not batcher.idle for step in one()]
+
+    monkeypatch.setattr(batcher, "step", several)
+    assert answers() == wanted
+
+
 @pytest.mark.parametrize("ask", [complete, chat])
 def test_a_stream_is_the_same_answer_bit_by_bit(server: Live, ask: Any) -> None:
     whole = ask(server, n=2, max_tokens=20)
