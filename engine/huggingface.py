@@ -6,7 +6,7 @@ keep all query heads together, then all keys, then all values; GPT-NeoX keeps th
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,9 +178,9 @@ def _our_config(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _their_name(name: str) -> str:
-    """Return what GPT-NeoX calls our parameter `name`."""
-    for ours, theirs in NAMES.items():
+def renamed(name: str, names: Mapping[str, str] = NAMES) -> str:
+    """Return what others call our parameter `name`, GPT-NeoX unless they have `names` of their own."""
+    for ours, theirs in names.items():
         name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
     return name
 
@@ -191,9 +191,9 @@ def their_tensors(model: GPT) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if "qkv" in name:
             tensor = _restack(tensor, 3, model.config.heads)
-        tensors[_their_name(name)] = tensor.contiguous()
+        tensors[renamed(name)] = tensor.contiguous()
         if not model.config.biases and ("norm" in name or "mlp" in name):
-            tensors[_their_name(name).replace("weight", "bias")] = torch.zeros(len(tensor))
+            tensors[renamed(name).replace("weight", "bias")] = torch.zeros(len(tensor))
     return tensors
 
 
@@ -203,7 +203,7 @@ def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     with torch.device("meta"):
         wanted = GPT(config).state_dict()
     for name, like in wanted.items():
-        their_name, shape = _their_name(name), like.shape
+        their_name, shape = renamed(name), like.shape
         if "attention." in name and name.endswith("bias"):
             theirs.setdefault(their_name, torch.zeros(shape))
         if their_name not in theirs or theirs[their_name].shape != shape:
