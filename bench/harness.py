@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ TOLERANCE = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
 DIRECTIONS = ("forward", "backward")
 COLORS = {
     "ours": "#c2410c", "plain": "#6b7280", "flash": "#1d4ed8", "efficient": "#0891b2", "cudnn": "#166534",
-    "flex": "#7e22ce", "torch": "#1d4ed8", "compiled": "#7e22ce",
+    "flex": "#7e22ce", "torch": "#1d4ed8", "compiled": "#7e22ce", "transformers": "#1d4ed8", "llama.cpp": "#166534",
+    "without graphs": "#0891b2",
 }  # fmt: skip
 
 Figures = dict[str, Any]
@@ -323,34 +324,57 @@ def cells(figures: Figures, names: Iterable[str], shown: Callable[[Figures], str
     return ["-" if "reason" in figures[name] else shown(figures[name]) for name in names]
 
 
+class Panel(NamedTuple):
+    """A part of a picture: a line over x for each name."""
+
+    title: str
+    x: str
+    lines: dict[str, list[tuple[float, float]]]
+
+
+def lines_of(points: Iterable[Figures], x: str, y: str, scale: float = 1) -> dict[str, list[tuple[float, float]]]:
+    """Return x and scaled y of the points in which a name has such a figure."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, figures in point.items():
+            if isinstance(figures, dict) and y in figures:
+                lines.setdefault(name, []).append((point[x], scale * figures[y]))
+    return lines
+
+
 def plot(
     points: Sequence[Figures], column: str, x: str, y: str, scale: float, title: str, y_label: str, path: Path
 ) -> None:
     """Draw scaled y over x: a row of panels for each direction, a column for each value of a field of the points."""
+    values = sorted({point[column] for point in points})
+    panels = []
+    for direction, value in product(DIRECTIONS, values):
+        mine = [{x: point[x], **point[direction]} for point in points if point[column] == value]
+        about = f"{direction}, {column.replace('_', ' ')} {value}"
+        panels.append(Panel(about, x, lines_of(mine, x, y, scale)))
+    draw(panels, len(values), title, y_label, path)
+
+
+def draw(panels: Sequence[Panel], columns: int, title: str, y_label: str, path: Path) -> None:
+    """Draw panels row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    values = sorted({point[column] for point in points})
-    size = (1.5 + 3.6 * len(values), 6.5)
-    figure, grid = pyplot.subplots(2, len(values), figsize=size, layout="constrained", squeeze=False, sharey="row")
+    size = (1.5 + 3.6 * columns, 6.5)
+    rows = len(panels) // columns
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey="row")
     legend: Figures = {}
-    for axes, (direction, value) in zip(grid.flat, product(DIRECTIONS, values), strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        mine = [point for point in points if point[column] == value]
-        for point in mine:
-            for name, figures in point[direction].items():
-                if y in figures:
-                    lines.setdefault(name, []).append((point[x], scale * figures[y]))
-        for name, line in lines.items():
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        for name, line in panel.lines.items():
             (legend[name],) = axes.plot(*zip(*line, strict=True), "o-", ms=4, color=COLORS[name])
-        ticks = [point[x] for point in mine]
+        ticks = sorted({at for line in panel.lines.values() for at, _ in line})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-        axes.set(title=f"{direction}, {column.replace('_', ' ')} {value}", xlabel=x, ylabel=y_label)
+        axes.set(title=panel.title, xlabel=panel.x, ylabel=y_label)
     for axes in grid.flat:
         # Once all are drawn: panels of a row share their limits, and to set one settles the others.
         axes.set_ylim(bottom=0)

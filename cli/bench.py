@@ -1,13 +1,14 @@
 """gpt bench-*: training, generation and the server beside their peers, and what the compiler makes of the kernels."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from cli.bench_kernels import chosen
 from cli.console import print_table
-from cli.options import BenchOptions, Device, Few, GenerationPrecision, RunArgument, integers
+from cli.options import BenchOptions, Device, Few, GenerationPrecision, RunArgument, Temperature, integers
 from engine.config import Weight
 from engine.errors import InputError, meant
 
@@ -86,16 +87,25 @@ def bench_quality(
 def bench_decode(
     preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
     batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
+    threads: Annotated[str | None, Option(help="Of a CPU, as 1,2; else as many as PyTorch takes.")] = None,
     only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
+    llama_cpp: Annotated[Path | None, Option(help="llama.cpp's llama-batched-bench: a peer.")] = None,
+    temperature: Temperature = 0.0,
+    plot: Annotated[bool, Option("--plot", help="Also draw tokens/s over batch and context.")] = False,
     rounds: Annotated[Few, Option(help="The median of this many.")] = 5,
     *,
     on: DecodeOptions,
 ) -> None:
-    """Time generation against transformers on the same weights: tokens per second, time to the first token.
+    """Time generation against transformers and llama.cpp on the same weights: tokens per second, the first token.
 
-    Example: gpt bench-decode tiny --batch 1,32
+    llama.cpp has no sampling in it, and for int8 q8_0. "of N" is the first token after a prompt of N.
+
+    Example: gpt bench-decode tiny --batch 1,32 --threads 1,2 --llama-cpp build/bin/llama-batched-bench
     """
     import importlib.util
+    import os
+
+    import torch
 
     from bench import decoding, harness
     from engine import config
@@ -107,25 +117,38 @@ def bench_decode(
     if "transformers" in names and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed (pip install 'transformers>=4.48'): there is no peer to compare with")
         names.remove("transformers")
-    print(f"{preset}, {machine.describe()}")
-    points, rows = [], []
-    suffix = "-int8" if machine.precision == "int8" else ""
+    if llama_cpp and importlib.util.find_spec("gguf") is None:
+        raise InputError("--llama-cpp needs gguf to write the weights: pip install 'gguf>=0.17'")
+    counts = integers("--threads", threads) if threads else [torch.get_num_threads()]
+    if threads and max(counts) > (cores := os.cpu_count() or 1):
+        raise InputError(f"--threads is {threads}; this machine has {cores} cores")
     batches = integers("--batch", batch)
-    for point in decoding.bench_decoding(model, machine, batches=batches, providers=names, rounds=rounds):
-        points.append(point)
-        path = harness.write_result(f"decode-{preset}{suffix}", machine, {"rounds": rounds, "points": points}, on.out)
-        for reason in harness.missing(point):
-            print(reason)
-        able = [name for name in names if "reason" not in point[name]]
-        for name in able:
+    sizes = [size for count in counts for size in decoding.table(model, count, batches)]
+    sizes += [size for count in counts for size in decoding.sweeps(model, count)] if plot else []
+    print(f"{preset}, {machine.describe()}")
+    results = decoding.bench_decoding(
+        model, machine, sizes, providers=names, rounds=rounds, temperature=temperature, program=llama_cpp
+    )
+    title = f"decode-{preset}" + ("-int8" if machine.precision == "int8" else "") + ("-sampled" if temperature else "")
+    result, path = harness.show(results, title, machine, on.out)
+    rows = []
+    for point in result["points"]:
+        for name in ["llama.cpp"] * bool(llama_cpp) + names:
             found = point[name]
-            ratio = found["tokens_per_second"] / point[able[0]]["tokens_per_second"]
-            speeds = [f"{found['tokens_per_second']:,.0f}", f"{ratio:.2f}x"]
-            shares = [f"{found[share]:.0%}" for share in ("bandwidth_share", "same_tokens")]
-            rows.append([str(point["batch"]), name, *speeds, f"{found['first_token_seconds'] * 1000:,.1f} ms", *shares])
-    heads = ("batch", "who", "tokens/s", "against the first", "first token", "of bandwidth", "same tokens")
-    print_table(heads, rows)
+            if point["sweep"] or "reason" in found:
+                continue
+            ours = point.get("ours", {}).get("tokens_per_second")
+            ratio = f"{ours / found['tokens_per_second']:.2f}x" if ours and name != "ours" else ""
+            first = [f"{1000 * found[key]:,.1f}" for key in ("first_token_seconds", "long_first_token_seconds")]
+            shares = [f"{found[key]:.0%}" if key in found else "-" for key in ("bandwidth_share", "same_tokens")]
+            place = [str(point["threads"]), str(point["batch"]), name]
+            rows.append([*place, f"{found['tokens_per_second']:,.0f}", ratio, *first, *shares])
+    heads = ("threads", "batch", "who", "tokens/s", "ours is", "first, ms", f"of {sizes[0].long}", "bandwidth", "same")
+    print_table(heads, rows, box=None)
     print(f"written to {path}")
+    if plot:
+        about = f"{preset}, {machine.precision}, {harness.device_name(machine).rpartition(',')[0]}"
+        decoding.draw([point for point in result["points"] if point["sweep"]], about, path.with_suffix(".png"))
 
 
 def bench_serving(

@@ -66,7 +66,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "bench-attention": (bench_kernels.bench_attention, "Time attention against its peers"),
         "bench-layernorm": (bench_kernels.bench_layernorm, "Time LayerNorm against PyTorch's"),
         "bench-cross-entropy": (bench_kernels.bench_cross_entropy, "Time the fused last layer and loss"),
-        "bench-decode": (bench.bench_decode, "Time generation against transformers"),
+        "bench-decode": (bench.bench_decode, "Time generation against transformers and llama.cpp"),
         "bench-decode-attention": (bench_kernels.bench_decode_attention, "Time attention to a cache"),
         "bench-serving": (bench.bench_serving, "Let many clients stream from gpt serve"),
         "bench-compile": (bench.bench_compile, "Compile every kernel, GPU or not"),
