@@ -3,6 +3,7 @@
 It reads prompts of random tokens and decodes random tokens, so that it neither samples nor hands tokens between steps.
 """
 
+import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new
     try:
         found = parse(lines[1])
         seconds = {"first": float(found["t_pp"]), "others": float(found["t_tg"])}
-        if min(seconds.values()) > 0:
+        if all(0 < each < math.inf for each in seconds.values()):
             return seconds
     except (IndexError, KeyError, TypeError, ValueError):
         pass
