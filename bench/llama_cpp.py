@@ -37,8 +37,8 @@ def llama_cpp(program: Path, model: GPT, precision: str) -> Iterator[Clock]:
 
 
 def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new: int) -> Figures:
-    # It prints three lines, of one step, of all steps, and of one step. The first warms up. The last may be lost, and
-    # the others with it: a thread prints them, and at the end the program does not wait for it.
+    # It prints three lines, of one step, of all steps, and of one step. The first warms up. The last may be lost or come
+    # twice, and the others with it: a thread prints them, and at its end the program does not wait for that thread.
     options = {
         "-m": weights, "-c": batch * (prompt + new), "-t": threads, "-tb": threads,
         "-npp": prompt, "-ntg": f"1,{max(new - 1, 1)},1", "-npl": batch, "--output-format": "jsonl",
@@ -49,7 +49,7 @@ def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         except OSError as error:
             raise InputError(f"--llama-cpp {program} cannot be started: {error.strerror}") from None
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        lines = [*dict.fromkeys(line for line in done.stdout.splitlines() if line.startswith("{"))]
         if done.returncode or len(lines) > 1:
             break
     try:

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# It answers as llama-batched-bench does: a line for each count of new tokens, of which the last ones may be lost.
+# It answers as llama-batched-bench does: a line for each count of new tokens, of which the last ones may be lost, and
+# others come twice.
 FAKE = """#!{python}
 import json, pathlib, sys
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -13,9 +14,10 @@ with calls.open("a") as file:
 assert pathlib.Path(given["-m"]).read_bytes()[:4] == b"GGUF"
 batch, prompt, counts = int(given["-npl"]), int(given["-npp"]), [int(each) for each in given["-ntg"].split(",")]
 print("load: adding dummy tokens", file=sys.stderr)
-rows = [dict(pp=prompt, tg=n, pl=batch, t_pp=prompt * batch / 1000, t_tg=n * batch / 500) for n in counts]
+speeds = dict(pp=prompt, pl=batch, t_pp=prompt * batch / 1000)
+rows = [speeds | dict(tg=n, t_tg=n * batch / 500, t=number) for number, n in enumerate(counts)]
 lost = len(calls.read_text().splitlines()) % 4
-for row in rows[: 3 - lost]:
+for row in (rows[:1] + rows)[: 4 - lost]:
     print(json.dumps(row))
 """
 
