@@ -28,6 +28,9 @@ CASES = {
     "layer norm forward and backward": 200, "loss forward and backward": 50, "training step": 4, "decoding step": 10,
     "decoding step beside its graph": 50,
 }  # fmt: skip
+# Steps of a batcher on a CPU for so many texts, beside the model and the choice of likeliest tokens.
+BATCHES = {f"step of {texts} texts on a CPU": texts for texts in (1, 8, 32, 64)}
+CASES |= dict.fromkeys(BATCHES, 50)
 ROUNDS = 15
 
 
@@ -81,6 +84,7 @@ def calls(folder: Path) -> dict[str, Callable[[], object]]:
     turns = (
         attend, both(attend, q, k, v), norm, both(norm, x, weight),
         both(lambda: linear_cross_entropy(x, head, targets), x, head), step, decode, choose,
+        *map(batching, BATCHES.values()),
     )  # fmt: skip
     return dict(zip(CASES, turns, strict=True))
 
@@ -150,6 +154,29 @@ def decoding() -> tuple[Callable[[], object], Callable[[], object]]:
     patched = other
     patched.logits = lambda rows, reach: logits
     return whole.step, beside.step
+
+
+def batching(texts: int) -> Callable[[], object]:
+    """Return a batcher's step on a CPU, without what computes scores: of a native step all but the call itself."""
+    from engine.batcher import Batcher, Request
+    from engine.config import ModelConfig
+    from engine.model import GPT
+    from engine.sampling import Sampling
+
+    asked = os.environ.pop("GPT_KERNELS")
+    model = GPT(ModelConfig(vocab_size=64, width=16, blocks=1, heads=1, context=2048)).eval()
+    batcher: Any = Batcher(model, slots=texts)
+    for _ in range(texts):
+        batcher.submit(Request([1, 2, 3], Sampling(temperature=0), 2000))
+    while batcher.producing < texts:
+        batcher.step()
+    os.environ["GPT_KERNELS"] = asked
+    if getattr(batcher, "native", None) is None:
+        logits = torch.randn(texts, 64)
+        batcher.decoder.logits = lambda rows, reach: logits
+    else:
+        batcher.native._run = lambda *unused: 1
+    return batcher.step
 
 
 def functions_called(function: Callable[[], object]) -> int:
