@@ -37,8 +37,8 @@ def llama_cpp(program: Path, model: GPT, precision: str) -> Iterator[Clock]:
 
 
 def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new: int) -> Figures:
-    # It prints three lines, of one step, of all steps, and of one step. The first warms up. The last may be lost or come
-    # twice, and the others with it: a thread prints them, and at its end the program does not wait for that thread.
+    # It prints three lines, of one step, of all steps, and of one step. The first warms up. The last may be lost or
+    # come twice, and the others with it: a thread prints them, for which the program does not wait at its end.
     options = {
         "-m": weights, "-c": batch * (prompt + new), "-t": threads, "-tb": threads,
         "-npp": prompt, "-ntg": f"1,{max(new - 1, 1)},1", "-npl": batch, "--output-format": "jsonl",

@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.decoders import Ending, Reading, make_decoder, make_native
+from engine.decoders import Ending, Reading, make_decoder
 from engine.errors import InputError
 from engine.model import GPT, KVCache, swap_rows
 from engine.runtime import ToHost, inference
 from engine.sampling import Sampling, choose, make_generator
+from kernels import cpu
 
 # A native step goes on for at most so many tokens, or seconds: what is new meanwhile waits for its end.
 MOST_TURNS, MOST_SECONDS = 16, 0.004
@@ -144,7 +145,14 @@ class Batcher:
         self.model, self.slots, self.queue, self.chunk = model, slots, queue, chunk
         weight = model.embedding.weight
         self.device, dtype = weight.device, model.compute_dtype or weight.dtype
-        self.native = None if ahead or graphs else make_native(model, slots, chunk, MOST_TURNS)
+        self.native = None
+        why = cpu.why_not(self.device, dtype)
+        if why is not None and model.decode_int8:
+            raise InputError(f"--precision int8 cannot be used: {why}")
+        if why is None and not (ahead or graphs):
+            from engine.native import NativeDecoder  # and with it Numba, where it is used
+
+            self.native = NativeDecoder(model, slots, chunk, MOST_TURNS)
         self.turn_seconds = MOST_SECONDS  # what a token of all running sequences took last
         if self.native is None:
             # How much of one prompt a step reads at most.

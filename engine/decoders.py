@@ -5,19 +5,14 @@ replays the whole step as one launch, and on a CPU the whole step is one compile
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
 from engine.model import GPT, KVCache
 from engine.sampling import Sampling
-from kernels import cpu
 from kernels.backend import backend
-
-if TYPE_CHECKING:
-    from engine.native import NativeDecoder
 
 
 class Ending(NamedTuple):
@@ -39,30 +34,8 @@ class Reading(NamedTuple):
     ending: Ending | None
 
 
-def why_not_native(model: GPT) -> str | None:
-    """Return None where a step of this model can be one compiled function, else the reason."""
-    weight = model.embedding.weight
-    if weight.device.type != "cpu" or (model.compute_dtype or weight.dtype) not in (torch.float32, torch.bfloat16):
-        return f"{model.compute_dtype or weight.dtype} on {weight.device.type}"
-    return cpu.why_not()
-
-
-def make_native(model: GPT, slots: int, most_read: int, most_turns: int) -> "NativeDecoder | None":
-    """Return what runs all of a step on a CPU, or None."""
-    if why_not_native(model) is not None:
-        return None
-    from engine.native import NativeDecoder  # Numba is imported where it is used
-
-    return NativeDecoder(model, slots, most_read, most_turns)
-
-
 def make_decoder(model: GPT, cache: KVCache, last: Tensor, *, graphs: bool | None) -> "Decoder":
-    """Return the fastest decoder for this model where it is. `graphs` None: CUDA graphs where our kernels run on a GPU.
-
-    Raises InputError for a model that is to be decoded in int8, which this cannot.
-    """
-    if model.decode_int8:
-        raise InputError(f"--precision int8 cannot be used: {why_not_native(model)}")
+    """Return a decoder that calls the model. `graphs` None: by CUDA graphs where our kernels run on a GPU."""
     if last.is_cuda and backend(last.device) == "triton" if graphs is None else graphs:
         return DecodeGraphs(model, cache, last)
     return Decoder(model, cache, last)

@@ -6,9 +6,13 @@ Importing a file of this package imports Numba. `why_not` says beforehand whethe
 import os
 from functools import cache
 
+import torch
 
-def why_not() -> str | None:
-    """Return None where these kernels run, else the reason why the torch backend computes instead."""
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None where these kernels can compute, else the reason why the torch backend does instead."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype} on {device.type}"
     asked = os.environ.get("GPT_KERNELS")
     return f"GPT_KERNELS is {asked}" if asked else _why_not_numba()
 

@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils as _cgutils
+from numba.core import codegen
 from numba.extending import intrinsic
 
-cgutils: Any = _cgutils  # without types
+# Numba has no types.
+cgutils: Any = _cgutils
+_codegen: Any = codegen
+_config: Any = numba.config
 STRIP = 64  # columns
 LANES = 16  # columns of a vector; where registers are shorter, LLVM takes two or four for one
 GROUP = 32  # numbers of a column that share a scale
@@ -29,7 +33,7 @@ GROUP_BYTES = 2 * STRIP + GROUP * STRIP
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, POINTER = ir.VectorType(F32, LANES), ir.PointerType()
 ROWS = (6, 4, 2, 1)  # of tiles: six of four vectors have 24 sums, which AVX-512 holds in its 32 registers
-WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
+WIDE = "+avx512f" in (_config.CPU_FEATURES or _codegen.get_host_cpu_features())
 
 
 def widths(rows: int) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import torch
 
 from engine.batcher import Batcher, Request
 from engine.config import ModelConfig
-from engine.decoders import Ending, Reading, why_not_native
+from engine.decoders import Ending, Reading
 from engine.errors import InputError
 from engine.model import GPT
 from engine.native import NativeDecoder
 from engine.sampling import Sampling
+from kernels import cpu
 
 OURS = ModelConfig(vocab_size=333, width=48, blocks=2, heads=3, context=150)
 MODELS = {
@@ -181,11 +182,12 @@ def test_two_threads_may_decode_at_once() -> None:
 
 
 def test_where_it_cannot_run_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(OURS)
-    assert why_not_native(model) is None
-    assert why_not_native(GPT(OURS).double()) == "torch.float64 on cpu"
+    model, device = model_of(OURS), torch.device("cpu")
+    assert Batcher(model, slots=1).native is not None
+    assert cpu.why_not(device, torch.float64) == "torch.float64 on cpu"
+    assert Batcher(GPT(OURS).double(), slots=1).native is None
     monkeypatch.setenv("GPT_KERNELS", "torch")
-    assert why_not_native(model) == "GPT_KERNELS is torch"
+    assert cpu.why_not(device, torch.float32) == "GPT_KERNELS is torch"
     assert Batcher(model, slots=1).native is None
     model.decode_int8 = True
     with pytest.raises(InputError, match="int8 cannot be used: GPT_KERNELS is torch"):
