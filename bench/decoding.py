@@ -5,6 +5,7 @@ depend on them, but the greedy tokens have to be the same.
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bench import harness
 from bench.harness import Figures, copy_bandwidth, in_turn, outcome
@@ -21,12 +23,22 @@ from engine.batcher import Batcher, Request
 from engine.config import ModelConfig
 from engine.huggingface import their_config, their_tensors
 from engine.model import GPT
-from engine.runtime import Runtime, wall_seconds
+from engine.runtime import Runtime, synchronize, wall_seconds
 from engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]  # [B, T]
+
+
+class Generated(NamedTuple):
+    """New tokens, when every sequence had its first one, in seconds, and how many there were by then."""
+
+    tokens: list[list[int]]
+    begun: float
+    by_then: int
+
+
 # It turns prompts into new tokens, as many as are asked for.
-Generate = Callable[[Prompts, int], list[list[int]]]
+Generate = Callable[[Prompts, int], Generated]
 
 
 class Size(NamedTuple):
@@ -47,11 +59,11 @@ def table(config: ModelConfig, threads: int, batches: Sequence[int]) -> list[Siz
 
 
 def sweeps(config: ModelConfig, threads: int) -> list[Size]:
-    """Return what shows how the cost grows: with the batch, at half of the context, and with the context."""
-    new, half = 32, config.context // 2
-    lengths = range(2 * new, config.context + 1, max(config.context // 8, 1))
+    """Return what shows how the cost grows: with the batch, and with the context at a batch of 8."""
+    new, eighth = 32, config.context // 8
+    lengths = range(2 * new, config.context + 1, eighth)
     return [
-        *(Size(threads, 2**power, half, new, sweep="batch") for power in range(7)),
+        *(Size(threads, 2**power, eighth, 2 * eighth, sweep="batch") for power in range(7)),
         *(Size(threads, 8, length - new, new, sweep="context") for length in lengths),
     ]
 
@@ -61,13 +73,16 @@ def ours(model: GPT, runtime: Runtime, temperature: float, **options: Any) -> Ge
     def batcher_of(slots: int, threads: int) -> Batcher:
         return Batcher(model, slots=slots, **options)
 
-    def generate(prompts: Prompts, new: int) -> list[list[int]]:
+    def generate(prompts: Prompts, new: int) -> Generated:
         batcher, sampling = batcher_of(len(prompts), torch.get_num_threads()), Sampling(temperature=temperature)
         tokens: dict[int, list[int]] = {batcher.submit(Request(prompt, sampling, new)): [] for prompt in prompts}
+        begun, by_then = None, 0
         while not batcher.idle:
             for step in batcher.step():
                 tokens[step.request].append(step.token)
-        return list(tokens.values())
+            if begun is None and all(tokens.values()):
+                begun, by_then = time.perf_counter(), sum(map(len, tokens.values()))
+        return Generated(list(tokens.values()), begun or 0.0, by_then)
 
     return generate
 
@@ -82,19 +97,29 @@ def transformers(model: GPT, runtime: Runtime, temperature: float) -> Generate:
         peer: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=runtime.dtype)
         peer = peer.to(runtime.device)
 
-    def generate(prompts: Prompts, new: int) -> list[list[int]]:
+    def generate(prompts: Prompts, new: int) -> Generated:
+        times: list[float] = []
+
+        def watch(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            """Note when tokens come, and stop no sequence."""
+            if not times:
+                synchronize(runtime.device)
+                times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         tokens = torch.tensor(prompts, device=runtime.device)
         options: dict[str, Any] = {
             "max_new_tokens": new,
             "do_sample": temperature > 0,
             "eos_token_id": None,
             "pad_token_id": 0,
+            "stopping_criteria": [watch],
         }
         if temperature:
             options |= {"temperature": temperature, "top_k": 0}
         with torch.inference_mode():
             whole = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-        return whole[:, tokens.shape[1] :].tolist()
+        return Generated(whole[:, tokens.shape[1] :].tolist(), times[0], len(prompts))
 
     return generate
 
@@ -136,7 +161,7 @@ def bench_decoding(
         tokens: dict[str, list[list[int]]] = {}
 
         def warm_up(name: str) -> Figures:
-            tokens[name] = made(name)(prompts, size.new)
+            tokens[name] = made(name)(prompts, size.new).tokens
             return {}
 
         found = {name: outcome(warm_up, name) for name in providers}
@@ -149,20 +174,13 @@ def bench_decoding(
         cached = 2 * config.blocks * config.width * size.batch * (size.prompt + size.new // 2)
         read = config.matmul_parameters * weight + cached * number
         point: Figures = {**size._asdict(), "bytes_per_step": read}
-        for name, seconds in found.items():
-            point[name] = seconds
-            if "reason" in seconds:
-                continue
-            rate = size.batch * (size.new - 1) / seconds["others"]
-            point[name] = {
-                "tokens_per_second": rate,
-                "first_token_seconds": seconds["first"],
-                "bandwidth_share": rate / size.batch * read / bandwidth(size.threads),
-            }
-            if size.long:
-                point[name]["long_first_token_seconds"] = seconds["long"]
-            if name in tokens and not temperature:
-                point[name]["same_tokens"] = same_tokens(tokens[name], next(iter(tokens.values())))
+        for name, figures in found.items():
+            if "reason" not in figures:
+                rate = figures["tokens_per_second"] / size.batch
+                figures["bandwidth_share"] = rate * read / bandwidth(size.threads)
+                if name in tokens and not temperature:
+                    figures["same_tokens"] = same_tokens(tokens[name], next(iter(tokens.values())))
+            point[name] = figures
         return point
 
     points: list[Figures] = []
@@ -184,18 +202,18 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def clock(generate: Generate, prompts: Prompts, longs: Prompts, size: Size, runtime: Runtime) -> Figures:
-    def seconds(prompts: Prompts, new: int) -> float:
-        return wall_seconds(partial(generate, prompts, new), runtime.device)
-
-    first, whole = seconds(prompts, 1), seconds(prompts, size.new)
-    return {"first": first, "others": whole - first, **({"long": seconds(longs, 1)} if size.long else {})}
+    first = {"first_token_seconds": prompts, "long_first_token_seconds": longs if size.long else []}
+    seconds = {name: wall_seconds(partial(generate, each, 1), runtime.device) for name, each in first.items() if each}
+    generated = generate(prompts, size.new)
+    rest = size.batch * size.new - generated.by_then
+    return {"tokens_per_second": rest / (time.perf_counter() - generated.begun), **seconds}
 
 
 def clock_program(peer: Clock, size: Size) -> Figures:
     threads, batch, prompt, new = size[:4]
-    return peer(threads, batch, prompt, new) | (
-        {"long": peer(threads, batch, size.long, 1)["first"]} if size.long else {}
-    )
+    first, others = peer(threads, batch, prompt, new)
+    found = {"tokens_per_second": batch * (new - 1) / others, "first_token_seconds": first}
+    return found | ({"long_first_token_seconds": peer(threads, batch, size.long, 1)[0]} if size.long else {})
 
 
 def same_tokens(these: list[list[int]], those: list[list[int]]) -> float:

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from bench.harness import Figures, ending_together
+from bench.harness import ending_together
 from engine import gguf
 from engine.errors import InputError
 from engine.model import GPT
 from engine.records import parse
 
 # The seconds of the prompts and of the steps after the first token, from threads, sequences, prompt and new tokens.
-Clock = Callable[[int, int, int, int], Figures]
+Clock = Callable[[int, int, int, int], tuple[float, float]]
 
 TRIES = 20
 
@@ -36,7 +36,7 @@ def llama_cpp(program: Path, model: GPT, precision: str) -> Iterator[Clock]:
         yield clock
 
 
-def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new: int) -> Figures:
+def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new: int) -> tuple[float, float]:
     # It prints three lines, of one step, of all steps, and of one step. The first warms up. The last may be lost or
     # come twice, and the others with it: a thread prints them, for which the program does not wait at its end.
     options = {
@@ -54,9 +54,9 @@ def run(program: Path, weights: Path, threads: int, batch: int, prompt: int, new
             break
     try:
         found = parse(lines[1])
-        seconds = {"first": float(found["t_pp"]), "others": float(found["t_tg"])}
-        if all(0 < each < math.inf for each in seconds.values()):
-            return seconds
+        first, others = float(found["t_pp"]), float(found["t_tg"])
+        if 0 < first < math.inf and 0 < others < math.inf:
+            return first, others
     except (IndexError, KeyError, TypeError, ValueError):
         pass
     said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1][:200]

@@ -144,7 +144,7 @@ def bench_decode(
             place = [str(point["threads"]), str(point["batch"]), name]
             rows.append([*place, f"{found['tokens_per_second']:,.0f}", ratio, *first, *shares])
     heads = ("threads", "batch", "who", "tokens/s", "ours is", "first, ms", f"of {sizes[0].long}", "bandwidth", "same")
-    print_table(heads, rows, box=None)
+    print_table(heads, rows, box=None, padding=(0, 1, 0, 0))
     print(f"written to {path}")
     if plot:
         about = f"{preset}, {machine.precision}, {harness.device_name(machine).rpartition(',')[0]}"
