@@ -45,8 +45,9 @@ class Live:
         return self.http.post(f"/v1/{path}", json=body, **options)
 
     def paced(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.01) -> None:
-        """Slow the model down, so that things happen while it is at work."""
+        """Slow the model down, to a token of each text at a time, so that things happen while it is at work."""
         step = self.worker.batcher.step
+        monkeypatch.setattr("engine.batcher.MOST_TURNS", 1, raising=False)
 
         def slowly() -> Any:
             time.sleep(seconds)

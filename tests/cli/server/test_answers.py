@@ -12,8 +12,9 @@ import torch
 
 from cli.server.answers import Choice
 from engine import chat_template
-from engine.batcher import Chosen, Running, Step
+from engine.batcher import Chosen, Step
 from engine.generate import document_prompt, generate
+from engine.runtime import ToHost
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from tests.cli.server.conftest import CONTEXT, Live
@@ -203,12 +204,15 @@ def ending(server: Live, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
         tokenizer = server.served.tokenizer
         ids = [*tokenizer.encode("the fox was brave")[:tokens], tokenizer.special[end]]
 
-        def choose(logits: torch.Tensor, first: int, chosen: list[Running]) -> Chosen:
-            for row, each in enumerate(chosen):
-                logits[row, ids[min(each.produced, tokens)]] = 1e3
-            return type(server.worker.batcher)._choose(server.worker.batcher, logits, first, chosen)
+        batcher = server.worker.batcher
 
-        monkeypatch.setattr(server.worker.batcher, "_choose", choose)
+        def arrived(chosen: Chosen) -> list[Step]:
+            # Native steps choose where no test can look, but what they chose arrives here.
+            found = torch.tensor([ids[min(len(each.tokens), tokens)] for each in chosen.rows])
+            likeliest, logprobs = ToHost(found[:, None]), ToHost(torch.full((len(found), 2), -0.25))
+            return type(batcher)._arrived(batcher, Chosen(chosen.rows, ToHost(found), logprobs, likeliest))
+
+        monkeypatch.setattr(batcher, "_arrived", arrived)
         return ids
 
     return write

@@ -132,14 +132,14 @@ def test_a_request_on_which_the_model_fails_fails_alone(server: Live, monkeypatc
     wanted = server.post("completions", LONG).json()["choices"][0]["text"]
     server.paced(monkeypatch)
     batcher = server.worker.batcher
-    choose = batcher._choose
+    arrived = batcher._arrived
 
-    def failing(logits: Any, first: int, chosen: list[Any]) -> Any:
-        if any(each.group.top_k == 7 and each.length > 20 for each in chosen):
+    def failing(chosen: Any) -> Any:
+        if any(each.request.sampling.top_k == 7 and each.length > 20 for each in chosen.rows):
             fail()
-        return choose(logits, first, chosen)
+        return arrived(chosen)
 
-    monkeypatch.setattr(batcher, "_choose", failing)
+    monkeypatch.setattr(batcher, "_arrived", failing)
     going_on = server.openai.completions.create(**LONG, stream=True)
     first = next(iter(going_on))
     bad = {**LONG, "top_k": 7}
