@@ -19,6 +19,7 @@ LEAST_DISK = 100 * 2**20
 NEEDED = ("torch", "numpy", "sentencepiece", "safetensors", "typer", "rich")
 OPTIONAL = {
     "triton": "the kernels run as plain PyTorch",
+    "numba": "generation on a CPU takes several times as long",
     "datasets": "no data sets of the hub: built-in stories and local files",
     "matplotlib": "no plots",
     "wandb": "no --wandb",
@@ -39,7 +40,7 @@ class Finding(NamedTuple):
 
 
 def findings(runs: Path) -> Iterator[Finding]:
-    for check in (gpus, links, nccl, kernels, cpu, memory, lambda: disk(runs), hub, packages, compiler):
+    for check in (gpus, links, nccl, kernels, decoding, cpu, memory, lambda: disk(runs), hub, packages, compiler):
         yield from check()
 
 
@@ -105,6 +106,15 @@ def kernels() -> Iterator[Finding]:
     if chosen != "triton":
         meaning = "the same functions in plain PyTorch" + (": slower" if gpu else "")
     yield Finding("kernels", f"{chosen}: {why}", meaning, "note" if gpu and (asked or chosen != "triton") else "good")
+
+
+def decoding() -> Iterator[Finding]:
+    from kernels import cpu
+
+    if why := cpu.why_not(torch.device("cpu"), torch.float32):
+        yield Finding("decoding", f"not compiled: {why}", "generation on a CPU takes several times as long", "note")
+    else:
+        yield Finding("decoding", "compiled by Numba", "generation on a CPU by one function for each step")
 
 
 def cpu() -> Iterator[Finding]:

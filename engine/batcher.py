@@ -31,6 +31,8 @@ from kernels import cpu
 
 # A native step goes on for at most so many tokens, or seconds: what is new meanwhile waits for its end.
 MOST_TURNS, MOST_SECONDS = 16, 0.004
+# It reads at most so many tokens of prompts: with more, what it writes between two products leaves the cache of a core.
+MOST_READ = 512
 # When too many at once were too much, a step that goes well makes room for this many more of them.
 ROOM_REGAINED = 1 / 64
 
@@ -152,7 +154,8 @@ class Batcher:
         if why is None and not (ahead or graphs):
             from engine.native import NativeDecoder  # and with it Numba, where it is used
 
-            self.native = NativeDecoder(model, slots, chunk, MOST_TURNS)
+            self.chunk = min(chunk, MOST_READ)
+            self.native = NativeDecoder(model, slots, self.chunk, MOST_TURNS)
         self.turn_seconds = MOST_SECONDS  # what a token of all running sequences took last
         if self.native is None:
             # How much of one prompt a step reads at most.

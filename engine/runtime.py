@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import InputError, meant
 from engine.processes import ALONE, Processes
+from kernels import cpu
 from kernels.backend import backend, why_not_triton
 
 # int8 is fp32, except for the weights of decoding steps on a CPU (engine/decoders.py).
@@ -43,7 +44,9 @@ class Runtime:
                 return about
             why = "GPT_KERNELS=torch" if os.environ.get("GPT_KERNELS") else why_not_triton(self.device) or ""
             return f"{about}, slow without our kernels ({why.partition(chr(10))[0]})"
-        return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}"
+        missing = cpu.why_not(self.device, self.dtype)
+        slow = f", slow to generate ({missing})" if missing else ""
+        return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}{slow}"
 
     def peak_memory(self) -> int:
         """Return the most memory that this process has held so far, on a GPU that of the device, in bytes."""

@@ -9,7 +9,7 @@ import torch
 from cli import checks
 from tests.cli.conftest import Gpt
 
-NAMES = {"GPU", "NCCL", "kernels", "CPU", "memory", "disk", "hub", "packages", "C compiler", "C++ compiler"}
+NAMES = {"GPU", "NCCL", "kernels", "decoding", "CPU", "memory", "disk", "hub", "packages", "C compiler", "C++ compiler"}
 
 
 @pytest.fixture(autouse=True)
