@@ -3,12 +3,15 @@
 import dataclasses
 import random
 import threading
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.batcher import Batcher, Request
+from engine import native
+from engine.batcher import Batcher, Request, Step
 from engine.config import ModelConfig
 from engine.decoders import Ending, Reading
 from engine.errors import InputError
@@ -16,6 +19,7 @@ from engine.model import GPT
 from engine.native import NativeDecoder
 from engine.sampling import Sampling
 from kernels import cpu
+from kernels.cpu import step as compiled
 
 OURS = ModelConfig(vocab_size=333, width=48, blocks=2, heads=3, context=150)
 MODELS = {
@@ -179,6 +183,33 @@ def test_two_threads_may_decode_at_once() -> None:
     for thread in threads:
         thread.join()
     assert found == [expected] * 10
+
+
+def test_ctrl_c_before_the_caller_begins_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(OURS)
+    expected = alone(model, Request([5, 6], GREEDY, 40))
+    batcher, results = Batcher(model, slots=1), SimpleQueue[int]()
+    assert batcher.native is not None
+    batcher.native.work, batcher.native.members, right = 10**9, 2, compiled.step
+
+    def interrupted(*arguments: Any) -> int:
+        if arguments[-2] == 0:
+            raise KeyboardInterrupt
+        results.put(right(*arguments))
+        return 0
+
+    batcher.submit(Request([5, 6], GREEDY, 40))
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batcher.step()
+        assert results.get(timeout=60) == 0
+    assert batcher.recover() == [Step(0, -1, "error")]
+    batcher.submit(Request([5, 6], GREEDY, 40))
+    found = []
+    while not batcher.idle:
+        found += [step.token for step in batcher.step()]
+    assert found == expected
 
 
 def test_where_it_cannot_run_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
