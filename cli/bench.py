@@ -122,6 +122,7 @@ def bench_decode(
     counts = integers("--threads", threads) if threads else [torch.get_num_threads()]
     if threads and max(counts) > (cores := os.cpu_count() or 1):
         raise InputError(f"--threads is {threads}; this machine has {cores} cores")
+    torch.set_num_threads(max(counts))  # the results are named for it
     batches = integers("--batch", batch)
     sizes = [size for count in counts for size in decoding.table(model, count, batches)]
     sizes += [size for count in counts for size in decoding.sweeps(model, count)] if plot else []
