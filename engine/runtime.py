@@ -19,7 +19,7 @@ from engine.processes import ALONE, Processes
 from kernels import cpu
 from kernels.backend import backend, why_not_triton
 
-# int8 is fp32, except for the weights of decoding steps on a CPU (engine/decoders.py).
+# int8 is fp32, except for weights, keys and values when a CPU generates (engine/native.py).
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
