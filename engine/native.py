@@ -46,8 +46,7 @@ class NativeDecoder:
         shape, kept = (config.blocks, slots, config.heads), np.dtype(np.float32 if self.kind == "fp32" else np.uint16)
         dims = config.head_dim + values_dim
         check_room(slots, config.blocks * config.heads * capacity * dims * kept.itemsize)
-        # What was never written is never used: not even 0 * NaN comes of it.
-        self.cache = Cache(*(np.empty((*shape, capacity * dim), kept) for dim in (config.head_dim, values_dim)))
+        self.cache = Cache(*(np.zeros((*shape, capacity * dim), kept) for dim in (config.head_dim, values_dim)))
         width, expanded = _whole(config.width), _whole(4 * config.width)
         self.scratch = Scratch(
             _room(rows, width), _room(self.members, rows, width), _room(rows, _whole(3 * config.width)),
