@@ -83,7 +83,7 @@ def read_prompt(model: GPT, prompt: Sequence[int], top_logprobs: int) -> list[St
     return steps
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Running:
     """A request, waiting or in a slot, and how far it has come."""
 
@@ -170,6 +170,7 @@ class Batcher:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by slot
         self.producing = 0  # how many of them, from the front, have read their prompts
+        self.ended = False  # whether some of them are over, or have no more to produce
         self.under_way: list[Chosen] = []
         self.found: list[Step] = []  # what the present step has to return
         self.suspects: deque[Running] = deque()  # each runs alone for a token, as one of them made a step fail
@@ -201,6 +202,7 @@ class Batcher:
         )
         for each in [*self.running, *(each for chosen in self.under_way for each in chosen.rows)]:
             each.over |= each.number == number
+        self.ended = True
         self._free()
 
     @property
@@ -290,11 +292,10 @@ class Batcher:
             reading.append(Reading(part, each.slot, each.read, ending))
             each.read, room = each.read + len(part), room - len(part)
         chosen = [*self.running[: self.producing], *ended]
-        asking = max((each.request.top_logprobs or 0 for each in chosen), default=0)
-        turns = 1
+        asking = max([each.request.top_logprobs or 0 for each in chosen], default=0)
+        turns, left = 1, min([each.most - each.produced for each in chosen], default=MOST_TURNS)
         if not (reading or asking or self.suspects):
-            turns = min(each.most - each.produced for each in chosen)
-            turns = max(1, min(turns, MOST_TURNS, int(MOST_SECONDS / self.turn_seconds)))
+            turns = max(1, min(left, MOST_TURNS, int(MOST_SECONDS / self.turn_seconds)))
         native.draw([each.generator for each in chosen[: self.producing]], turns)
         begin = time.perf_counter()
         tokens, logprobs = native.step(self.producing, reading, turns)
@@ -303,6 +304,7 @@ class Batcher:
             others = [each for each in self.running[self.producing :] if each not in ended]
             self.running = chosen + others
             self.producing = len(chosen)
+        self.ended |= len(tokens) >= left
         for each in chosen:
             each.produced += len(tokens)
         if asking:
@@ -364,6 +366,7 @@ class Batcher:
             tokens[slice(None) if everyone else rows] = picked
         for each in chosen:
             each.produced += 1
+            self.ended |= each.produced == each.most
         asking = [each.request.top_logprobs for each in chosen if each.request.top_logprobs is not None]
         if not asking:
             return Chosen(chosen, ToHost(tokens))
@@ -384,18 +387,24 @@ class Batcher:
         for row, (each, token) in enumerate(zip(chosen.rows, tokens, strict=True)):
             if each.over:
                 continue
+            request, finish, logprob = each.request, None, None
+            top: tuple[tuple[int, float], ...] = ()
             each.tokens.append(token)
-            finish = "stop" if token in each.request.stop_ids else "length" if len(each.tokens) == each.most else None
-            each.over = finish is not None
-            if (asked := each.request.top_logprobs) is None:
-                steps.append(Step(each.number, token, finish))
-            else:
+            if token in request.stop_ids or len(each.tokens) == each.most:
+                finish = "stop" if token in request.stop_ids else "length"
+                each.over = self.ended = True
+            if (asked := request.top_logprobs) is not None:
+                logprob = logprobs[row][0]
                 top = tuple(zip(likeliest[row][:asked], logprobs[row][1:], strict=False)) if asked else ()
-                steps.append(Step(each.number, token, finish, logprobs[row][0], top))
+            # As Step(...), which takes three times as long.
+            steps.append(tuple.__new__(Step, (each.number, token, finish, logprob, top)))
         return steps
 
     def _free(self) -> None:
         """Give back the slots of those that are over, or have no more to produce: the last ones take their places."""
+        if not self.ended:
+            return
+        self.ended = False
         for slot in reversed(range(len(self.running))):
             each = self.running[slot]
             if not each.over and each.produced < each.most:
