@@ -13,6 +13,7 @@ from typing import Literal
 from engine import records
 from engine.config import ModelConfig, Recipe
 from engine.errors import InputError
+from kernels.attention.blocks import KEPT_LENGTH, ROWS
 from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]
@@ -72,12 +73,14 @@ def kept_by_block(setup: Setup) -> int:
 
     Per token: the two sums that are normalised, with their statistics (8 bytes each), and what comes out (2 widths);
     the product that queries, keys and values are parts of (3), queries and keys again once they are rotated (2);
-    attention's output (1) and log-sum-exps; the MLP's hidden state before and after GELU (8). On a CPU packed sequences
-    are attended to one by one and then joined, so that attention's output is there twice.
+    attention's output (1) and log-sum-exps; the MLP's hidden state before and after GELU (8). On a CPU attention keeps
+    probabilities in place of log-sum-exps: those of blocks of queries, in sequences taken to fill half a context.
     """
-    sums = 1 if setup.model.parallel_residual else 2
-    rows = 16 if setup.gpu else 17
-    return sums * setup.wide_row + rows * setup.row + setup.tokens * (2 * 8 + 4 * setup.model.heads)
+    sums, model = 1 if setup.model.parallel_residual else 2, setup.model
+    length = max(1, model.context // 2)
+    seen = (length + min(length, ROWS)) // 2 if length <= KEPT_LENGTH else 0
+    attention = model.heads * (4 if setup.gpu else seen * setup.element_size)
+    return sums * setup.wide_row + 16 * setup.row + setup.tokens * (2 * 8 + attention)
 
 
 def saved_state(setup: Setup) -> Parts:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import blocks
 from kernels.backend import uncompiled
 
 
@@ -112,6 +113,8 @@ def packed_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) 
     """Return what dense_torch does, of each sequence by itself."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     lengths_q, lengths_k = call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist()
+    if call.causal and lengths_q == lengths_k and _in_blocks(q, k, call, return_lse):
+        return blocks.attend(q, k, v, lengths_q, True, call.scale), None
     # One split for all sequences: its backward is a single concatenation, where slicing would add up one full-size
     # gradient per sequence.
     parts = zip(torch.split(q, lengths_q), torch.split(k, lengths_k), torch.split(v, lengths_k), strict=True)
@@ -127,6 +130,8 @@ def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -
     """Return the output, and the log-sum-exp where it is asked for, as flash_attention gives them."""
     causal, scale, window, softcap = call.causal, call.scale, call.window, call.softcap
     queries, keys = q.shape[1], k.shape[1]
+    if queries == keys and (causal or q.dtype == torch.bfloat16) and _in_blocks(q, k, call, return_lse):
+        return blocks.attend(q, k, v, [queries] * q.shape[0], causal, scale), None
     # SDPA knows neither softcap nor log-sum-exp, and does not promise what a row without keys gives (0 in torch 2.13).
     rows_without_keys = keys == 0 or (queries > keys and (causal or window is not None))
     if return_lse or softcap is not None or rows_without_keys or queries == 0:
@@ -135,6 +140,13 @@ def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -
     square = causal and queries == keys and (window is None or window >= keys)
     mask = None if square else visible(queries, keys, causal=causal, window=window, device=q.device)
     return _sdpa(q, k, v, mask, square, scale), None
+
+
+def _in_blocks(q: Tensor, k: Tensor, call: Call, return_lse: bool) -> bool:
+    """Return whether blocks can compute it, which are faster than SDPA on a CPU, but in fp32 not without a mask."""
+    plain = not return_lse and call.softcap is None and (call.window is None or call.window >= call.longest_k)
+    known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-2] == k.shape[-2]
+    return plain and known and not torch.compiler.is_compiling()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, square: bool, scale: float) -> Tensor:

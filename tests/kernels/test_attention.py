@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import flash_attention
+from kernels.attention import blocks
 from kernels.attention.reference import attention_reference
 from tests.kernels.rule import assert_within_twice
 
@@ -76,6 +77,33 @@ def test_outputs_and_gradients_are_within_twice_the_error_of_plain_pytorch(
     names = NAMES if return_lse else NAMES[:1] + NAMES[2:]
     for each in zip(names, ours, plain, exact, strict=True):
         assert_within_twice(*each)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[70, 7, 0, 65, 1], [70, 70]], ids=["packed", "dense"])
+@pytest.mark.parametrize(("causal", "head_dim"), [(True, 32), (True, 80), (False, 32)])
+def test_blocks_of_queries_on_a_cpu_are_within_twice_the_error(
+    causal: bool, head_dim: int, lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = ints(0, *torch.tensor(lengths).cumsum(0).tolist())
+
+    def one_by_one(*leaves: Tensor) -> Tensor:
+        alone = zip(*(leaf.split(lengths) for leaf in leaves), strict=True)
+        return torch.cat([attention_reference(*(each[None] for each in qkv), causal=causal)[0][0] for qkv in alone])
+
+    def at_once(*leaves: Any) -> Any:
+        if lengths[0] == lengths[-1]:
+            leaves = tuple(leaf.unflatten(0, (len(lengths), -1)) for leaf in leaves)
+            return flash_attention(*leaves, causal=causal).flatten(0, 1)  # type: ignore[union-attr]
+        return flash_attention(*leaves, causal=causal, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+
+    tensors = [tensor[0].to(dtype) for tensor in inputs(1, sum(lengths), sum(lengths), 3, 1, head_dim)]
+    exact, plain = (run(one_by_one, tensors, each) for each in (torch.float64, dtype))
+    # So little room splits the heads; then nothing is kept for the backward pass.
+    for name, value in (("ROWS", blocks.ROWS), ("BLOCK_BYTES", 2**15), ("KEPT_LENGTH", 0)):
+        monkeypatch.setattr(blocks, name, value)
+        for each in zip(NAMES[:1] + NAMES[2:], run(at_once, tensors, dtype), plain, exact, strict=True):
+            assert_within_twice(*each)
 
 
 @pytest.mark.parametrize("lengths", [[5, 1, 0, 7, 1], [0, 3], [4, 0], [1], [0]], ids=str)
