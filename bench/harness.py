@@ -35,9 +35,9 @@ RESULTS = Path("bench") / "results"
 TOLERANCE = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
 DIRECTIONS = ("forward", "backward")
 COLORS = {
-    "ours": "#c2410c", "plain": "#6b7280", "flash": "#1d4ed8", "efficient": "#0891b2", "cudnn": "#166534",
-    "flex": "#7e22ce", "torch": "#1d4ed8", "compiled": "#7e22ce", "transformers": "#1d4ed8", "llama.cpp": "#166534",
-    "without graphs": "#0891b2",
+    "ours": "#c2410c", "packed": "#eab308", "plain": "#6b7280", "flash": "#1d4ed8", "efficient": "#0891b2",
+    "cudnn": "#166534", "flex": "#7e22ce", "torch": "#1d4ed8", "compiled": "#7e22ce", "transformers": "#1d4ed8",
+    "llama.cpp": "#166534", "without graphs": "#0891b2",
 }  # fmt: skip
 
 Figures = dict[str, Any]

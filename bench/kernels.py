@@ -35,7 +35,7 @@ SHAPES = {
     "cpu": ((4096, 128), (28000, 256), (128256, 256)),
 }
 LOSS_TOKENS = {"cuda": 16384, "cpu": 2048}
-ATTENTION = ("ours", "plain", "flash", "efficient", "cudnn", "flex")
+ATTENTION = ("ours", "packed", "plain", "flash", "efficient", "cudnn", "flex")
 DECODE = ("ours", "paged", "plain", "flash", "efficient", "cudnn", "flex")
 NORMS = ("ours", "torch", "compiled")
 LOSSES = {"ours": linear_cross_entropy, "plain": plain.cross_entropy, "half": plain.half_cross_entropy}
@@ -90,7 +90,7 @@ def flex(device: torch.device, *case: Any, causal: int = 0, grouped: bool = Fals
 
 def liked(name: str, tensor: Tensor) -> Tensor:
     """Return it dense in the layout that a provider likes: ours [B, T, H, D], the others [B, H, T, D]; or back."""
-    return tensor if name in ("ours", "paged") else tensor.transpose(1, 2).contiguous()
+    return tensor if name in ("ours", "packed", "paged") else tensor.transpose(1, 2).contiguous()
 
 
 def attention(runtime: Runtime, head_dim: int, causal: bool, length: int, batch: int, width: int = WIDTH) -> Case:
@@ -110,10 +110,18 @@ def attention(runtime: Runtime, head_dim: int, causal: bool, length: int, batch:
             raise MemoryError(f"the score matrices take {scores_bytes / 2**30:.0f} GiB each")
         yield partial(plain.attention, hidden=plain.future(length, device) if causal else None)
 
+    bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+    ends: Any = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": length, "max_seqlen_k": length}
+
+    def packed(*qkv: Tensor) -> Tensor:
+        out: Any = flash_attention(*(each.flatten(0, 1) for each in qkv), causal=causal, **ends)
+        return out.view(size)
+
     return Case(
         place={**shape, "heads": heads},
         providers={
             "ours": as_it_is(partial(flash_attention, causal=causal)),
+            "packed": as_it_is(packed),
             "plain": written_out,
             **{name: partial(provider, is_causal=causal) for name, provider in FUSED.items()},
             "flex": partial(flex, device, *size, causal=length * causal),

@@ -43,7 +43,7 @@ def test_flops_are_those_of_the_products() -> None:
 def test_every_attention_that_runs_here_is_right_and_has_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     # The stand-in for a clock counts what the function gives: out, or dq, dk and dv.
     stand_in(monkeypatch, lambda out: (1 if isinstance(out, Tensor) else len(out)) / 1000)
-    names = ["ours", "plain", "flash"]
+    names = ["ours", "packed", "plain", "flash"]
     result = last([kernels.attention(CPU, 32, causal, 64, 2) for causal in (True, False)], names)
     assert [(point["causal"], point["batch"], point["heads"]) for point in result["points"]] == [
         (True, 2, 64),

@@ -29,3 +29,22 @@ def test_what_cannot_run_has_a_reason_and_all_else_figures(failing: str, monkeyp
     for found in second["variants"].values():
         assert 0 < found["host_seconds"] <= recipe.tokens_per_step / found["tokens_per_second"]
         assert (found["against_plain"] is None) == (failing == "plain")
+
+
+def test_each_is_compared_with_the_faster_plain_attention_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(PRESETS["nano"], model=ModelConfig(200, 32, 2, 2, 64))
+    bf16 = Runtime(torch.device("cpu"), "bf16")
+    names = training.variants(recipe, bf16, compile=False).keys()
+    assert len(names) == 8 and training.variants(recipe, Runtime(bf16.device, "fp32"), compile=False).keys() == {
+        name for name in names if not name.endswith("fp32")
+    }
+    monkeypatch.setattr(training, "variants", lambda *_, **__: dict.fromkeys(names, lambda: lambda: torch.ones(9)))
+    monkeypatch.setattr(training, "measured_peak", lambda *_, **__: 1e12)
+    monkeypatch.setattr(training, "added_memory", lambda *_, **__: 1)
+    (result,) = training.bench_training(recipe, bf16, rounds=1)
+    for end in ("", ", fp32"):
+        plain, written, ours = (
+            result["variants"][name + end] for name in ("plain", "plain, attention written out", "ours")
+        )
+        best = max(plain["tokens_per_second"], written["tokens_per_second"])
+        assert ours["against_plain"] == ours["tokens_per_second"] / best
