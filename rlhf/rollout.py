@@ -20,9 +20,9 @@ from kernels import linear_log_probs
 from rlhf.prompts import Prompt
 from train.data.loader import IGNORE_INDEX, Batch, pack
 
-# How many answers are drawn at a time: the more the faster, as far as their keys and values find room (in bytes, and on
-# a GPU as a share of its memory).
-SLOTS = 256
+# How many answers are drawn at a time: on a GPU the more the faster, as far as their keys and values find room (in
+# bytes, there as a share of its memory). A CPU is as fast from eight on, and takes long to clear a large cache.
+SLOTS, CPU_SLOTS = 256, 64
 CPU_CACHE, GPU_SHARE = 2**31, 8
 # How many tokens of prompts are read at a time: unlike in a server, nobody waits for the next word meanwhile.
 CHUNK = 8192
@@ -100,11 +100,11 @@ def most_slots(model: GPT) -> int:
     It is the same for every run on a machine: among other answers, one may differ in its last bits.
     """
     config, weight = model.config, model.embedding.weight
-    room = CPU_CACHE
+    most, room = CPU_SLOTS, CPU_CACHE
     if weight.device.type == "cuda":
-        room = torch.cuda.get_device_properties(weight.device).total_memory // GPU_SHARE
+        most, room = SLOTS, torch.cuda.get_device_properties(weight.device).total_memory // GPU_SHARE
     size = (model.compute_dtype or weight.dtype).itemsize
-    return max(1, min(SLOTS, room // (4 * config.blocks * config.width * config.context * size)))
+    return max(1, min(most, room // (4 * config.blocks * config.width * config.context * size)))
 
 
 def rollout_log_probs(model: GPT, rollout: Rollout, temperature: float, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
