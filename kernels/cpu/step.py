@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.jit import add_atomically, exp, narrow, native, summing, wait_for, widen
-from kernels.cpu.sampling import choose_next
+from kernels.cpu.sampling import choose_next, number, top_of
 from kernels.cpu.team import ABANDONED, ARRIVALS, REST, STARTS, STOPPED
 from kernels.cpu.tile import STRIP, multiply
 
@@ -174,9 +174,7 @@ def rotate(x, cos, sin):
 @summing
 def softmax(scores, length, scale):
     """Turn the first `length` scores into exp(scale * (score - the largest)), the others into 0. Return their sum."""
-    most = scores[0]
-    for i in range(length):
-        most = max(most, scores[i])
+    most = number(top_of(scores[:length].view(np.int32)))
     total = numba.float32(0)
     for i in range(length):
         e = exp((scores[i] - most) * scale)
@@ -301,18 +299,18 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
             product(weights, layer, CONTRACT, scratch.expanded, count, scratch.x, member, members)
             goal = meet(sync, members, goal)
         normed = scratch.normed[member]
-        for number in range(wanted):
-            x = scratch.x[choice.wanted[number]]
-            norm(x, weights.norms[at, 0], weights.norms[at, 1], shape.eps, normed[number])
+        for nth in range(wanted):
+            x = scratch.x[choice.wanted[nth]]
+            norm(x, weights.norms[at, 0], weights.norms[at, 1], shape.eps, normed[nth])
         product(weights, shape.blocks, HEAD, normed, wanted, scratch.logits, member, members)
         goal = meet(sync, members, goal)
         first, last = share(wanted, member, members)
-        for number in range(first, last):
-            row = choice.wanted[number]
+        for nth in range(first, last):
+            row = choice.wanted[nth]
             seen = choice.seen[min(rows.slots[row], choice.seen.shape[0] - 1)]
-            scores = scratch.logits[number, : choice.vocab]
+            scores = scratch.logits[nth, : choice.vocab]
             token, logprob = choose_next(choice.rows[row], scores, seen, scratch.chances[member])
-            choice.tokens[turn, number], choice.logprobs[turn, number] = token, logprob
+            choice.tokens[turn, nth], choice.logprobs[turn, nth] = token, logprob
             rows.tokens[row] = token
             rows.positions[row] += 1
             for i in range(choice.stops.shape[1]):
