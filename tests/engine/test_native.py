@@ -79,7 +79,9 @@ def test_scores_are_as_near_to_float64_as_those_of_torch(name: str, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
-def test_a_row_has_the_same_bits_alone_among_others_in_many_turns_and_by_two_threads(kind: str) -> None:
+def test_a_row_has_the_same_bits_alone_among_others_in_many_turns_and_by_two_threads(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of(OURS)
     model.decode_int8, model.compute_dtype = kind == "int8", torch.bfloat16 if kind == "bf16" else None
     draws = random.Random(0)
@@ -87,8 +89,9 @@ def test_a_row_has_the_same_bits_alone_among_others_in_many_turns_and_by_two_thr
     settings = Sampling(0.8, top_p=0.9)
 
     def run(chosen: list[int], turns: int, members: int) -> dict[int, tuple[list[int], bytes]]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: members)
         decoder = NativeDecoder(model, slots=9, most_read=900, most_turns=turns)
-        decoder.members, decoder.work = members, 10**9
+        decoder.work = 10**9  # as if it were worth the threads' while
         reading = [Reading(prompts[each], each, 0, ending(prompts[each], settings)) for each in chosen]
         tokens, bits = [decoder.step(0, reading)[0].copy()], decoder.scores(len(chosen)).numpy().copy()
         for _ in range(24 // turns):
@@ -161,8 +164,9 @@ def test_a_seed_gives_what_it_gives_without_numba(monkeypatch: pytest.MonkeyPatc
     assert [value for value, _ in named] == pytest.approx([value for value, _ in expected_named], abs=1e-5)
 
 
-def test_two_threads_may_decode_at_once() -> None:
+def test_two_threads_may_decode_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(OURS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     expected = alone(model, Request([5, 6], GREEDY, 40))
     found: list[list[int]] = []
 
@@ -188,9 +192,10 @@ def test_two_threads_may_decode_at_once() -> None:
 def test_ctrl_c_before_the_caller_begins_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(OURS)
     expected = alone(model, Request([5, 6], GREEDY, 40))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     batcher, results = Batcher(model, slots=1), SimpleQueue[int]()
     assert batcher.native is not None
-    batcher.native.work, batcher.native.members, right = 10**9, 2, compiled.step
+    batcher.native.work, right = 10**9, compiled.step
 
     def interrupted(*arguments: Any) -> int:
         if arguments[-2] == 0:
