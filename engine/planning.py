@@ -13,7 +13,7 @@ from typing import Literal
 from engine import records
 from engine.config import ModelConfig, Recipe
 from engine.errors import InputError
-from kernels.attention.blocks import KEPT_LENGTH, ROWS
+from kernels.attention.reference import KEPT_LENGTH, ROWS
 from kernels.cross_entropy import block_rows
 
 Parts = dict[str, int]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.attention import blocks
+from kernels.attention import reference
 from kernels.attention.reference import attention_reference
 from tests.kernels.rule import assert_within_twice
 
@@ -100,8 +100,8 @@ def test_blocks_of_queries_on_a_cpu_are_within_twice_the_error(
     tensors = [tensor[0].to(dtype) for tensor in inputs(1, sum(lengths), sum(lengths), 3, 1, head_dim)]
     exact, plain = (run(one_by_one, tensors, each) for each in (torch.float64, dtype))
     # So little room splits the heads; then nothing is kept for the backward pass.
-    for name, value in (("ROWS", blocks.ROWS), ("BLOCK_BYTES", 2**15), ("KEPT_LENGTH", 0)):
-        monkeypatch.setattr(blocks, name, value)
+    for name, value in (("ROWS", reference.ROWS), ("BLOCK_BYTES", 2**15), ("KEPT_LENGTH", 0)):
+        monkeypatch.setattr(reference, name, value)
         for each in zip(NAMES[:1] + NAMES[2:], run(at_once, tensors, dtype), plain, exact, strict=True):
             assert_within_twice(*each)
 
