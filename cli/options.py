@@ -34,7 +34,7 @@ Few = Annotated[int, "at least 1 and at most 1000000"]
 
 RunArgument = Annotated[Path, Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one."), ON_RESUME]
-Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is bf16 where that is fast."), "precision"]
+Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16. auto is the fastest here."), "precision"]
 FAST = "auto, fp32, bf16, fp16, or on a CPU int8: faster at few texts at once, and not quite the same ones."
 GenerationPrecision = Annotated[str, Option("--precision", help=FAST)]
 CheckpointName = Annotated[str, Option("--checkpoint", help="latest, best, or a step.")]

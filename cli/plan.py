@@ -73,9 +73,12 @@ def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate,
         measured = planning.measured_rate(recipe, precision, gpu, results)
         return machine, measured or planning.assumed_rate(machine, precision), precision
     from bench.harness import device_name
+    from engine import precision as precisions
     from engine import runtime
 
     here = runtime.choose("cpu", recipe.precision)
+    if recipe.precision == "auto":
+        here, _ = precisions.for_training(here, recipe.model)
     rate = planning.measured_rate(recipe, here.precision, device_name(here), results)
     if rate is None:
         peak, share = runtime.measured_peak(here), planning.EFFICIENCY

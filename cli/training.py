@@ -199,7 +199,7 @@ def start(
     import torch
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    from engine import config, processes, runtime
+    from engine import config, precision, processes, runtime
     from engine.run import RUN_FILES
     from train.stage import TrainingError
 
@@ -226,7 +226,13 @@ def start(
         if not options.resume:
             make_room(folder, run, options.overwrite, check)
             run.asked = {name: value for name, (value, _) in recipe_options(options).items() if name != "overwrite"}
-        return config.to_dict(recipe), options.resume
+        if recipe.precision != "auto":
+            return config.to_dict(recipe), options.resume
+        # One process decides for all.
+        chosen, why = precision.for_training(machine, recipe.model)
+        if why:
+            console.say(f"precision  {why} here, by a few steps of one block")
+        return config.to_dict(config.override(recipe, "precision", chosen.precision)), options.resume
 
     console = Console()
     go_on = f"go on with: {kind_and_command(run, recipe, base)[1]}"
@@ -234,6 +240,7 @@ def start(
         with held:
             content, resume = together.from_main(begin)
             recipe = config.from_dict(content)
+            machine = dataclasses.replace(machine, precision=recipe.precision)
             outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
     except TrainingError as failure:
         console.say(f"training failed: {failure}")

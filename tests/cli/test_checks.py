@@ -35,9 +35,12 @@ def test_a_person_reads_it_too(gpt: Gpt) -> None:
     assert done.code == ("BROKEN" in done.out)
 
 
-@pytest.mark.parametrize(("native", "meaning"), [(True, "3.5x as fast"), (False, "fp32 only: bf16 would be emulated")])
+@pytest.mark.parametrize(
+    ("native", "meaning"), [(True, "nano 1.28x, tiny 2.56x"), (False, "fp32 only: bf16 would be emulated")]
+)
 def test_bf16_units_decide_the_precision(monkeypatch: pytest.MonkeyPatch, native: bool, meaning: str) -> None:
     monkeypatch.setattr("engine.runtime.cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr("engine.precision.bf16_speedup", lambda model: model.width / 100)
     (finding,) = checks.cpu()
     assert meaning in finding.meaning
 
