@@ -89,7 +89,7 @@ def bench_decode(
     batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
     threads: Annotated[str | None, Option(help="Of a CPU, as 1,2; else as many as PyTorch takes.")] = None,
     only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
-    llama_cpp: Annotated[Path | None, Option(help="llama.cpp's llama-batched-bench: a peer.")] = None,
+    llama_cpp: Annotated[Path | None, Option(help="The file llama-batched-bench: a peer.")] = None,
     temperature: Temperature = 0.0,
     plot: Annotated[bool, Option("--plot", help="Also draw tokens/s over batch and context.")] = False,
     rounds: Annotated[Few, Option(help="The median of this many.")] = 5,
