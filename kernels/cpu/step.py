@@ -161,6 +161,20 @@ def gelu(x):
     return f32(0.5) * x * (f32(1) + y * p / q)
 
 
+@native
+def gelu_all(x):
+    # Over a part of its own: of an index that might be negative, and so count from the end, LLVM makes no vectors.
+    for i in range(len(x)):
+        x[i] = gelu(x[i])
+
+
+@native
+def store(source, target, apart):
+    # An assignment to a slice takes Numba two seconds more to compile.
+    for i in range(len(source)):
+        target[i * apart] = narrow(source[i], target)
+
+
 @summing
 def rotate(x, cos, sin):
     """Turn x [rotary_dim or more] in place by a position's angles. Halves are paired, as in GPT-NeoX."""
@@ -200,10 +214,8 @@ def attend(shape, weights, cache, scratch, rows, layer, head, group, member):
         v = scratch.qkv[row, 2 * shape.width + at : 2 * shape.width + at + dim]
         rotate(q, weights.cos[position], weights.sin[position])
         rotate(k, weights.cos[position], weights.sin[position])
-        begin = position // STRIP * STRIP * dim + position % STRIP
-        for i in range(dim):
-            keys[begin + i * STRIP] = narrow(k[i], keys)
-            values[position * values_dim + i] = narrow(v[i], values)
+        store(k, keys[position // STRIP * STRIP * dim + position % STRIP :], STRIP)
+        store(v, values[position * values_dim :], 1)
     scale = numba.float32(1.0 / np.sqrt(numba.float64(dim)))
     for begin in range(first, last, QUERIES):
         end = min(begin + QUERIES, last)
@@ -221,8 +233,7 @@ def attend(shape, weights, cache, scratch, rows, layer, head, group, member):
         multiply(scores, 0, scores.shape[1], values, 0, values_dim, reach,
                  mixed, 0, values_dim, end - begin, values_dim, 0)  # fmt: skip
         for row in range(begin, end):
-            for i in range(dim):  # not a slice: Numba compiles the errors of one for two seconds
-                scratch.attended[row, at + i] = mixed[row - begin, i]
+            store(mixed[row - begin, :dim], scratch.attended[row, at : at + dim], 1)
 
 
 @summing
@@ -242,8 +253,7 @@ def product(weights, layer, which, x, rows, out, member, members):
                  out, strip * STRIP, out.shape[1], rows, STRIP, add)  # fmt: skip
         if which == EXPAND:
             for row in range(rows):
-                for i in range(strip * STRIP, (strip + 1) * STRIP):
-                    out[row, i] = gelu(out[row, i])
+                gelu_all(out[row, strip * STRIP : (strip + 1) * STRIP])
 
 
 @summing
