@@ -251,16 +251,18 @@ class Part(NamedTuple):
         """Return this part of a tensor, [products, longest, D], with zeros where a sequence has ended."""
         if tensor.ndim == 4:
             return self.of_dense(tensor).contiguous().flatten(0, 1)
-        sequences = [tensor[start:end, self.heads] for start, end in self.spans]
+        tensor = tensor[:, self.heads]
+        sequences = [tensor[start:end] for start, end in self.spans]
         return pad_sequence(sequences, batch_first=True).transpose(1, 2).flatten(0, 1)
 
     def put(self, products: Tensor, tensor: Tensor) -> None:
         """Write to the tensor what was written to its `room`. Of a dense one, that is a view."""
         if tensor.ndim == 4:
             return
-        sequences = products.view(len(self.spans), -1, *products.shape[1:])
+        tensor = tensor[:, self.heads]
+        sequences = products.view(len(self.spans), -1, *products.shape[1:]).transpose(1, 2)
         for row, (start, end) in zip(sequences, self.spans, strict=True):
-            tensor[start:end, self.heads] = row[:, : end - start].transpose(0, 1)
+            tensor[start:end] = row[: end - start]
 
 
 def plan(lengths: Sequence[int], heads: int, head_dim: int, element_size: int, causal: bool) -> list[Part]:
@@ -298,11 +300,11 @@ class BlockAttention(torch.autograd.Function):
     ) -> Tensor:
         parts = plan(lengths, q.shape[-2], q.shape[-1], q.element_size(), causal)
         keep = any(ctx.needs_input_grad) and max(lengths, default=0) <= KEPT_LENGTH
-        out, kept = like(q), []
+        out, kept, mask = like(q), [], _mask(q, parts, causal)
         for part in parts:
             queries, keys, values, result = part.take(q), part.take(k), part.take(v), part.room(out)
             for rows, own, seen in part.blocks(causal):
-                probabilities = _probabilities(queries[rows, own], keys[rows, seen], causal, scale)
+                probabilities = _probabilities(queries[rows, own], keys[rows, seen], mask, scale)
                 torch.bmm(probabilities, values[rows, seen], out=result[rows, own])
                 if keep:
                     kept.append(probabilities)
@@ -316,7 +318,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         given, causal, scale = iter(kept), ctx.causal, ctx.scale
-        gradients = [like(each) for each in (q, k, v)]
+        gradients, mask = [like(each) for each in (q, k, v)], _mask(q, ctx.parts, causal)
         for part in ctx.parts:
             queries, keys, values, d_outs = (part.take(each) for each in (q, k, v, d_out))
             d_queries, d_keys, d_values = results = [part.room(each) for each in gradients]
@@ -327,7 +329,7 @@ class BlockAttention(torch.autograd.Function):
             for rows, own, seen in blocks:
                 probabilities = next(given, None)
                 if probabilities is None:
-                    probabilities = _probabilities(queries[rows, own], keys[rows, seen], causal, scale)
+                    probabilities = _probabilities(queries[rows, own], keys[rows, seen], mask, scale)
                 d_scores = torch.bmm(d_outs[rows, own], values[rows, seen].mT)
                 d_scores = torch._softmax_backward_data(d_scores, probabilities, -1, q.dtype)
                 _multiply(d_scores, keys[rows, seen], scale, d_queries[rows, own])
@@ -347,16 +349,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: boo
     return out
 
 
-def _probabilities(queries: Tensor, keys: Tensor, causal: bool, scale: float) -> Tensor:
-    """Return the softmax over keys, which end with the last query."""
+def _mask(q: Tensor, parts: list[Part], causal: bool) -> Tensor | None:
+    """Return a mask of which that of every block is a part: it hides a triangle in its last columns."""
+    if not causal or not parts:
+        return None
+    rows, longest = parts[0].rows, parts[0].spans[0][1] - parts[0].spans[0][0]
+    mask = q.new_zeros(rows, -(-longest // rows) * rows)
+    mask[:, -rows:] = q.new_full((rows, rows), float("-inf")).triu_(1)
+    return mask
+
+
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the softmax over keys; with a mask, they end with the last query."""
     rows, columns = queries.shape[1], keys.shape[1]
-    if causal:
-        mask = queries.new_zeros(rows, columns)
-        mask[:, columns - rows :] = queries.new_full((rows, rows), float("-inf")).triu_(1)
-        scores = torch.baddbmm(mask, queries, keys.mT, alpha=scale)
-    else:
-        scores = _multiply(queries, keys.mT, scale, queries.new_empty(len(queries), rows, columns))
-    return torch.softmax(scores, dim=-1)
+    if mask is None:
+        return torch.softmax(_multiply(queries, keys.mT, scale, queries.new_empty(len(queries), rows, columns)), dim=-1)
+    start = mask.shape[1] - mask.shape[0] - (columns - rows)
+    return torch.softmax(torch.baddbmm(mask[:rows, start : start + columns], queries, keys.mT, alpha=scale), dim=-1)
 
 
 def _multiply(left: Tensor, right: Tensor, factor: float, out: Tensor) -> Tensor:
