@@ -105,13 +105,21 @@ def linear_scores(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> 
         if out is None:
             scores = rest.float().sub_(minus)
         else:
-            scores = out.copy_(rest)
-            # To subtract numbers of another dtype takes four times as long as these two passes, a few rows at a time.
-            for some, lost in zip(torch.split(scores, 64), torch.split(minus, 64), strict=True):
-                some.sub_(lost.float())
+            _add(scores := out.copy_(rest), minus, -1.0)
     else:
         scores = torch.mm(rows.float(), weight.T.float(), out=out)
     return scores.view(*hidden.shape[:-1], -1)
+
+
+def _add(total: Tensor, share: Tensor, factor: float) -> None:
+    """Add factor * share, which is in a shorter dtype, on a CPU.
+
+    PyTorch makes a copy of the share in the longer dtype. A large one is new memory each time, whose first use takes
+    longer than the sum: a few rows at a time need none.
+    """
+    rows = max(1, 2**17 // total.shape[1])
+    for some, more in zip(torch.split(total, rows), torch.split(share, rows), strict=True):
+        some.add_(more, alpha=factor)
 
 
 def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -243,7 +251,7 @@ class GradientSums:
             # Added up by the product itself: a bf16 share of its own would be rounded, written and read again.
             torch.addmm(self.by_weight, wide, narrow, out_dtype=self.by_weight.dtype, out=self.by_weight)
         else:
-            self.by_weight += torch.mm(wide, narrow)
+            _add(self.by_weight, torch.mm(wide, narrow), 1.0)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.by_hidden, self.by_weight.to(self.dtype)
