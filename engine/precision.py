@@ -38,8 +38,9 @@ def bf16_speedup(model: ModelConfig) -> float:
     if not cpu_multiplies_bf16():
         return 0.0
     width = min(max(model.width, WIDTHS[0]), WIDTHS[1])
-    heads = max(1, width // model.head_dim)
-    return _measure(ModelConfig(min(model.vocab_size, LOGITS), heads * model.head_dim, 1, heads, TOKENS // 2))
+    head_dim = min(model.head_dim, width)
+    heads = width // head_dim
+    return _measure(ModelConfig(min(model.vocab_size, LOGITS), heads * head_dim, 1, heads, TOKENS // 2))
 
 
 @cache

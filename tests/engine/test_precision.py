@@ -43,3 +43,17 @@ def test_a_block_is_measured_once_and_draws_nothing_from_the_run(monkeypatch: py
 def test_without_units_bf16_is_not_even_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     assert precision.bf16_speedup(NANO) == 0.0
+
+
+def test_the_block_that_is_measured_is_small_however_wide_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[ModelConfig] = []
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+
+    def measure(block: ModelConfig) -> float:
+        blocks.append(block)
+        return 1.0
+
+    monkeypatch.setattr(precision, "_measure", measure)
+    for width, heads in ((65536, 4), (16, 2), (1024, 16), (300, 3)):
+        precision.bf16_speedup(ModelConfig(4096, width, 1000, heads, 256))
+    assert all(64 <= block.width <= 256 and block.blocks == 1 for block in blocks)
