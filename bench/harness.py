@@ -13,6 +13,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,8 @@ from kernels.backend import backend
 RESULTS = Path("bench") / "results"
 # The relative error, |x - exact| / |exact|, above which a result is wrong, not rounded. tf32 is allowed for fp32.
 TOLERANCE = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
+# Seconds between two turns: OpenMP's threads spin on after their work, and would take a core from whoever comes next.
+REST = 0.02
 DIRECTIONS = ("forward", "backward")
 COLORS = {
     "ours": "#c2410c", "packed": "#eab308", "plain": "#6b7280", "flash": "#1d4ed8", "efficient": "#0891b2",
@@ -182,6 +185,7 @@ def in_turn(clocks: Mapping[str, Callable[[], Figures]], rounds: int) -> dict[st
     for _ in range(rounds):
         for name, clock in clocks.items():
             if not any("reason" in each for each in taken[name]):
+                time.sleep(REST)
                 taken[name].append(clock())
 
     def median(found: list[Figures]) -> Figures:

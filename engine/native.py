@@ -3,6 +3,7 @@
 Row r of a step is what the r-th running sequence reads next. Nothing moves in the cache: a row says which slot it has.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from kernels.cpu.tile import LANES, STRIP
 
 # Products of weights with rows, below which threads would wait for one another longer than they work.
 LEAST_WORK = 300_000
+LINE = 128  # bytes of the cache that belong together: two lines, which many CPUs fetch at once
 MATRICES = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
 
 
@@ -46,7 +48,7 @@ class NativeDecoder:
         shape, kept = (config.blocks, slots, config.heads), np.dtype(np.float32 if self.kind == "fp32" else np.uint16)
         dims = config.head_dim + values_dim
         check_room(slots, config.blocks * config.heads * capacity * dims * kept.itemsize)
-        self.cache = Cache(*(np.zeros((*shape, capacity * dim), kept) for dim in (config.head_dim, values_dim)))
+        self.cache = Cache(*(_room(*shape, capacity * dim, dtype=kept) for dim in (config.head_dim, values_dim)))
         width, expanded = _whole(config.width), _whole(4 * config.width)
         self.scratch = Scratch(
             _room(rows, width), _room(self.members, rows, width), _room(rows, _whole(3 * config.width)),
@@ -144,13 +146,19 @@ def _whole(columns: int) -> int:
     return strips(columns) * STRIP
 
 
-def _room(*shape: int) -> Floats:
-    return np.zeros(shape, np.float32)
+def _room(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+    """Return zeros that begin where a line of the cache does: vectors that lie in two lines cost twice, and what two
+    threads write into the same line waits for the line to come over."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    begin = -memory.ctypes.data % LINE
+    found: NDArray[Any] = memory[begin : begin + size].view(dtype).reshape(shape)
+    return found
 
 
 def _joined(parts: Sequence[Tensor]) -> NDArray[Any]:
     """Return tensors end to end, in memory of NumPy's: it asks for large pages, which are read half as fast again."""
-    found = np.empty(sum(len(each) for each in parts), parts[0].numpy().dtype)
+    found = _room(sum(len(each) for each in parts), dtype=parts[0].numpy().dtype)
     torch.cat(list(parts), out=torch.from_numpy(found))
     return found
 

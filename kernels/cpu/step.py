@@ -294,7 +294,8 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
             normed, goal = normalise(shape, weights, 2 * layer, scratch, count, member, members, sync, goal)
             product(weights, layer, QKV, normed, count, scratch.qkv, member, members)
             goal = meet(sync, members, goal)
-            for unit in range(member, groups * shape.heads, members):
+            first, last = share(groups * shape.heads, member, members)
+            for unit in range(first, last):
                 group, head = unit // shape.heads, unit % shape.heads
                 attend(shape, weights, cache, scratch, rows, layer, head, group, member)
             goal = meet(sync, members, goal)
