@@ -202,6 +202,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def clock(generate: Generate, prompts: Prompts, longs: Prompts, size: Size, runtime: Runtime) -> Figures:
+    generate(prompts, 1)  # as llama.cpp is warmed up: after a rest, threads and caches are cold
     first = {"first_token_seconds": prompts, "long_first_token_seconds": longs if size.long else []}
     seconds = {name: wall_seconds(partial(generate, each, 1), runtime.device) for name, each in first.items() if each}
     generated = generate(prompts, size.new)
