@@ -136,7 +136,10 @@ def run_together(group: dict[str, list[str]], out: Path) -> float:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // len(group))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if len(group) > 1:
+        # A thread that waits for the next product leaves its core to the others; alone, it would only fall asleep.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     begin = time.perf_counter()
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopped: list[int] = []
