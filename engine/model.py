@@ -230,7 +230,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.decode_int8 = False  # see engine/decoders.py
+        self.decode_int8 = False  # see engine/native.py
         self.checkpoint_activations = False  # see LoopConfig
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
