@@ -149,9 +149,11 @@ class Batcher:
         self.device, dtype = weight.device, model.compute_dtype or weight.dtype
         self.native = None
         why = cpu.why_not(self.device, dtype)
+        if why is None and (ahead or graphs):
+            why = "a native step runs neither ahead nor as a graph"
         if why is not None and model.decode_int8:
             raise InputError(f"--precision int8 cannot be used: {why}")
-        if why is None and not (ahead or graphs):
+        if why is None:
             from engine.native import NativeDecoder  # and with it Numba, where it is used
 
             self.chunk = min(chunk, MOST_READ)

@@ -222,6 +222,10 @@ def test_where_it_cannot_run_the_reason_is_said(monkeypatch: pytest.MonkeyPatch)
     assert Batcher(model, slots=1).native is not None
     assert cpu.why_not(device, torch.float64) == "torch.float64 on cpu"
     assert Batcher(GPT(OURS).double(), slots=1).native is None
+    model.decode_int8 = True
+    with pytest.raises(InputError, match="neither ahead nor as a graph"):
+        Batcher(model, slots=1, ahead=True)
+    model.decode_int8 = False
     monkeypatch.setenv("GPT_KERNELS", "torch")
     assert cpu.why_not(device, torch.float32) == "GPT_KERNELS is torch"
     assert Batcher(model, slots=1).native is None
