@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import DiskError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -56,9 +57,11 @@ class Processes:
         if self.store is not None:
             self.store.set(f"place/{self.rank}", f"step {self.step}, {place}")
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: "Tensor") -> "Tensor":
         """Sum a tensor over all processes, in place, on its device."""
         if self.count > 1:
+            import torch
+
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -71,6 +74,8 @@ class Processes:
             self.at(f"all-gather of {of}")
         if self.count == 1:
             return [list(numbers)]
+        import torch
+
         own = torch.tensor(numbers, dtype=torch.float64)
         everyone = [torch.empty_like(own) for _ in range(self.count)]
         torch.distributed.all_gather(everyone, own, group=self.group)
@@ -83,6 +88,8 @@ class Processes:
         """
         if self.count == 1:
             return [value]
+        import torch
+
         own = _packed(value)
         sizes = [int(size) for (size,) in self.gather(len(own))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -137,6 +144,8 @@ class Processes:
         """Return the same processes with a group of their own: a thread's collectives must not mix with others."""
         if self.count == 1:
             return self
+        import torch
+
         group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
         return Processes(self.rank, self.count, store=self.store, group=group, timeout=self.timeout)
 
@@ -161,14 +170,15 @@ class Processes:
 TENSOR = "a tensor, by its number"
 
 
-def _packed(value: Any) -> Tensor:
+def _packed(value: Any) -> "Tensor":
     """Return JSON and the tensors in it as the bytes of a safetensors file, uint8 [bytes]."""
+    import torch
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
 
     def number(tensor: Any) -> dict[str, str]:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{type(tensor).__name__} is no plain data, which is all that processes exchange")
         tensors[name := str(len(tensors))] = tensor.detach().cpu().contiguous().clone()
         return {TENSOR: name}
@@ -178,7 +188,7 @@ def _packed(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _unpacked(content: Tensor) -> Any:
+def _unpacked(content: "Tensor") -> Any:
     from safetensors.torch import load
 
     tensors = load(content.numpy().tobytes())
@@ -189,10 +199,11 @@ def _unpacked(content: Tensor) -> Any:
 ALONE = Processes()
 
 
-def join(device: torch.device, minutes: float) -> Processes:
+def join(device: "torch.device", minutes: float) -> Processes:
     """Join the other processes, by the environment that torchrun sets. Collectives fail after this many minutes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
+    import torch
     from torch.distributed.rendezvous import rendezvous
 
     # The flight recorder: where NCCL times out, every process writes down its last collectives.

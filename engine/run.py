@@ -4,6 +4,8 @@ Its config.json holds paths relative to the folder, so that runs and data can be
 absolute, so that nothing else depends on where the run or the working directory is.
 """
 
+import contextlib
+import difflib
 import glob
 import hashlib
 import operator
@@ -12,7 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +101,7 @@ class Run:
         try:
             return vars(records.read(self.config, Config, MEND))
         except FileNotFoundError:
-            raise InputError(
-                f"{self.path} is not a run: it has no config.json; train one with `gpt train nano`"
-            ) from None
+            raise InputError(f"{self.path} is not a run: it has no config.json; {_instead(self.path)}") from None
         except OSError as error:
             raise InputError(f"cannot read {self.config}: {error.strerror}") from None
 
@@ -201,6 +201,46 @@ class Run:
             raise InputError(f"{found.path} does not fit the model that {self.config} describes")
         model.decode_int8 = runtime.precision == "int8"
         return model.to(device=runtime.device, dtype=runtime.dtype).eval(), tokenizer
+
+
+def run_folders(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Yield the folder where it is a run, whole or not; else the runs in it, down to this depth, by their paths."""
+    if checkpoint.checkpoints(folder / "checkpoints") or _is_ours(folder / "config.json"):
+        yield folder
+    elif depth:
+        for each in sorted(folder.iterdir()):
+            # A link could lead in a circle.
+            if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
+                with contextlib.suppress(PermissionError):
+                    yield from run_folders(each, depth - 1)
+
+
+def _is_ours(config: Path) -> bool:
+    """Return whether a config.json may be a run's: exported models have one, too."""
+    try:
+        return b'"recipe"' in config.read_bytes()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def _instead(path: Path) -> str:
+    """Say what may be meant by a path that is no run: those in it, or one that is called like it."""
+    beside = [each for each in (path, Path("runs"), path.parent) if each.is_dir()]
+    found = {each.absolute(): each for folder in beside for each in _runs_near(folder, 1 + (folder == Path("runs")))}
+    found.pop(path.absolute(), None)
+    if inside := [str(each) for each in found.values() if path in each.parents]:
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        return f"it holds runs: {', '.join(inside[:3])}{more}"
+    names = {each.name: each for each in found.values()}
+    if like := difflib.get_close_matches(path.name, names, 1):
+        return f"did you mean {names[like[0]]}?"
+    return "`gpt runs` lists those that there are" if found else "train one with `gpt train nano`"
+
+
+def _runs_near(folder: Path, depth: int) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list(run_folders(folder, depth))
+    return []
 
 
 def _with_paths(recipe: Recipe, which: Callable[[str], bool], change: Callable[[str], str]) -> Recipe:
