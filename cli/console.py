@@ -31,8 +31,8 @@ def print_table(
     for row in rows:
         table.add_row(*map(Text, row))
     terminal = Terminal(highlight=False, soft_wrap=soft_wrap)
-    # COLUMNS may say 0, and a table would be nothing.
-    terminal.width = max(terminal.width, 40)
+    # COLUMNS may say 0, and a table would be nothing. Where lines are not to be broken, none is too long.
+    terminal.width = 10_000 if soft_wrap else max(terminal.width, 40)
     terminal.print(table)
 
 

@@ -1,15 +1,60 @@
-"""gpt info, settings and doctor: what a run is, what can be set, and what this machine has."""
+"""gpt runs, info, settings and doctor: which runs there are, what one is, what can be set, what this machine has."""
 
+import dataclasses
 import json
+import shutil
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Column
 from typer import Argument, Option
 
-from cli.console import FRAMELESS, print_table
+from cli.console import FRAMELESS, notice, print_table
 from cli.options import RunArgument
 from engine.errors import InputError
+
+
+def runs(
+    folder: Annotated[Path, Argument(help="The folder that runs are kept in.")] = Path("runs"),
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """List all runs of a folder: what they are and began with, how far they have come, and how good they are.
+
+    Example: gpt runs
+
+    The loss is that of the newest evaluation, or else the last one of training.
+    """
+    from engine.disk import in_words
+    from engine.runs import Listed, list_runs
+
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of runs; train a run with `gpt train nano`, or name its --out")
+    found = list_runs(folder)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) | {"path": str(each.path)} for each in found], indent=2))
+        return
+    if not found:
+        notice(f"{folder} holds no run; train one with `gpt train nano`")
+        return
+
+    def row(run: Listed) -> list[str]:
+        loss = "" if run.loss is None else f"{run.loss:.3f}{'' if run.validated else ' in training'}"
+        planned = f" of {run.steps:,}" if run.steps and run.steps != run.step else ""
+        saved = "" if run.saved is None else datetime.fromtimestamp(run.saved).strftime("%Y-%m-%d %H:%M")
+        state = "DAMAGED" if run.damage else run.state
+        amounts = [f"{run.step:,}{planned}", loss, in_words(run.bytes)]
+        return [str(run.path), run.kind, run.base or "", *amounts, saved, state]
+
+    amounts = (Column(head, justify="right") for head in ("step", "loss", "size"))
+    # In a pipe each run has a line of its own; where columns would be a few letters wide, the terminal breaks it.
+    lines = not sys.stdout.isatty() or shutil.get_terminal_size().columns < 70
+    print_table(("run", "kind", "base", *amounts, "saved", "state"), map(row, found), soft_wrap=lines, **FRAMELESS)
+    for run in found:
+        if run.damage:
+            print(f"\n{run.path}: {run.damage}")
 
 
 def info(path: RunArgument) -> None:

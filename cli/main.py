@@ -55,6 +55,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "import": (huggingface.import_folder, "Take a pretrained GPT-NeoX or Pythia"),
     },
     "Look": {
+        "runs": (info.runs, "All runs, how far they are and how good"),
         "info": (info.info, "What a run is, and how far it has come"),
         "doctor": (info.doctor, "What this machine has, and what that means"),
         "settings": (info.settings, "Every setting, its default and its meaning"),

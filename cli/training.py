@@ -137,20 +137,19 @@ def refuse_changes(options: TrainingOptions, recipe: "Recipe", asked: Mapping[st
 
 def kind_and_command(run: "Run", recipe: "Recipe", base: Path | str | None = None) -> tuple[str, str]:
     """Return what a run is, and the command that goes on with it. `base` is the run that it began with, as typed."""
-    from engine import config
+    from engine.runs import kind_of
 
-    base, method = base or recipe.base, recipe.alignment.method
-    if recipe.data.source == config.IMPORTED:
+    base = base or recipe.base
+    known = {
+        "pretrain": (PRETRAINED, f"train {recipe.name}"),
+        "finetune": (FINETUNED, f"finetune {base}"),
+        "reward": (REWARD_MODEL, f"reward {base}"),
+        "ipo": ("a run of ipo", f"rlhf dpo {base} --ipo"),
+    }
+    if (kind := kind_of(recipe)) == "import":
         return "an imported model", f"gpt finetune {run.path}"
-    if recipe.scores:
-        kind, command = REWARD_MODEL, f"reward {base}"
-    elif base is None:
-        kind, command = PRETRAINED, f"train {recipe.name}"
-    elif method == "none":
-        kind, command = FINETUNED, f"finetune {base}"
-    else:
-        kind, command = f"a run of {method}", f"rlhf dpo {base} --ipo" if method == "ipo" else f"rlhf {method} {base}"
-    return kind, f"gpt {command} --out {run.path} --resume"
+    what, command = known.get(kind, (f"a run of {kind}", f"rlhf {kind} {base}"))
+    return what, f"gpt {command} --out {run.path} --resume"
 
 
 def make_room(folder: Writer, run: "Run", overwrite: bool, check: Callable[[], object]) -> None:

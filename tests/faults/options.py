@@ -36,6 +36,7 @@ LINES = {
     "serve": "serve chat --port 0 --device cpu --precision fp32",
     "export": "export base",
     "import": "import hf",
+    "runs": "runs .",
     "info": "info base",
     "doctor": "doctor",
     "settings": "settings",
