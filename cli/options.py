@@ -48,6 +48,11 @@ Batch = Annotated[int | None, Option(help="Sequences in a step, each as long as 
 Tokens = Annotated[float | None, Option(help="Train on this many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
 Setting = Annotated[list[str] | None, Option("--set", help="Any of gpt settings, as model.blocks=6. Repeatable.")]
 WandB = Annotated[bool, Option("--wandb", help="Also record to Weights & Biases, offline without a login."), ON_RESUME]
+LOOPBACK = "127.0.0.1"
+Host = Annotated[str, Option(help=f"The address to listen on. Others than {LOOPBACK} need a key.")]
+Port = Annotated[int, "at least 0 and at most 65535", Option(help="0 takes any that is free.")]
+ApiKey = Annotated[str | None, Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")]
+Insecure = Annotated[bool, Option("--insecure", help="Let everybody in, from everywhere.")]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """gpt serve: a model behind the OpenAI API, with a page to talk to it."""
 
-import ipaddress
 import logging
 import os
 import re
@@ -12,19 +11,17 @@ from urllib.parse import urlsplit
 
 from typer import Option
 
-from cli.options import Few, ModelOptions, RunArgument
+from cli.options import LOOPBACK, ApiKey, Few, Host, Insecure, ModelOptions, Port, RunArgument
 from engine.errors import InputError
-
-LOOPBACK = "127.0.0.1"
 
 
 def serve(
     path: RunArgument,
     options: ModelOptions,
-    host: Annotated[str, Option(help="The address to listen on. Others than 127.0.0.1 need a key.")] = LOOPBACK,
-    port: Annotated[int, "at least 0 and at most 65535", Option(help="0 takes any that is free.")] = 8000,
-    api_key: Annotated[str | None, Option(envvar="GPT_API_KEY", help="Better set as GPT_API_KEY.")] = None,
-    insecure: Annotated[bool, Option("--insecure", help="Let everybody in, from everywhere.")] = False,
+    host: Host = LOOPBACK,
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    insecure: Insecure = False,
     cors: Annotated[
         list[str] | None, Option(help="A site whose pages may call: https://HOST[:PORT], or *. Repeatable.")
     ] = None,
@@ -44,9 +41,9 @@ def serve(
     sites = [origin(each) for each in cors or ()]
     if "*" in sites and not (api_key or insecure):
         raise InputError("--cors '*' lets every page call: ask for a key (--api-key or GPT_API_KEY), or say --insecure")
-    loopback = _is_loopback(host)
-    if not (loopback or api_key or insecure):
-        raise InputError(f"--host {host} lets others in: give them a key (--api-key or GPT_API_KEY), or say --insecure")
+    from cli.server.guard import require_key
+
+    hosts = require_key(host, api_key, insecure=insecure)
 
     # oneDNN keeps a compiled product for each shape that it has met, 1,024 of them: most prompts have a new one.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -73,7 +70,6 @@ def serve(
     except InputError as error:
         raise InputError(f"--slots {slots}: {error}") from None
     worker = Worker(batcher, queue=queue, seconds=max_seconds)
-    hosts = {"localhost", "127.0.0.1", "::1", host} if loopback else None
     app = create_app(served, worker, key=api_key, cors=sites, hosts=hosts)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
@@ -106,10 +102,3 @@ def origin(site: str) -> str:
     raise InputError(
         f"--cors is {site!r}; a site is http:// or https://, its name, and maybe a port: https://a.example"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

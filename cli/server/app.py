@@ -1,16 +1,12 @@
 """The FastAPI application: routes, limits, keys. Each request becomes a Job of the one Worker."""
 
 import asyncio
-import contextlib
-import hmac
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.staticfiles import StaticFiles
@@ -18,12 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cli.server import openai
+from cli.server import guard, openai
 from cli.server.answers import ChatAnswer, Choice, CompletionAnswer, to_json
+from cli.server.guard import BODY_BYTES, Guard, carries
 from cli.server.openai import APIError, ChatRequest, CompletionRequest, context_exceeded, model_failed
-from cli.server.worker import LOG, ClientGoneError, Job, ModelError, Worker, log_failure
+from cli.server.worker import ClientGoneError, Job, ModelError, Worker
 from engine import batcher, chat_template
 from engine.errors import InputError
 from engine.generate import document_prompt
@@ -31,20 +28,8 @@ from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parent / "page"
-BODY_BYTES = 2**20
-BODY_SECONDS = 30.0
-# Of a body that nobody wants, this much is read and dropped after the answer, so that who is sending sees the answer.
-DISCARD_BYTES = 32 * BODY_BYTES
 # The seconds that a slow reader has beyond the model's time; then the connection is cut.
 READER_SECONDS = 60.0
-HEADERS = {
-    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-    b"cache-control": b"no-store",
-}
-CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True)
@@ -150,7 +135,7 @@ class Server:
             raise APIError(400, "The Content-Type of the request must be application/json.")
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(guard.BODY_SECONDS):
                 async for part in http.stream():
                     body += part
                     if len(body) > BODY_BYTES:
@@ -244,70 +229,6 @@ async def _close_when_gone(job: Job, receive: Receive) -> None:
     job.close()
 
 
-class Guard:
-    """Every answer passes here: Host is checked, strict headers are added, and a line without any text is logged.
-
-    An answer may come before its request is whole. Then the rest of the body is read and dropped, up to a bound, before
-    the connection is closed: a client that sends all before it reads anything would see a reset, and no answer.
-
-    `hosts` are the names that the Host header may say; None is any. A page of another site whose own name resolves to
-    127.0.0.1 (DNS rebinding) still sends that name.
-    """
-
-    def __init__(self, app: ASGIApp, worker: Worker, hosts: Collection[str] | None) -> None:
-        self.app, self.worker, self.hosts = app, worker, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        begin, status = time.perf_counter(), 0
-        # Whether some of the body may not have been read.
-        unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
-
-        async def received() -> Message:
-            nonlocal unread
-            message = await receive()
-            unread = unread and message.get("more_body", False)
-            return message
-
-        async def guarded(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], *HEADERS.items(), *([CLOSE] if unread else [])]
-            elif unread and not message.get("more_body"):
-                await send({**message, "more_body": True})
-                await discard()
-                message = {"type": "http.response.body"}
-            await send(message)
-
-        async def discard() -> None:
-            size, left = 0, begin + BODY_SECONDS - time.perf_counter()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(left, 1)):
-                    while unread and size < DISCARD_BYTES:
-                        size += len((await received()).get("body", b""))
-
-        try:
-            app = self.app if self._welcome(scope) else Response("unknown host", 400)
-            await app(scope, received, guarded)
-        except Exception as error:
-            log_failure(error)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.worker.requests[route, status] += 1
-            milliseconds = 1000 * (time.perf_counter() - begin)
-            LOG.info("%s %s %d %.0f ms", scope["method"], quote(scope["path"]), status, milliseconds)
-
-    def _welcome(self, scope: Scope) -> bool:
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        try:
-            return self.hosts is None or urlsplit(f"//{host}").hostname in self.hosts
-        except ValueError:
-            return False
-
-
 def create_app(
     served: Served, worker: Worker, *, key: str | None, cors: Sequence[str], hosts: Collection[str] | None
 ) -> ASGIApp:
@@ -321,10 +242,12 @@ def create_app(
         await worker.stop()
 
     async def authorise(http: Request) -> None:
-        scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())):
+        if key and not carries(http.headers.get("authorization", ""), key):
             how = {"WWW-Authenticate": "Bearer"}
             raise APIError(401, "Incorrect or no API key provided.", code="invalid_api_key", headers=how)
+
+    def count(route: str, status: int) -> None:
+        worker.requests[route, status] += 1
 
     async def about() -> Response:
         return JSON({"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)})
@@ -362,4 +285,4 @@ def create_app(
 
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
-    return Guard(app, worker, hosts)
+    return Guard(app, hosts, count)

@@ -16,9 +16,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cli.server.answers import to_json
-from cli.server.app import CLOSE, HEADERS, READER_SECONDS
+from cli.server.app import READER_SECONDS
+from cli.server.guard import CLOSE, HEADERS, LOG
 from cli.server.openai import APIError
-from cli.server.worker import LOG, Worker
+from cli.server.worker import Worker
 
 # The most connections, where the limit on open files allows so many.
 CONNECTIONS = 4096

@@ -5,24 +5,17 @@ Neither waits for the other. What a request may produce is bounded, so what wait
 
 import asyncio
 import functools
-import logging
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
+from cli.server.guard import log_failure
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 
-LOG = logging.getLogger("gpt.serve")
 # What arrives for a text is a step, its prompt's tokens, or None where time is up or no tokens were asked for.
 Arrival = Step | list[Step] | None
-
-
-def log_failure(error: BaseException) -> None:
-    """Log the type of an error and where it happened, and no more: its message may quote what a person wrote."""
-    LOG.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
 
 
 class ModelError(Exception):
