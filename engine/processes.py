@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import DiskError, InputError
@@ -282,3 +283,19 @@ class Coordinator:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Return the most memory that this process has held so far, on a GPU that of the device, in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # getrusage would be wrong here: a child process inherits the peak of the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

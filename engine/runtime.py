@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError, meant
-from engine.processes import ALONE, Processes
+from engine.processes import ALONE, Processes, peak_memory
 from kernels import cpu
 from kernels.backend import backend, why_not_triton
 
@@ -49,17 +49,8 @@ class Runtime:
         return f"{self.device.type}, {torch.get_num_threads()} threads, {self.precision}{slow}"
 
     def peak_memory(self) -> int:
-        """Return the most memory that this process has held so far, on a GPU that of the device, in bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            # getrusage would be wrong here: a child process inherits the peak of the one that started it.
-            status = Path("/proc/self/status").read_text()
-            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        except (OSError, IndexError):
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        """Return the most memory that this process has held so far, in bytes."""
+        return peak_memory(self.device)
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Runtime:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.errors import DiskError, InputError
 from engine.model import GPT
-from engine.processes import Coordinator
+from engine.processes import Coordinator, peak_memory
 from engine.run import Run
 from engine.runtime import Runtime, is_out_of_memory, random_state, set_random_state, synchronize
 from train import parallel
@@ -318,8 +318,10 @@ class Loop:
             spelled = spelled_bytes(torch.cat([batch.targets for batch in batches]), self.byte_lengths)
         # `own` are the tokens of this process, padding included; `tokens` those of all processes, without padding.
         own = sum(len(batch.tokens) for batch in batches)
-        everyone = self.processes.gather(own, spelled, self.busy_seconds, of="metrics")
-        shares, spelled_by, busy = zip(*everyone, strict=True)
+        everyone = self.processes.gather(
+            own, spelled, self.busy_seconds, peak_memory(self.runtime.device), of="metrics"
+        )
+        shares, spelled_by, busy, memory = zip(*everyone, strict=True)
         metrics: dict[str, Any] = {"step": self.step, "loss": loss}
         if self.byte_lengths is not None:
             metrics["bits_per_byte"] = loss * learnt / math.log(2) / max(int(sum(spelled_by)), 1)
@@ -335,6 +337,8 @@ class Loop:
             "seconds_left": self.budget.seconds_left(self.step, self.seconds, typical),
             "progress": self.progress,
             "skipped": self.skipped,
+            # The most bytes that a process has held so far.
+            "memory": max(memory),
         }
         if self.processes.count > 1:
             metrics[PER_PROCESS] = [n / seconds for n, seconds in zip(shares, busy, strict=True)]

@@ -22,7 +22,7 @@ WORK = {
     "importing": ("import hf --out new", ""),
 }
 # What a clock says differs from one time to the next.
-TIMES = ("seconds", "seconds_left", "tokens_per_second", "mfu", "process_tokens_per_second", "straggling")
+TIMES = ("seconds", "seconds_left", "tokens_per_second", "mfu", "process_tokens_per_second", "straggling", "memory")
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 # What a clock says differs from one time to the next.
-TIMES = ("seconds", "seconds_left", "tokens_per_second", "mfu", "process_tokens_per_second", "straggling")
+TIMES = ("seconds", "seconds_left", "tokens_per_second", "mfu", "process_tokens_per_second", "straggling", "memory")
 SMALL = (
     "--precision fp32 --seed 3 --set loop.batch=8 --set loop.evaluate_every=4 --set data.final_evaluation_tokens=4000"
 )

@@ -307,6 +307,7 @@ def test_the_last_step_is_always_logged_and_tokens_are_those_seen_so_far(
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps = [1, 4, *([stop] if stop else []), 6, 6]
     assert [(line["step"], line["tokens"]) for line in lines] == [(step, 128 * step) for step in steps]
+    assert all(line["memory"] > 2**20 for line in lines if "loss" in line)
     assert "6 steps, 768 tokens" in (tmp_path / "run" / "report.md").read_text()
 
 

@@ -10,7 +10,7 @@ from socket import SO_LINGER, SOL_SOCKET, socket
 
 import pytest
 
-from cli.server import app, connections
+from cli.server import app, connections, guard
 from engine.tokenizer import Tokenizer
 from tests.cli.server.conftest import Live, live
 from tests.cli.server.test_life import LONG, connect
@@ -156,11 +156,11 @@ def test_who_sends_all_before_reading_anything_sees_the_answer(
 
 
 def test_what_is_dropped_is_bounded_in_bytes_and_time(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "DISCARD_BYTES", 2**20)
+    monkeypatch.setattr(guard, "DISCARD_BYTES", 2**20)
     client = server.connect(COMPLETION + b"Content-Length: 100000000\r\n\r\n")
     with pytest.raises(OSError):
         client.sendall(bytes(100_000_000))
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
     assert read(server.connect(HALF_BODY)).startswith(b"HTTP/1.1 408")
 
 
