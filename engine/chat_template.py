@@ -46,9 +46,17 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     return ids, learn
 
 
-def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the ids after which the assistant's next answer comes."""
-    return [*render(tokenizer, messages)[0], tokenizer.special["<|assistant|>"]]
+def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message], *, unfinished: bool = False) -> list[int]:
+    """Return the ids after which the assistant's next answer comes, or the rest of its `unfinished` last one.
+
+    Raises InputError where the last message is not the assistant's, and should be.
+    """
+    ids = render(tokenizer, messages)[0]
+    if not unfinished:
+        return [*ids, tokenizer.special["<|assistant|>"]]
+    if not messages or messages[-1].role != "assistant":
+        raise InputError("the last message must be the assistant's, to be gone on with")
+    return ids[:-1]
 
 
 def answer_ends(tokenizer: Tokenizer) -> frozenset[int]:

@@ -95,12 +95,16 @@ class Server:
             raise APIError(400, "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise APIError(400, "'top_logprobs' is only allowed where 'logprobs' is true.", param="top_logprobs")
+        if asked.add_generation_prompt == asked.continue_final_message:
+            message = "Of 'continue_final_message' and 'add_generation_prompt' one must be true, and not both."
+            raise APIError(400, message, param="add_generation_prompt")
         self._check_length("messages", sum(len(each.content) for each in asked.messages))
         messages = [
             chat_template.Message("system" if each.role == "developer" else each.role, each.content)
             for each in asked.messages
         ]
-        prompt = self._encode("messages", partial(chat_template.answer_prompt, served.tokenizer, messages))
+        begin = partial(chat_template.answer_prompt, unfinished=asked.continue_final_message)
+        prompt = self._encode("messages", partial(begin, served.tokenizer, messages))
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         choices = [Choice(served.tokenizer, asked.stop) for _ in range(asked.n)]
         limit = asked.max_tokens or asked.max_completion_tokens

@@ -144,6 +144,9 @@ class ChatRequest(Options):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    # These are vLLM's: the last message is the beginning of the answer.
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
 
 class CompletionRequest(Options):

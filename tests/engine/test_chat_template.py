@@ -42,6 +42,10 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_answers_it(tokenizer
     prompt = answer_prompt(tokenizer, CONVERSATION[:-1])
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) :] == [*tokenizer.encode("the end"), tokenizer.special[END]]
+    begun = answer_prompt(tokenizer, CONVERSATION, unfinished=True)
+    assert begun == ids[:-1]
+    with pytest.raises(InputError, match="must be the assistant's"):
+        answer_prompt(tokenizer, CONVERSATION[:-1], unfinished=True)
     assert answer_ends(tokenizer) == {tokenizer.special[END], tokenizer.eod}
 
 

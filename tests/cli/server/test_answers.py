@@ -73,6 +73,20 @@ def test_an_answer_of_ours_may_be_sent_back_as_it_came(server: Live) -> None:
     assert chat(server, messages=again, max_tokens=3).usage.completion_tokens == 3
 
 
+def test_a_chat_goes_on_with_an_answer_that_has_begun(server: Live) -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "The hat is"}]
+    rest = chat(server, messages=begun, max_tokens=9, extra_body={"continue_final_message": True})
+    said = [chat_template.Message(each["role"], each["content"]) for each in begun]
+    prompt = chat_template.render(server.served.tokenizer, said)[0][:-1]
+    assert rest.choices[0].message.content == alone(server, prompt, seed=1, max_tokens=9)
+    assert rest.usage.prompt_tokens == len(prompt)
+    as_vllm = {"continue_final_message": True, "add_generation_prompt": False}
+    assert chat(server, messages=begun, max_tokens=9, extra_body=as_vllm).choices == rest.choices
+    nothing = [*MESSAGES, {"role": "assistant", "content": ""}]
+    whole = chat(server, messages=nothing, max_tokens=9, extra_body={"continue_final_message": True})
+    assert whole.choices == chat(server, max_tokens=9).choices
+
+
 @pytest.mark.parametrize("usage", [False, True])
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
