@@ -7,7 +7,7 @@ from functools import cache
 from json import JSONEncoder
 from typing import Any, NamedTuple
 
-from cli.server.openai import model_failed
+from cli.server.openai import Options, model_failed
 from cli.server.worker import Job, ModelError
 from engine.batcher import Step
 from engine.generate import TextStream
@@ -80,12 +80,18 @@ class CompletionAnswer:
     """The answer to a completion, of which ChatAnswer makes a message. `logprobs` says whether they are asked for."""
 
     prefix, kind, chunk_kind, escape = "cmpl-", "text_completion", "text_completion", "bytes:"
+    said = "prompt"  # the field of the request that holds it
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, choices: Sequence[Choice], prompt_tokens: int, *, logprobs: bool
+        self, asked: Options, tokenizer: Tokenizer, choices: Sequence[Choice], prompt_tokens: int, *, logprobs: bool
     ) -> None:
-        self.tokenizer, self.choices, self.prompt_tokens, self.logprobs = tokenizer, choices, prompt_tokens, logprobs
-        self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+        self.asked, self.tokenizer, self.choices = asked, tokenizer, choices
+        self.prompt_tokens, self.logprobs = prompt_tokens, logprobs
+        self.head: dict[str, Any] = {
+            "id": self.prefix + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": asked.model,
+        }
 
     def first(self, choice: Choice) -> dict[str, Any] | None:
         """Return the fields of an event that comes before any token, where there is one."""
@@ -111,17 +117,22 @@ class CompletionAnswer:
             "text_offset": [start for start, _ in tokens],
         }
 
-    async def whole(self, job: Job) -> dict[str, Any]:
+    async def collect(self, job: Job) -> tuple[list[str], list[list[Token]]]:
+        """Return the whole texts and their tokens."""
         texts: list[list[str]] = [[choice.echo if choice.unread is None else ""] for choice in self.choices]
         tokens: list[list[Token]] = [[] for _ in self.choices]
         async for arrived in self._arrivals(job):
             for index, chunk in arrived:
                 texts[index].append(chunk.text)
                 tokens[index] += chunk.tokens
+        return ["".join(each) for each in texts], tokens
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        texts, tokens = await self.collect(job)
         choices = [
             {
                 "index": index,
-                **self.text("".join(texts[index])),
+                **self.text(texts[index]),
                 "logprobs": self.describe(tokens[index]) if self.logprobs else None,
                 "finish_reason": choice.finish,
             }
@@ -129,8 +140,9 @@ class CompletionAnswer:
         ]
         return {**self.head, "object": self.kind, "system_fingerprint": None, "choices": choices, "usage": self.usage()}
 
-    async def events(self, job: Job, *, include_usage: bool) -> AsyncIterator[str]:
+    async def events(self, job: Job) -> AsyncIterator[str]:
         """Server-sent events: one for every token, one for every end, which may add what was held back."""
+        include_usage = self.asked.stream_options is not None and self.asked.stream_options.include_usage
         head = {**self.head, "object": self.chunk_kind, "system_fingerprint": None}
         # What all events share is spelled once.
         before = "data: " + to_json({**head, "choices": []})[:-2]
@@ -201,6 +213,7 @@ class CompletionAnswer:
 
 class ChatAnswer(CompletionAnswer):
     prefix, kind, chunk_kind, escape = "chatcmpl-", "chat.completion", "chat.completion.chunk", ""
+    said = "messages"
 
     def first(self, choice: Choice) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": "", "refusal": None}}

@@ -20,6 +20,7 @@ from cli.server import guard, openai
 from cli.server.answers import ChatAnswer, Choice, CompletionAnswer, to_json
 from cli.server.guard import BODY_BYTES, Guard, carries
 from cli.server.openai import APIError, ChatRequest, CompletionRequest, context_exceeded, model_failed
+from cli.server.responses import LOGPROBS, ResponseAnswer, ResponseRequest
 from cli.server.worker import ClientGoneError, Job, ModelError, Worker
 from engine import batcher, chat_template
 from engine.errors import InputError
@@ -87,10 +88,7 @@ class Server:
         return Response(self.worker.metrics(), media_type="text/plain; version=0.0.4")
 
     async def chat(self, http: Request) -> Response:
-        asked, served = await self._read(http, ChatRequest), self.served
-        if not served.chat:
-            message = f"{served.name} is a base model, which has not learnt to chat; use /v1/completions"
-            raise APIError(400, message, param="model", code="unsupported_model")
+        asked = await self._read(http, ChatRequest)
         if asked.max_tokens and asked.max_completion_tokens:
             raise APIError(400, "Give 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens")
         if asked.top_logprobs is not None and not asked.logprobs:
@@ -98,17 +96,35 @@ class Server:
         if asked.add_generation_prompt == asked.continue_final_message:
             message = "Of 'continue_final_message' and 'add_generation_prompt' one must be true, and not both."
             raise APIError(400, message, param="add_generation_prompt")
-        self._check_length("messages", sum(len(each.content) for each in asked.messages))
-        messages = [
-            chat_template.Message("system" if each.role == "developer" else each.role, each.content)
-            for each in asked.messages
-        ]
-        begin = partial(chat_template.answer_prompt, unfinished=asked.continue_final_message)
-        prompt = self._encode("messages", partial(begin, served.tokenizer, messages))
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        choices = [Choice(served.tokenizer, asked.stop) for _ in range(asked.n)]
+        said = [(each.role, each.content) for each in asked.messages]
+        prompt = self._conversation("messages", said, unfinished=asked.continue_final_message)
+        choices = [Choice(self.served.tokenizer, asked.stop) for _ in range(asked.n)]
         limit = asked.max_tokens or asked.max_completion_tokens
         return await self._answer(http, ChatAnswer, asked, [prompt], choices, limit, top)
+
+    async def responses(self, http: Request) -> Response:
+        asked = await self._read(http, ResponseRequest)
+        top = (asked.top_logprobs or 0) if LOGPROBS in asked.include else None
+        if asked.top_logprobs and top is None:
+            raise APIError(
+                400, f"'top_logprobs' is only allowed where 'include' has '{LOGPROBS}'.", param="top_logprobs"
+            )
+        said = [("system", asked.instructions)] if asked.instructions else []
+        prompt = self._conversation("input", [*said, *((each.role, each.content) for each in asked.input)])
+        choices = [Choice(self.served.tokenizer, asked.stop)]
+        return await self._answer(http, ResponseAnswer, asked, [prompt], choices, asked.max_output_tokens, top)
+
+    def _conversation(self, param: str, said: Sequence[tuple[str, str]], *, unfinished: bool = False) -> list[int]:
+        """Return the prompt of what each role has said, the last one perhaps not to the end."""
+        served = self.served
+        if not served.chat:
+            message = f"{served.name} is a base model, which has not learnt to chat; use /v1/completions"
+            raise APIError(400, message, param="model", code="unsupported_model")
+        self._check_length(param, sum(len(content) for _, content in said))
+        messages = [chat_template.Message("system" if role == "developer" else role, content) for role, content in said]
+        begin = partial(chat_template.answer_prompt, unfinished=unfinished)
+        return self._encode(param, partial(begin, served.tokenizer, messages))
 
     async def completions(self, http: Request) -> Response:
         asked, tokenizer = await self._read(http, CompletionRequest), self.served.tokenizer
@@ -165,7 +181,7 @@ class Server:
         served, context = self.served, self.served.context
         for prompt in prompts:
             if len(prompt) >= context:
-                raise context_exceeded(context, str(len(prompt)), "messages" if kind is ChatAnswer else "prompt")
+                raise context_exceeded(context, str(len(prompt)), kind.said)
         sampling = Sampling(
             temperature=asked.temperature,
             top_k=asked.top_k,
@@ -177,14 +193,15 @@ class Server:
         ends = chat_template.text_ends(served.tokenizer, chat=served.chat)
         most = context if max_tokens is None else max_tokens
         requests = [
-            batcher.Request(prompts[index // asked.n], sampling.of_row(index), most, ends, top_logprobs)
+            batcher.Request(
+                prompts[index * len(prompts) // len(choices)], sampling.of_row(index), most, ends, top_logprobs
+            )
             for index in range(len(choices))
         ]
-        answer = kind(served.name, served.tokenizer, choices, sum(map(len, prompts)), logprobs=top_logprobs is not None)
+        answer = kind(asked, served.tokenizer, choices, sum(map(len, prompts)), logprobs=top_logprobs is not None)
         job = self._submit(requests, read_prompts=any(choice.unread is not None for choice in choices))
         if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return Events(answer.events(job, include_usage=usage), job)
+            return Events(answer.events(job), job)
         watch = asyncio.create_task(_close_when_gone(job, http.receive))
         try:
             return JSON(await answer.whole(job))
@@ -262,6 +279,7 @@ def create_app(
     routes: list[tuple[APIRouter, str, str, Callable[..., Awaitable[Response]]]] = [
         (locked, "POST", "/v1/chat/completions", server.chat),
         (locked, "POST", "/v1/completions", server.completions),
+        (locked, "POST", "/v1/responses", server.responses),
         (locked, "GET", "/v1/models", server.models),
         (locked, "GET", "/v1/models/{name:path}", server.model),
         (locked, "GET", "/metrics", server.metrics),
@@ -271,8 +289,16 @@ def create_app(
     for router, method, path, endpoint in routes:
         router.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.include_router(locked)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    offered = [f"{method} {path.replace('{name:path}', 'NAME')}" for _, method, path, _ in routes]
+    page = StaticFiles(directory=PAGE, html=True)
+
+    async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+        """The page's files. They are no route: one that takes every path would answer for the API's, too."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404)
+        await page(scope, receive, send)
+
+    app.router.default = elsewhere
 
     @app.exception_handler(APIError)
     async def refused(http: Request, error: APIError) -> Response:
@@ -280,8 +306,16 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def not_found(http: Request, error: HTTPException) -> Response:
-        message = f"{error.detail}: {http.method} {http.url.path[:256]}"
-        return await refused(http, APIError(error.status_code, message, headers=error.headers))
+        path = http.url.path[:256]
+        message, code = f"{error.detail}: {http.method} {path}", None
+        if error.status_code == 405:
+            message = f"{path} takes {(error.headers or {}).get('Allow')}, not {http.method}."
+            code = "method_not_supported"
+        elif error.status_code == 404:
+            message = f"There is no {http.method} {path} here. This server has {', '.join(offered)}."
+            if path.startswith(("/v1/responses/", "/v1/conversations")):
+                message += " It stores nothing: send the whole conversation each time."
+        return await refused(http, APIError(error.status_code, message, code=code, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def failed(http: Request, error: Exception) -> Response:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
@@ -12,26 +13,36 @@ CHOICES = 64
 STOP_CHARACTERS = 256
 
 ANY = object()
+# Names of all fields that OpenAI has and this server has not.
+UNSUPPORTED: set[str] = set()
+# What asks for something that was stored.
+STATEFUL = ("previous_response_id", "conversation", "background")
 # OpenAI's fields that are not obeyed here, with the values that ask for nothing; any other value is refused.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # No answer depends on these labels and hints.
-    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), (ANY,)),
-    "parallel_tool_calls": (ANY,),
+Neutral = Mapping[str, tuple[Any, ...]]
+# No answer depends on these labels and hints.
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options")
+NEUTRAL: Neutral = {
+    **dict.fromkeys((*LABELS, "parallel_tool_calls"), (ANY,)),
     "service_tier": ("auto", "default"),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "moderation": (),
+}
+TEXT_NEUTRAL: Neutral = {
+    **NEUTRAL,
+    "metadata": (ANY,),
     "store": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
     "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "reasoning_effort": ("none",),
-    **dict.fromkeys(("audio", "prediction", "verbosity", "web_search_options", "moderation"), ()),
+    **dict.fromkeys(("audio", "prediction", "verbosity", "web_search_options"), ()),
 }
 
 
@@ -74,16 +85,6 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _join_parts(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str) or len(part) > 2:
-            raise ValueError('every part must be {"type": "text", "text": "..."}')
-    return "".join(part["text"] for part in value)
-
-
 def _as_prompts(value: Any) -> list[str] | list[list[int]]:
     prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _all(value, int)) else value
     if not isinstance(prompts, list) or not prompts or len(prompts) > CHOICES:
@@ -97,35 +98,79 @@ def _all(values: list[Any], kind: type) -> bool:
     return bool(values) and all(type(value) is kind for value in values)
 
 
+def _describe(schema: dict[str, Any], kind: type["Fields"]) -> None:
+    """Say in the JSON schema what the fields alone do not: null leaves a field out, and what else is accepted."""
+    fields, needed = schema.setdefault("properties", {}), schema.get("required", ())
+    for name, field in fields.items():
+        field.pop("title", None)
+        if name not in needed and {"type": "null"} not in field.get("anyOf", ()):
+            about = {key: field.pop(key) for key in ("default", "description") if key in field}
+            fields[name] = {"anyOf": [field, {"type": "null"}], **about}
+    for name, values in kind.neutral.items():
+        fields[name] = {} if ANY in values else {"enum": [*values, None]}
+
+
 class Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_describe)
+    neutral: ClassVar[Neutral] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        UNSUPPORTED.update(cls.neutral)
 
     @model_validator(mode="before")
     @classmethod
-    def without_nulls(cls, values: Any) -> Any:
+    def without_what_asks_for_nothing(cls, values: Any) -> Any:
         """null is how a client says that it leaves a field out."""
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and not cls._idle(name, value)}
+
+    @classmethod
+    def _idle(cls, name: str, value: Any) -> bool:
+        values = cls.neutral.get(name, ())
+        return ANY in values or any(type(value) is type(each) and value == each for each in values)
+
+
+class TextPart(Fields):
+    """A part of a message. `shape` is what it must look like, for people."""
+
+    neutral: ClassVar[Neutral] = {"prompt_cache_breakpoint": (ANY,)}
+    shape: ClassVar = '{"type": "text", "text": "..."}'
+    type: Literal["text"]
+    text: str
+
+
+def join_parts(kind: type[TextPart], value: Any) -> Any:
+    """Return the text of a message that comes in parts."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return "".join(kind.model_validate(part).text for part in value)
+    except ValidationError:
+        raise ValueError(f"every part must be {kind.shape}") from None
 
 
 class StreamOptions(Fields):
     include_usage: bool = False
+    # It would hide the lengths of tokens from who sees encrypted traffic go by; there is none here.
+    include_obfuscation: bool = False
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+Count = Annotated[int, Field(ge=1, le=CHOICES)]
 
 
 class Options(Fields):
-    """The fields that both endpoints take."""
+    """The fields that all endpoints take."""
 
     model: str
-    n: int = Field(1, ge=1, le=CHOICES)
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)] = []
+    stop: Annotated[
+        list[Stop], Field(max_length=4), BeforeValidator(_as_list, json_schema_input_type=Stop | list[Stop])
+    ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     # These are beyond OpenAI's.
@@ -135,12 +180,24 @@ class Options(Fields):
 
 
 class ChatMessage(Fields):
+    # An answer of OpenAI's carries these along, so that clients send them back.
+    neutral: ClassVar[Neutral] = {
+        "name": (ANY,),
+        "annotations": (ANY,),
+        "refusal": ("",),
+        "tool_calls": ([],),
+        "audio": (),
+        "function_call": (),
+    }
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
+    content: Annotated[str, BeforeValidator(partial(join_parts, TextPart), json_schema_input_type=str | list[TextPart])]
 
 
 class ChatRequest(Options):
+    neutral: ClassVar[Neutral] = TEXT_NEUTRAL
     messages: list[ChatMessage] = Field(min_length=1, max_length=MESSAGES)
+    n: Count = 1
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -149,8 +206,19 @@ class ChatRequest(Options):
     add_generation_prompt: bool | None = None
 
 
+Texts = Annotated[list[Annotated[str, Field()]], Field(min_length=1, max_length=CHOICES)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
 class CompletionRequest(Options):
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)] = [""]
+    neutral: ClassVar[Neutral] = TEXT_NEUTRAL
+    prompt: Annotated[
+        list[str] | list[list[int]],
+        PlainValidator(
+            _as_prompts, json_schema_input_type=str | Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
+        ),
+    ] = [""]
+    n: Count = 1
     max_tokens: int = Field(16, ge=0)  # 16 is OpenAI's default; 0 with `echo` asks about the prompt alone
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -168,11 +236,6 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise APIError(400, message) from None
     if not isinstance(values, dict):
         raise APIError(400, "The body of the request must be a JSON object.")
-    for name in [name for name in NEUTRAL if name in values]:
-        value, neutral = values.pop(name), NEUTRAL[name]
-        if value is not None and value not in neutral and ANY not in neutral:
-            message = f"Unsupported parameter: '{name}' is not supported by this server; leave it out."
-            raise APIError(400, message, param=name, code="unsupported_parameter")
     try:
         request = kind.model_validate(values)
     except ValidationError as error:
@@ -193,6 +256,10 @@ def _refusal(error: ValidationError) -> APIError:
         param += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if param else part[:64]
     if first["type"] == "missing":
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden" and first["loc"][-1] in UNSUPPORTED:
+        why = "; this server stores nothing: send the whole conversation" if first["loc"][-1] in STATEFUL else ""
+        message = f"Unsupported parameter: '{param}' is not supported by this server; leave it out{why}."
+        return APIError(400, message, param=param, code="unsupported_parameter")
     if first["type"] == "extra_forbidden":
         return APIError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
     return invalid_value(param, first["msg"].removeprefix("Value error, "))

@@ -6,14 +6,19 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cli.server.openai import NEUTRAL, ChatRequest, CompletionRequest, Options
+from cli.server.openai import UNSUPPORTED, ChatRequest, CompletionRequest, Options
+from cli.server.responses import ResponseRequest
 from tests.faults import child
 from tests.faults.board import Board
 from tests.faults.damage import ODD_VALUES
 
 REQUESTS = 4000
 AT_A_TIME = 250
-PATHS: dict[str, type[Options]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+PATHS: dict[str, type[Options]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
+}
 OTHER_PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/models/x", "/page.json", "/nothing", "/%2e%2e/%00", "//x")
 TYPES = ("application/json", "application/json; charset=utf-8", "text/plain", "", "multipart/form-data")
 
@@ -70,7 +75,7 @@ def body(kind: Any, draw: random.Random) -> bytes:
     if how == 0:
         asked[draw.choice([*asked, *schema["properties"]])] = anything(draw)
     elif how == 1:
-        asked[draw.choice([*NEUTRAL, text(draw)])] = anything(draw)
+        asked[draw.choice([*sorted(UNSUPPORTED), text(draw)])] = anything(draw)
     elif how == 2:
         asked.pop(draw.choice([*asked]))
     elif how == 3:

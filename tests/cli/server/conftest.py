@@ -20,9 +20,10 @@ import openai
 from cli.server.app import Served, create_app
 from cli.server.connections import HTTPServer
 from cli.server.worker import Worker
-from engine.batcher import Batcher
+from engine.batcher import Batcher, Chosen, Step
 from engine.config import ModelConfig
 from engine.model import GPT
+from engine.runtime import ToHost
 from engine.tokenizer import Tokenizer
 
 CONTEXT = 96
@@ -116,3 +117,25 @@ def server(tokenizer: Tokenizer) -> Iterator[Live]:
     """A chat model, no key."""
     with live(tokenizer) as running:
         yield running
+
+
+@pytest.fixture
+def ending(server: Live, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """ending(2): the model writes two tokens, and then the piece that ends a text."""
+
+    def write(tokens: int, end: str = "<|endoftext|>") -> list[int]:
+        tokenizer = server.served.tokenizer
+        ids = [*tokenizer.encode("the fox was brave")[:tokens], tokenizer.special[end]]
+
+        batcher = server.worker.batcher
+
+        def arrived(chosen: Chosen) -> list[Step]:
+            # Native steps choose where no test can look, but what they chose arrives here.
+            found = torch.tensor([ids[min(len(each.tokens), tokens)] for each in chosen.rows])
+            likeliest, logprobs = ToHost(found[:, None]), ToHost(torch.full((len(found), 2), -0.25))
+            return type(batcher)._arrived(batcher, Chosen(chosen.rows, ToHost(found), logprobs, likeliest))
+
+        monkeypatch.setattr(batcher, "_arrived", arrived)
+        return ids
+
+    return write

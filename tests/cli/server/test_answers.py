@@ -12,9 +12,8 @@ import torch
 
 from cli.server.answers import Choice
 from engine import chat_template
-from engine.batcher import Chosen, Step
+from engine.batcher import Step
 from engine.generate import document_prompt, generate
-from engine.runtime import ToHost
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from tests.cli.server.conftest import CONTEXT, Live
@@ -210,28 +209,6 @@ def test_the_piece_that_ends_a_message_is_no_part_of_it_and_that_of_a_completion
         assert choice.tokens == 1 + closing
 
 
-@pytest.fixture
-def ending(server: Live, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """ending(2): the model writes two tokens, and then the piece that ends a text."""
-
-    def write(tokens: int, end: str = "<|endoftext|>") -> list[int]:
-        tokenizer = server.served.tokenizer
-        ids = [*tokenizer.encode("the fox was brave")[:tokens], tokenizer.special[end]]
-
-        batcher = server.worker.batcher
-
-        def arrived(chosen: Chosen) -> list[Step]:
-            # Native steps choose where no test can look, but what they chose arrives here.
-            found = torch.tensor([ids[min(len(each.tokens), tokens)] for each in chosen.rows])
-            likeliest, logprobs = ToHost(found[:, None]), ToHost(torch.full((len(found), 2), -0.25))
-            return type(batcher)._arrived(batcher, Chosen(chosen.rows, ToHost(found), logprobs, likeliest))
-
-        monkeypatch.setattr(batcher, "_arrived", arrived)
-        return ids
-
-    return write
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("written", [0, 2])
 def test_every_token_of_prompt_and_completion_has_an_entry_the_ending_one_too(
@@ -387,8 +364,16 @@ def test_fields_that_ask_for_nothing_are_taken(server: Live) -> None:
         "tools": [],
         "tool_choice": "auto",
         "stop": None,
+        "moderation": None,
+        "prompt_cache_options": {"mode": "implicit"},
+        "messages": [
+            {**MESSAGES[0], "name": "Tim"},
+            {**MESSAGES[1], "annotations": [], "tool_calls": [], "refusal": None, "audio": None, "function_call": None},
+        ],
     }
     assert chat(server, max_tokens=5, **neutral).choices == plain
+    streamed = chat(server, max_tokens=5, stream=True, stream_options={"include_obfuscation": False})
+    assert "".join(each.choices[0].delta.content or "" for each in streamed) == plain[0].message.content
 
 
 def test_models_are_listed_and_found_by_name(server: Live) -> None:

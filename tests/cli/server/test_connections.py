@@ -141,7 +141,7 @@ def test_connections_have_room_below_the_limit_on_files(
     ("begin", "status"),
     [
         (COMPLETION, b"413"),
-        (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n", b"405"),
+        (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n", b"404"),
         (b"POST /v1/completions HTTP/1.1\r\nHost: elsewhere\r\n", b"400"),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n", b"400"),
     ],

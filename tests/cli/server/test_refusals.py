@@ -24,7 +24,8 @@ CHAT_ERRORS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "missing messages": ({"messages": None}, "messages", "missing_required_parameter"),
     "many messages": ({"messages": HELLO * (api.MESSAGES + 1)}, "messages", "invalid_value"),
     "tool message": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    "name": ({"messages": [{**HELLO[0], "name": "Tim"}]}, "messages[0].name", "unknown_parameter"),
+    "misspelt": ({"messages": [{**HELLO[0], "nmae": "Tim"}]}, "messages[0].nmae", "unknown_parameter"),
+    "call": ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages[0].tool_calls", "unsupported_parameter"),
     "picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content",
@@ -113,6 +114,30 @@ def test_what_another_sites_page_may_send_unasked_is_refused(server: Live) -> No
 def test_another_model_is_not_found(server: Live) -> None:
     refused(server.post("completions", {"model": "gpt-4o"}), 404, "model", "model_not_found")
     refused(server.http.get("/v1/nothing"), 404, None, None)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/images/generations", "/v1/responses/resp_1/cancel", "/"])
+def test_what_is_not_there_is_not_found_and_what_there_is_is_named(server: Live, path: str) -> None:
+    answer = server.http.post(path, json={"model": "small"})
+    refused(answer, 404, None, None)
+    assert path in answer.json()["error"]["message"] and "POST /v1/responses" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/completions", "POST"), ("GET", "/v1/responses", "POST"), ("DELETE", "/v1/models/small", "GET")],
+)
+def test_a_method_that_a_path_does_not_take_is_refused_with_the_one_that_it_does(
+    server: Live, method: str, path: str, allowed: str
+) -> None:
+    answer = server.http.request(method, path)
+    refused(answer, 405, None, "method_not_supported")
+    assert answer.headers["allow"] == allowed and allowed in answer.json()["error"]["message"]
+
+
+def test_nothing_is_stored_to_be_asked_for_later(server: Live) -> None:
+    with pytest.raises(openai.NotFoundError, match="stores nothing"):
+        server.openai.responses.retrieve("resp_1")
 
 
 def test_a_large_body_is_refused_before_all_of_it_is_read(server: Live) -> None:
