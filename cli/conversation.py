@@ -1,6 +1,5 @@
 """A conversation with a model: what was said, how the next answer is drawn, and what still fits the context."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated
 
 from cli.console import notice
 from engine.chat_template import Message, answer_prompt, text_ends, trim
-from engine.config import Count, override
+from engine.config import Count, override, settings
 from engine.disk import write_atomically
 from engine.errors import InputError
 from engine.generate import document_prompt, stream
@@ -25,8 +24,7 @@ class Settings(Sampling):
     max_tokens: Annotated[Count | None, "The longest answer."] = None
 
     def __str__(self) -> str:
-        values = dataclasses.asdict(self)
-        return "  ".join(f"{name}={'none' if value is None else value}" for name, value in values.items())
+        return "  ".join(f"{name}={'none' if value is None else value}" for name, value, _ in settings(self))
 
 
 @dataclass(frozen=True)

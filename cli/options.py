@@ -104,6 +104,8 @@ class SamplingOptions:
     top_p: TopP = 0.95
     min_p: Annotated[config.Decay, Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0
     repetition_penalty: Annotated[config.Penalty, Option(help="Above 1: repeat less.")] = 1.0
+    presence_penalty: Annotated[config.AddedPenalty, Option(help="Above 0: write what is not there yet.")] = 0.0
+    frequency_penalty: Annotated[config.AddedPenalty, Option(help="Above 0: write the same less often.")] = 0.0
     seed: Annotated[config.Seed | None, Option(help="The same seed gives the same text.")] = None
 
 

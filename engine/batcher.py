@@ -26,7 +26,7 @@ from engine.decoders import Ending, Reading, make_decoder
 from engine.errors import InputError
 from engine.model import GPT, KVCache, swap_rows
 from engine.runtime import ToHost, inference
-from engine.sampling import Sampling, choose, make_generator
+from engine.sampling import Past, Sampling, begin_past, choose, make_generator
 from kernels import cpu
 
 # A native step goes on for at most so many tokens, or seconds: what is new meanwhile waits for its end.
@@ -58,7 +58,8 @@ class Request:
 class Step(NamedTuple):
     """One more token of a request. `finish` is None while it goes on, then "stop" or "length"; "error" has no token.
 
-    logprob, and top (token and log-probability, likeliest first), are the model's own at temperature 1, in nats.
+    logprob, and top (token and log-probability, likeliest first), are the model's own, in nats: at temperature 1,
+    without penalties and biases.
     """
 
     request: int
@@ -95,9 +96,9 @@ class Running:
     read: int = 0  # tokens of the prompt that are in the cache
     produced: int = 0
     tokens: list[int] = field(default_factory=list)  # of the produced tokens those that the host has read
-    drawn: int = 0  # numbers that its generator had given before
+    drawn: int = 0  # tokens that it had chosen before: they end its prompt, and its generator gave a number for each
     over: bool = False  # stopped or cancelled: tokens that are still under way are dropped
-    seen: Tensor | None = None  # bool [V], for a repetition penalty
+    past: Past | None = None  # where its sampling changes logits
     slot: int = -1  # of a native cache, in which nothing moves
 
     @property
@@ -189,6 +190,9 @@ class Batcher:
             raise InputError(f"the prompt has {tokens} tokens; this model's context holds {context}, answer included")
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        vocab = self.model.config.vocab_size
+        if beyond := [token for token, _ in request.sampling.logit_bias if not 0 <= token < vocab]:
+            raise InputError(f"logit_bias names token {beyond[0]}; this model's tokens are 0 to {vocab - 1}")
         if len(self.waiting) >= self.queue:
             raise QueueFullError(f"{self.queue} requests are waiting already")
         most = min(request.max_tokens, context - len(request.prompt))
@@ -290,7 +294,8 @@ class Batcher:
             if last:
                 ended.append(each)
                 ask = each.request
-                ending = Ending(ask.prompt, ask.sampling, each.generator, ask.stop_ids, ask.top_logprobs is not None)
+                asked = ask.top_logprobs is not None
+                ending = Ending(ask.prompt, ask.sampling, each.generator, ask.stop_ids, asked, each.drawn)
             reading.append(Reading(part, each.slot, each.read, ending))
             each.read, room = each.read + len(part), room - len(part)
         chosen = [*self.running[: self.producing], *ended]
@@ -359,12 +364,13 @@ class Batcher:
         for row, each in enumerate(chosen):
             groups.setdefault(each.group, []).append(row)
         for sampling, rows in groups.items():
-            seen = None
-            if sampling.repetition_penalty != 1:
-                seen = torch.stack([self._seen(chosen[row], first + row) for row in rows])
+            past = None
+            if sampling.changes_logits:
+                pasts = [self._past(chosen[row], first + row) for row in rows]
+                past = Past(*map(torch.stack, zip(*pasts, strict=True)))
             everyone = len(rows) == len(chosen)
             generators = [chosen[row].generator for row in rows]
-            picked = choose(logits if everyone else logits[rows], sampling, generators, seen)
+            picked = choose(logits if everyone else logits[rows], sampling, generators, past)
             tokens[slice(None) if everyone else rows] = picked
         for each in chosen:
             each.produced += 1
@@ -374,14 +380,14 @@ class Batcher:
             return Chosen(chosen, ToHost(tokens))
         return Chosen(chosen, ToHost(tokens), *map(ToHost, _likeliest(logits, tokens, max(asking))))
 
-    def _seen(self, each: Running, slot: int) -> Tensor:
-        """Return the tokens of its text so far, bool [V]: those of the prompt, and every new one."""
-        if each.seen is None:
-            each.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
-            each.seen[torch.tensor(each.request.prompt, device=self.device)] = True
+    def _past(self, each: Running, slot: int) -> Past:
+        """Return the past of its text: that of the prompt, and every new token. Call it once for each."""
+        if each.past is None:
+            past = begin_past(each.group, each.request.prompt, self.model.config.vocab_size, each.drawn)
+            each.past = Past(*(table.to(self.device) for table in past))
         if each.produced:
-            each.seen.index_fill_(0, self.last[slot : slot + 1], True)
-        return each.seen
+            each.past.note(self.last[slot : slot + 1], each.group)
+        return each.past
 
     def _arrived(self, chosen: Chosen) -> list[Step]:
         steps = []

@@ -30,6 +30,7 @@ Positive = Annotated[float, "above 0 and at most 1000000000"]
 Sequences = Annotated[int, "at least 1 and at most 1048576"]  # 2**20
 Temperature = Annotated[float, "at least 0 and at most 100"]
 Penalty = Annotated[float, "above 0 and at most 100"]
+AddedPenalty = Annotated[float, "at least -2 and at most 2"]
 TopP = Annotated[float, "above 0 and at most 1"]
 Share = Annotated[float, "at least 0 and at most 1"]
 Decay = Annotated[float, "at least 0 and below 1"]
@@ -44,9 +45,13 @@ def marks(hint: Any) -> list[Any]:
 
 
 def _read_annotations(kind: Any) -> dict[str, tuple[Any, list[str]]]:
-    """Return each field's type, and what it is annotated with: bounds, and last a sentence."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {name: (hint, marks(hints[name])) for name, hint in typing.get_type_hints(kind).items()}
+    """Return each setting's type, and what it is annotated with: bounds, and last a sentence.
+
+    A group of settings has none. Another field without a sentence is no setting: nobody sets it by name.
+    """
+    hints = {name: marks(hint) for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
+    plain = typing.get_type_hints(kind).items()
+    return {name: (hint, hints[name]) for name, hint in plain if hints[name] or dataclasses.is_dataclass(hint)}
 
 
 @cache

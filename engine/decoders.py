@@ -23,6 +23,7 @@ class Ending(NamedTuple):
     generator: torch.Generator
     stop_ids: frozenset[int]
     logprob: bool
+    generated: int = 0  # tokens of the prompt, the last ones, that were generated
 
 
 class Reading(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.decoders import Reading
 from engine.model import GPT, LayerNorm, check_room, rotary_angles
+from engine.sampling import begin_past
 from kernels.cpu.pack import pack, strip_size, strips
 from kernels.cpu.sampling import DRAWS, ROW
 from kernels.cpu.step import QUERIES, Cache, Choice, Floats, Longs, Rows, Scratch, Shape, Weights, step
@@ -59,7 +60,7 @@ class NativeDecoder:
         self.numbers = np.arange(rows + 1)
         self.rows = Rows(*(np.zeros(rows + 1, np.int64) for _ in Rows._fields))
         self.choice = Choice(
-            config.outputs, np.zeros(slots, np.int64), np.zeros(rows, ROW), np.zeros((1, 0), np.uint8),
+            config.outputs, np.zeros(slots, np.int64), np.zeros(rows, ROW), np.zeros((1, 0), np.uint8), _room(1, 0),
             np.full((rows, 1), -1), np.zeros((most_turns, slots), np.int64), _room(most_turns, slots),
         )  # fmt: skip
         self._run(0, 0, 0, 1, members=1)  # compiles
@@ -98,12 +99,13 @@ class NativeDecoder:
     def _begin(self, row: int, part: Reading) -> None:
         """Set how tokens are chosen from now on."""
         assert part.ending is not None
-        prompt, sampling, generator, stop_ids, logprob = part.ending
+        prompt, sampling, generator, stop_ids, logprob, generated = part.ending
         record, vocab = self.choice.rows[row], self.choice.vocab
         record["temperature"] = max(sampling.temperature, 1e-10) if sampling.temperature > 0 else 0
         record["top_k"] = min(sampling.top_k or vocab, vocab)
         record["top_p"], record["min_p"] = sampling.top_p, sampling.min_p
-        record["penalty"] = sampling.repetition_penalty
+        record["penalty"], record["changes"] = sampling.repetition_penalty, sampling.changes_logits
+        record["presence"], record["frequency"] = sampling.presence_penalty, sampling.frequency_penalty
         record["logprob"], record["drawn"] = logprob, 0
         if sampling.temperature > 0:
             record["draws"] = torch.rand(DRAWS, generator=generator).numpy()
@@ -112,12 +114,12 @@ class NativeDecoder:
             self.choice = self.choice._replace(stops=np.pad(stops, ((0, 0), (0, more)), constant_values=-1))
         self.choice.stops[row] = -1
         self.choice.stops[row, : len(stop_ids)] = list(stop_ids)
-        if sampling.repetition_penalty != 1:
+        if sampling.changes_logits:
             if not self.choice.seen.size:
-                self.choice = self.choice._replace(seen=np.zeros((self.slots, vocab), np.uint8))
-            seen = self.choice.seen[part.slot]
-            seen[:] = 0
-            seen[[token for token in prompt if token < vocab]] = 1
+                seen, added = np.zeros((self.slots, vocab), np.uint8), _room(self.slots, vocab)
+                self.choice = self.choice._replace(seen=seen, added=added)
+            past = begin_past(sampling, prompt, vocab, generated)
+            self.choice.seen[part.slot], self.choice.added[part.slot] = past.seen.numpy(), past.added.numpy()
 
     def draw(self, generators: Sequence[torch.Generator], turns: int) -> None:
         """Give the first rows the random numbers that they need for so many turns, each from its own generator."""

@@ -16,14 +16,18 @@ DRAWS = 64
 INFINITY, SIGN = 0x7F800000, 0x7FFFFFFF
 
 # How to choose for one row. temperature 0 takes the likeliest; above, it is at least 1e-10, and every choice takes the
-# next of `draws`, uniform in [0, 1). top_k is at most the number of tokens. logprob says whether it is asked for.
+# next of `draws`, uniform in [0, 1). top_k is at most the number of tokens. logprob says whether it is asked for, and
+# `changes` whether scores are changed by the tokens of the text, or by a bias.
 ROW = np.dtype(
     [
         ("temperature", np.float32),
         ("top_k", np.int32),
         ("top_p", np.float32),
         ("min_p", np.float32),
+        ("changes", np.int32),
         ("penalty", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
         ("logprob", np.int32),
         ("drawn", np.int32),
         ("draws", np.float32, (DRAWS,)),
@@ -222,22 +226,22 @@ def log_sum(scores, top):
 
 
 @native
-def choose_row(scores, temperature, top_k, top_p, min_p, penalty, seen, draw, logprob, scratch):
-    """Return a token and, with `logprob`, its log-probability at temperature 1 without a penalty, in nats, else NaN.
+def choose_row(scores, temperature, top_k, top_p, min_p, changes, penalty, seen, added, draw, logprob, scratch):
+    """Return a token and, with `logprob`, its log-probability at temperature 1 by unchanged scores, in nats, else NaN.
 
-    scores: fp32 [V], which stay as they are; the settings as in ROW; seen: uint8 [V], read where penalty is not 1;
-    draw: fp32 in [0, 1); scratch: fp32 [4, V]. Where a score is NaN or inf, or all are -inf, there is no distribution:
-    the first token, or at temperature 0 the highest (NaN above all).
+    scores: fp32 [V], which stay as they are; the settings as in ROW; seen uint8 [V] and added fp32 [V]: a Past, read
+    where it changes scores; draw: fp32 in [0, 1); scratch: fp32 [4, V]. Where a score is NaN or inf, or all are -inf,
+    there is no distribution: the first token, or at temperature 0 the highest (NaN above all).
     """
     weights, found, penalised = scratch[0], scratch[1], scores
     blocks = scratch[2, : -(-len(scores) // BLOCK)]
     raw_top = top = highest(scores, blocks)
-    if penalty != ONE:
+    if changes:
         penalised = scratch[3]
         for i in range(len(scores)):
             score = scores[i]
             changed = score / penalty if score > ZERO else score * penalty
-            penalised[i] = changed if seen[i] else score
+            penalised[i] = (changed if seen[i] else score) + added[i]
         top = highest(penalised, blocks)
     token, log_total = 0, math.nan
     if temperature == ZERO:
@@ -251,7 +255,7 @@ def choose_row(scores, temperature, top_k, top_p, min_p, penalty, seen, draw, lo
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             blocks[block] = weigh(penalised[part], top, inverse, least, min_p, weights[part])
             total += blocks[block]
-        if temperature == ONE and penalty == ONE and top_k >= len(scores) and min_p == ZERO:
+        if temperature == ONE and not changes and top_k >= len(scores) and min_p == ZERO:
             log_total = top + math.log(total)
         if top_p < ONE:
             cut_top_p(weights, blocks, np.float32(total), top_p, found)
@@ -264,8 +268,8 @@ def choose_row(scores, temperature, top_k, top_p, min_p, penalty, seen, draw, lo
 
 
 @native
-def choose_next(row, scores, seen, scratch):
-    """Choose for a ROW, which counts what it draws: see choose_row. Where it has a penalty, the token is seen then.
+def choose_next(row, scores, seen, added, scratch):
+    """Choose for a ROW, which counts what it draws: see choose_row. Where it changes scores, its Past notes the token.
 
     `row.drawn` must be below DRAWS.
     """
@@ -274,8 +278,10 @@ def choose_next(row, scores, seen, scratch):
         draw = row.draws[row.drawn]
         row.drawn += 1
     token, logprob = choose_row(
-        scores, row.temperature, row.top_k, row.top_p, row.min_p, row.penalty, seen, draw, row.logprob, scratch
-    )
-    if row.penalty != ONE:
-        seen[token] = 1
+        scores, row.temperature, row.top_k, row.top_p, row.min_p, row.changes, row.penalty, seen, added, draw,
+        row.logprob, scratch,
+    )  # fmt: skip
+    if row.changes:
+        added[token] -= row.frequency + (row.presence if seen[token] < 2 else ZERO)
+        seen[token] = 2
     return token, logprob

@@ -94,7 +94,8 @@ class Choice(NamedTuple):
     vocab: int
     wanted: Longs  # their numbers
     rows: NDArray[np.void]  # sampling.ROW, by row
-    seen: NDArray[np.uint8]  # [slots, V], by slot; [1, 0] where no row has a penalty
+    seen: NDArray[np.uint8]  # [slots, V], by slot, as in engine/sampling.py's Past; [1, 0] where no row changes scores
+    added: Floats  # the same
     stops: Longs  # [rows, n], by row; -1 is none
     tokens: Longs  # [turns, wanted]
     logprobs: Floats  # [turns, wanted]
@@ -318,9 +319,9 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
         first, last = share(wanted, member, members)
         for nth in range(first, last):
             row = choice.wanted[nth]
-            seen = choice.seen[min(rows.slots[row], choice.seen.shape[0] - 1)]
-            scores = scratch.logits[nth, : choice.vocab]
-            token, logprob = choose_next(choice.rows[row], scores, seen, scratch.chances[member])
+            slot = min(rows.slots[row], choice.seen.shape[0] - 1)
+            seen, added, scores = choice.seen[slot], choice.added[slot], scratch.logits[nth, : choice.vocab]
+            token, logprob = choose_next(choice.rows[row], scores, seen, added, scratch.chances[member])
             choice.tokens[turn, nth], choice.logprobs[turn, nth] = token, logprob
             rows.tokens[row] = token
             rows.positions[row] += 1

@@ -222,8 +222,9 @@ def test_a_setting_out_of_bounds_changes_nothing(talk: Talk, setting: str, expec
 def test_every_setting_can_be_set_and_shown(talk: Talk, type_in: TypeIn) -> None:
     chat = talk()
     values: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
-    values |= {"seed": 7, "max_tokens": 9}
-    assert values.keys() == {field.name for field in dataclasses.fields(Settings)}
+    values |= {"presence_penalty": 0.4, "frequency_penalty": -0.3, "seed": 7, "max_tokens": 9}
+    # A bias has token ids: it comes from programs alone.
+    assert values.keys() == {field.name for field in dataclasses.fields(Settings)} - {"logit_bias"}
     shown = type_in(chat, *(f"/set {name} = {value}" for name, value in values.items()), "/set top_k=none", "/set")
     assert chat.settings == Settings(**{**values, "top_k": None})
     assert shown.splitlines()[-2].startswith("temperature=0.5  top_k=none  top_p=0.9")

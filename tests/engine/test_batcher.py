@@ -14,7 +14,8 @@ from engine.model import GPT
 from engine.sampling import Sampling
 
 GREEDY = Sampling(0.0)
-SAMPLINGS = (GREEDY, Sampling(0.8, seed=1), Sampling(1.2, top_k=20, seed=2), Sampling(repetition_penalty=1.5, seed=3))
+ADDED = Sampling(presence_penalty=0.7, frequency_penalty=-0.4, logit_bias=((7, 3.0),), seed=3)
+SAMPLINGS = (GREEDY, Sampling(0.8, seed=1), Sampling(repetition_penalty=1.5, top_k=20, seed=2), ADDED)
 
 
 def request(seed: int, **options: object) -> Request:
@@ -270,7 +271,8 @@ def test_it_ends_at_a_stop_id_at_the_limit_and_at_the_context(gpt: GPT) -> None:
 def test_log_probabilities_are_those_of_the_model(gpt: GPT, ahead: bool) -> None:
     batcher = Batcher(gpt, ahead=ahead)
     prompt = [1, 2, 3]
-    number = batcher.submit(Request(prompt, Sampling(0.7, seed=5), 6, top_logprobs=3))
+    changed = Sampling(0.7, repetition_penalty=1.5, presence_penalty=1, logit_bias=((9, 4.0),), seed=5)
+    number = batcher.submit(Request(prompt, changed, 6, top_logprobs=3))
     steps = drain(batcher)[number]
     with torch.no_grad():
         for step in steps:
@@ -330,3 +332,6 @@ def test_the_queue_is_bounded_and_prompts_are_checked(gpt: GPT) -> None:
     for prompt, limit, message in (([], 3, "empty"), ([1] * 48, 3, "holds 48"), ([1], 0, "max_tokens")):
         with pytest.raises(InputError, match=message):
             batcher.submit(Request(prompt, GREEDY, limit))
+    for token in (-1, gpt.config.vocab_size):
+        with pytest.raises(InputError, match=f"logit_bias names token {token}; this model's tokens are 0 to"):
+            batcher.submit(Request([1], Sampling(logit_bias=((3, 1.0), (token, 1.0))), 3))

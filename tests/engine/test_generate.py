@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.generate import Completion, TextStream, document_prompt, generate, stream
 from engine.model import GPT
-from engine.sampling import Sampling, penalise
+from engine.sampling import Past, Sampling, penalise
 from engine.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -31,24 +31,36 @@ def naive(model: GPT, eod: int, prompt: Sequence[int], sampling: Sampling, max_t
     ids = list(prompt)
     while len(ids) < min(model.config.context, len(prompt) + max_tokens):
         logits = model.logits(model(torch.tensor([ids])))[:, -1]
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen[0, ids] = True
-        token = int(penalise(logits, sampling, seen).argmax())
+        seen, new = torch.zeros_like(logits, dtype=torch.uint8), torch.tensor(ids[len(prompt) :], dtype=torch.int64)
+        seen[0, ids] = 1
+        counts = new.bincount(minlength=logits.shape[1])
+        added = -sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
+        for biased, bias in sampling.logit_bias:
+            added[biased] += bias
+        token = int(penalise(logits, sampling, Past(seen, added[None])).argmax())
         if token == eod:
             break
         ids.append(token)
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": ((99, 1.5),)},
+    ],
+    ids=["none", "repetition", "all"],
+)
 @pytest.mark.parametrize("max_tokens", [1, 20, None])
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
 def test_greedy_cached_output_equals_the_naive_one_token_for_token(
-    gpt: GPT, tokenizer: Tokenizer, penalty: float, max_tokens: int | None, dtype: torch.dtype | None
+    gpt: GPT, tokenizer: Tokenizer, penalties: dict[str, Any], max_tokens: int | None, dtype: torch.dtype | None
 ) -> None:
     if dtype is not None:
         gpt.to(dtype)
-    sampling = Sampling(temperature=0, repetition_penalty=penalty)
+    sampling = Sampling(temperature=0, **penalties)
     batch = prompts(tokenizer, "Once upon a time", "", "The fox was brave, and", "Tim wanted to build a boat.")
     batch.append([tokenizer.eod] * (gpt.config.context - 1))
     assert len({len(prompt) for prompt in batch}) >= 4

@@ -143,6 +143,10 @@ def test_a_seed_gives_what_it_gives_without_numba(monkeypatch: pytest.MonkeyPatc
         Request([9] * 70, Sampling(top_k=9, min_p=0.05, seed=7), 80),
         Request([9, 8], Sampling(temperature=0, repetition_penalty=1.2), 60),
         Request([3], Sampling(seed=2), 20, top_logprobs=3),
+        Request([6] * 40, Sampling(seed=8, presence_penalty=1.5, frequency_penalty=0.3), 90),
+        Request([7], Sampling(0, frequency_penalty=1.2, logit_bias=((9, 2.0), (7, -100))), 60),
+        Request([2], Sampling(0.9, top_p=0.9, repetition_penalty=1.1, presence_penalty=-1, seed=1), 90),
+        Request([5, 1], Sampling(top_k=30, logit_bias=((4, 100.0), (8, 100.0)), seed=4), 30, top_logprobs=1),
     ]
 
     def run() -> tuple[dict[int, list[int]], list[tuple[float, list[int]]]]:
@@ -162,6 +166,20 @@ def test_a_seed_gives_what_it_gives_without_numba(monkeypatch: pytest.MonkeyPatc
     assert tokens == expected
     assert [top for _, top in named] == [top for _, top in expected_named]
     assert [value for value, _ in named] == pytest.approx([value for value, _ in expected_named], abs=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_what_begins_anew_counts_what_it_had_generated(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    monkeypatch.setenv("GPT_KERNELS", kernels)
+    model, settings = model_of(OURS), Sampling(0, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((9, 1.0),))
+    requests = [Request([token], settings, 40) for token in (9, 5)]
+    batcher = Batcher(model, slots=2)
+    found: dict[int, list[int]] = {batcher.submit(each): [] for each in requests}
+    for steps in range(1, 200):
+        failed = steps % 7 == 2 and len(batcher.running) == 2
+        for step in [*batcher.step(), *(batcher.recover() if failed else [])]:
+            found[step.request].append(step.token)
+    assert list(found.values()) == [alone(model, each) for each in requests]
 
 
 def test_two_threads_may_decode_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.sampling import Sampling, choose, distribution, make_generator
+from engine.sampling import Past, Sampling, begin_past, choose, distribution, make_generator, penalise
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0], [0.0, -4.0, 3.0, 2.9, -0.5, 1.0]])
 
@@ -67,14 +67,36 @@ def test_min_p_drops_what_is_less_likely_than_a_share_of_the_likeliest(row: int,
 @pytest.mark.parametrize("penalty", [0.5, 1.5])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_repetition_penalty_moves_seen_tokens_alone_and_always_away(penalty: float, temperature: float) -> None:
-    seen = torch.tensor([[True, False, False, False, True, False], [False] * 6])
+    past = Past(torch.tensor([[1, 0, 0, 0, 2, 0], [0] * 6], dtype=torch.uint8), torch.zeros(2, 6))
     expected = LOGITS.clone()
     expected[0, 0], expected[0, 4] = LOGITS[0, 0] / penalty, LOGITS[0, 4] * penalty
     sampling = Sampling(temperature, repetition_penalty=penalty)
     if temperature == 0:
-        assert choose(LOGITS, sampling, make_generators(0, 2), seen).tolist() == expected.argmax(-1).tolist()
+        assert choose(LOGITS, sampling, make_generators(0, 2), past).tolist() == expected.argmax(-1).tolist()
     else:
-        torch.testing.assert_close(distribution(LOGITS, sampling, seen), (expected / temperature).softmax(-1))
+        found = distribution(penalise(LOGITS, sampling, past), sampling)
+        torch.testing.assert_close(found, (expected / temperature).softmax(-1))
+
+
+def test_presence_and_frequency_count_what_was_generated_and_a_bias_is_added() -> None:
+    # mu[j] - c[j] * frequency - (c[j] > 0) * presence, as OpenAI's documentation has it, c over generated tokens.
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=-0.25, logit_bias=((1, 3.0), (5, -100.0)))
+    past = begin_past(sampling, [4, 4, 1], 6)
+    for token in (2, 0, 2, 1, 2):
+        past.note(torch.tensor([token]), sampling)
+    expected = LOGITS[0] + torch.tensor([-0.25, 3 - 0.25, -0.5 + 0.75, 0, 0, -100])
+    torch.testing.assert_close(penalise(LOGITS[:1], sampling, Past(*(each[None] for each in past)))[0], expected)
+    again = begin_past(sampling, [4, 4, 1, 2, 0, 2, 1, 2], 6, generated=5)
+    assert again.seen.equal(past.seen) and again.added.equal(past.added) and again.seen.tolist() == [2, 2, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_100_demands_and_of_minus_100_forbids(temperature: float) -> None:
+    for bias, expected in ((((5, 100.0),), {5}), (((0, -100.0), (1, -100.0), (2, -100.0)), {3, 4, 5})):
+        sampling = Sampling(temperature, logit_bias=bias)
+        past = Past(*(each.expand(200, -1) for each in begin_past(sampling, [0], 6)))
+        chosen = choose(LOGITS[:1].expand(200, -1), sampling, make_generators(0, 1) * 200, past)
+        assert set(chosen.tolist()) <= expected
 
 
 @given(
@@ -148,13 +170,17 @@ def test_the_lowest_and_the_highest_draw_fall_on_tokens_that_have_probability(
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("logit_bias", ((3, 0.0), (4, 100.5))),
+        ("logit_bias", ((3, math.nan),)),
         ("seed", -1),
         ("seed", 2**64),
     ],
 )
-def test_an_option_out_of_range_is_named_with_its_range(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} is .* must be "):
-        Sampling(**{name: value})  # type: ignore[arg-type]
+def test_an_option_out_of_range_is_named_with_its_range(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name} .*is .* must be "):
+        Sampling(**{name: value})
 
 
 def test_a_seed_fixes_the_draws_and_no_seed_does_not() -> None:

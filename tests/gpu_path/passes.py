@@ -114,7 +114,7 @@ def requests() -> list[Request]:
     """Requests of all kinds, whose prompts are of one piece or of several."""
     samplings = (
         Sampling(temperature=0.0), Sampling(top_p=0.9, seed=1), Sampling(top_k=5, repetition_penalty=1.2), Sampling(),
-        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, frequency_penalty=0.5, logit_bias=((3, 2.0),)),
     )  # fmt: skip
     return [
         Request([1] * length, sampling, max_tokens=7, top_logprobs=[None, 3][number % 2])
