@@ -1,0 +1,43 @@
+"""What our model and tokenizer of a run say, for tools that cannot import them: JSON in, JSON out.
+
+    echo '{"texts": ["Once upon"]}' | python -m bench.compatibility.ours RUN
+
+Of `texts`: `ids`, as documents begin; `conversations` (lists of messages): `rendered` and `prompts`, ids, and `learn`;
+`tokens` (lists of ids, equally long): `logits`; `continue` (texts): `continued`, the ids of a greedy continuation, at
+most `count`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.chat_template import Message, answer_prompt, render
+from engine.generate import document_prompt, generate
+from engine.run import Run
+from engine.runtime import Runtime
+from engine.sampling import Sampling
+
+
+@torch.no_grad()
+def main() -> None:
+    asked = json.load(sys.stdin)
+    model, tokenizer = Run(Path(sys.argv[1])).load_model(Runtime(torch.device("cpu"), "fp32"))
+    conversations = [[Message(**message) for message in messages] for messages in asked.get("conversations", ())]
+    rendered = [render(tokenizer, messages) for messages in conversations]
+    starts = [document_prompt(tokenizer, text) for text in asked.get("continue", ())]
+    continued = generate(model, tokenizer, starts, Sampling(temperature=0), max_tokens=asked.get("count", 16))
+    answer = {
+        "ids": [document_prompt(tokenizer, text) for text in asked.get("texts", ())],
+        "rendered": [ids for ids, _ in rendered],
+        "learn": [learn for _, learn in rendered],
+        "prompts": [answer_prompt(tokenizer, messages) for messages in conversations],
+        "logits": model.logits(model(torch.tensor(asked["tokens"]))).tolist() if "tokens" in asked else [],
+        "continued": [each.ids for each in continued],
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
