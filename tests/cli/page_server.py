@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -39,6 +40,8 @@ class PageServer:
         self.hold_after: int | None = None  # so many pieces come, then nothing until `go`
         self.cut = False  # the connection breaks in place of the end
         self.room = 10_000  # characters of prompt that fit
+        self.shares = [0.95, 0.7, 0.4, 0.2, 0.05]  # of the pieces, where log-probabilities are asked for
+        self.others = {"owl ": 0.04, "bytes:\\xc3": 0.03, "<|end|>": 0.02, "\n": 0.01}
         self.go = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.left = threading.Event()  # the browser closed a stream
@@ -66,18 +69,22 @@ class PageServer:
             prompt = body.get("prompt", "") + "".join(message["content"] for message in body.get("messages", ()))
             if len(prompt) > self.room:
                 return refusal(400, "context_length_exceeded")
-            return StreamingResponse(self._stream("prompt" in body, len(prompt) // 4), media_type="text/event-stream")
+            asked = bool(body.get("logprobs"))
+            stream = self._stream("prompt" in body, len(prompt) // 4, asked)
+            return StreamingResponse(stream, media_type="text/event-stream")
 
         app.mount("/", StaticFiles(directory=PAGE, html=True))
         return app
 
-    async def _stream(self, plain: bool, prompt_tokens: int) -> AsyncIterator[str]:
+    async def _stream(self, plain: bool, prompt_tokens: int, asked: bool) -> AsyncIterator[str]:
         finished = False
         try:
             for i, piece in enumerate(self.pieces):
                 while i == self.hold_after and not self.go.is_set():
                     await asyncio.sleep(0.005)
                 choice: dict[str, Any] = {"text": piece} if plain else {"delta": {"content": piece}}
+                if asked:
+                    choice["logprobs"] = self._thought(i, piece, plain)
                 yield event({"choices": [{"index": 0, **choice, "finish_reason": None}]})
                 await asyncio.sleep(self.delay)
             if self.cut:
@@ -92,6 +99,17 @@ class PageServer:
         finally:
             if not finished:
                 self.left.set()
+
+    def _thought(self, i: int, piece: str, plain: bool) -> dict[str, Any]:
+        """The likeliest tokens in place of a piece, in the shape of the endpoint."""
+        likeliest = {piece: math.log(self.shares[i % 5]), **{name: math.log(p) for name, p in self.others.items()}}
+        if plain:
+            return {"tokens": [piece], "token_logprobs": [likeliest[piece]], "top_logprobs": [likeliest]}
+        entries = []
+        for name, logprob in likeliest.items():
+            spelled = None if name == "<|end|>" else [0xC3] if name.startswith("bytes:") else list(name.encode())
+            entries.append({"token": name.removeprefix("bytes:"), "logprob": logprob, "bytes": spelled})
+        return {"content": [{**entries[0], "top_logprobs": entries}]}
 
     @contextmanager
     def running(self) -> Iterator["PageServer"]:

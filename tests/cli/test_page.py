@@ -330,6 +330,207 @@ def test_storage_that_is_full_is_said(page: Any, server: PageServer) -> None:
     expect(answer(page)).to_have_text("Once there was a fox.")
 
 
+def think(page: Any) -> None:
+    page.get_by_role("button", name="Show what the model thinks").click()
+
+
+def written(page: Any) -> None:
+    expect(page.locator("body.writing")).to_have_count(0)
+
+
+def test_each_token_shows_its_probability_where_that_is_wanted(page: Any, server: PageServer) -> None:
+    say(page, "Hello")
+    expect(finished(page)).to_be_visible()
+    think(page)
+    expect(page.get_by_text("It is seen from the next words on.")).to_be_visible()
+    page.reload()  # it is remembered
+    page.get_by_role("button", name="Again").click()
+    written(page)
+    assert "logprobs" not in server.requests[0]
+    assert (server.requests[1]["logprobs"], server.requests[1]["top_logprobs"]) == (True, 5)
+    expect(answer(page)).to_have_text("Once there was a fox.")
+    classes = [page.locator(".token > span").nth(i).get_attribute("class").split()[0] for i in range(5)]
+    assert classes == ["step-0", "step-1", "step-2", "step-3", "step-4"]
+    titles = [page.locator(".token").nth(i).get_attribute("title") for i in range(5)]
+    assert titles == ["95%", "70%", "40%", "20%", "5%"]
+    think(page)
+    expect(page.locator(".token")).to_have_count(0)
+    expect(answer(page)).to_have_text("Once there was a fox.")
+
+
+def test_a_chat_goes_on_from_a_token_that_was_chosen_and_keeps_the_branch(page: Any, server: PageServer) -> None:
+    think(page)
+    say(page, "About a fox")
+    written(page)
+    page.locator(".token").nth(3).click()
+    shown = page.locator("#thought .choice")
+    expect(shown).to_have_text(["a·20%", "owl·4%", "0xc33%", "the end2%", "⏎1%"])
+    expect(shown.nth(2)).to_be_disabled()
+    expect(page.locator("#thought .rest")).to_have_text("all others70%")
+    server.pieces = ["flew."]
+    shown.nth(1).click()
+    expect(answer(page)).to_have_text("Once there was owl flew.")
+    begun = {"role": "assistant", "content": "Once there was owl"}
+    assert server.requests[-1]["messages"] == [{"role": "user", "content": "About a fox"}, begun]
+    assert server.requests[-1]["continue_final_message"] and not server.requests[-1]["add_generation_prompt"]
+    expect(page.locator(".picked")).to_have_text("owl ")
+    written(page)
+    page.get_by_role("button", name="Again").click()  # what was chosen stays
+    expect(page.get_by_role("group", name="Branches")).to_contain_text("3/3")
+    page.reload()
+    page.get_by_role("button", name="Earlier branch").click()
+    page.keyboard.press("Enter")
+    expect(answer(page)).to_have_text("Once there was a fox.")
+    expect(page.get_by_role("button", name="Earlier branch")).to_be_disabled()
+    say(page, "More")
+    written(page)
+    page.get_by_label("Export and delete").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    exported = json.loads(Path(download.value.path()).read_text("utf-8"))
+    assert [each["content"] for each in exported["messages"]] == [
+        "About a fox",
+        "Once there was a fox.",
+        "More",
+        "flew.",
+    ]
+    assert [each[-1]["content"] for each in exported["branches"]] == ["Once there was owl flew."] * 2
+    page.get_by_role("button", name="Later branch").click()
+    expect(page.locator("article")).to_have_count(2)
+    page.locator(".token").nth(1).click()
+    page.get_by_role("button", name="the end").click()
+    expect(answer(page)).to_have_text("Once")
+    expect(page.get_by_role("group", name="Branches")).to_contain_text("4/4")
+
+
+def test_tokens_are_reached_and_chosen_by_keys_alone(page: Any, server: PageServer) -> None:
+    think(page)
+    say(page, "Hello")
+    written(page)
+    for _ in range(3):
+        page.keyboard.press("Shift+Tab")
+    focused = page.locator(":focus")
+    expect(focused).to_have_attribute("aria-label", "Once, 95%")
+    page.keyboard.press("ArrowRight")
+    expect(focused).to_have_attribute("aria-label", "there, 70%")
+    page.keyboard.press("Enter")
+    expect(focused).to_have_text("there·70%")
+    page.keyboard.press("ArrowRight")  # to the next token
+    expect(focused).to_have_text("was·40%")
+    page.keyboard.press("Escape")
+    expect(page.locator("#thought")).to_be_hidden()
+    expect(focused).to_have_attribute("aria-label", "was, 40%")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    server.pieces = ["flew."]
+    page.keyboard.press("Enter")
+    expect(answer(page)).to_have_text("Once there owl flew.")
+    expect(focused).to_have_attribute("aria-label", "owl, 4%")
+    assert page.locator('[role="button"][tabindex="0"]').count() == 1
+
+
+def test_a_story_branches_at_a_token_and_keeps_what_is_not_edited(story: Any, server: PageServer) -> None:
+    page, document = story, story.get_by_label("Story")
+    branches = page.get_by_role("group", name="Branches")
+    think(page)
+    server.pieces = ["a fox ", "", "é ", "slept ", "long."]
+    document.fill("It was ")
+    page.get_by_role("button", name="Continue").click()
+    expect(document).to_have_value("It was a fox é slept long.")
+    assert server.requests[0]["logprobs"] == 5
+    written(page)
+    expect(page.locator(".token")).to_have_text(["a fox ", "é ", "slept ", "long."])
+    expect(page.locator(".token").nth(1)).to_have_attribute("title", "28%")  # of two tokens, for half of it each
+    page.locator(".token").nth(2).click()
+    server.pieces = ["flew."]
+    page.locator(".choice").nth(1).click()
+    expect(document).to_have_value("It was a fox é owl flew.")
+    assert server.requests[-1]["prompt"] == "It was a fox é owl"
+    written(page)
+    page.get_by_role("button", name="Earlier branch").click()
+    expect(document).to_have_value("It was a fox é slept long.")
+    document.fill("It was a bad fox é slept long.")
+    expect(page.locator(".token")).to_have_text(["é ", "slept ", "long."])
+    page.reload()
+    expect(branches).to_contain_text("1/2")
+    page.get_by_role("button", name="Undo").click()
+    expect(document).to_have_value("It was a bad fox é ")
+    page.get_by_role("button", name="Continue").click()
+    expect(document).to_have_value("It was a bad fox é flew.")
+    expect(branches).to_contain_text("1/2")
+    page.get_by_role("button", name="Later branch").click()
+    expect(document).to_have_value("It was a bad fox é owl flew.")
+    page.locator(".token").last.click()
+    page.get_by_role("button", name="Edit here").click()
+    page.keyboard.type("hoo ")
+    expect(document).to_have_value("It was a bad fox é owl hoo flew.")
+    document.fill("It was a bad fox")  # the branches stay where the text was deleted
+    expect(branches).to_contain_text("2/2")
+    page.get_by_role("button", name="Earlier branch").click()
+    expect(document).to_have_value("It was a bad foxflew.")
+
+
+def test_a_failed_choice_changes_nothing(page: Any, server: PageServer) -> None:
+    think(page)
+    say(page, "Hello")
+    written(page)
+    page.route("**/v1/**", lambda route: route.abort())
+    page.locator(".token").nth(1).click()
+    page.locator(".choice").nth(1).click()
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+    expect(answer(page)).to_have_text("Once there was a fox.")
+    expect(page.get_by_role("group", name="Branches")).to_have_count(0)
+
+
+def test_thoughts_go_first_when_the_storage_is_full(page: Any, server: PageServer) -> None:
+    think(page)
+    say(page, "Hello")
+    written(page)
+    page.evaluate("localStorage.setItem('other', 'x'.repeat(5_242_500 - JSON.stringify(localStorage).length))")
+    page.keyboard.press("Control+Shift+O")
+    say(page, "Hello again")
+    written(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert page.evaluate("Object.values(localStorage).filter((one) => one.includes('Hello')).length") == 2
+
+
+CONTRASTS = """() => {
+    const canvas = Object.assign(document.createElement('canvas'), { width: 1, height: 1 }).getContext('2d');
+    const light = (...colours) => {
+        for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+        const linear = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => (value / 255) ** 2.2);
+        return 0.05 + linear.reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+    };
+    const of = (selector) => getComputedStyle(document.querySelector(selector));
+    const words = light(of('#backdrop .model').color);
+    const tint = (i) => of(`.legend .step-${i}`).backgroundColor;
+    const papers = [1, 2, 3, 4, 5].map((i) => light(of('body').backgroundColor, tint(i)));
+    return papers.map((paper) => Math.max(words, paper) / Math.min(words, paper));
+}"""
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_tokens_are_legible_and_their_alternatives_fit_a_phone(story: Any, server: PageServer, look: str) -> None:
+    story.emulate_media(color_scheme=look)
+    story.set_viewport_size({"width": 360, "height": 640})
+    think(story)
+    server.pieces = ["Once upon a time in a ", "land far, far away ", "lived a ", "small, ", "brave fox. "] * 4
+    story.get_by_role("button", name="Continue").click()
+    written(story)
+    contrasts = story.evaluate(CONTRASTS)
+    assert min(contrasts) > 4.5 and contrasts == sorted(contrasts, reverse=True)
+    for number in (1, 18):
+        story.locator(".token").nth(number).click()
+        box = story.locator("#thought").bounding_box()
+        assert 0 <= box["x"] <= 360 - box["width"] and 0 <= box["y"] <= 640 - box["height"]
+        story.locator(".choice").nth(1).click()
+        written(story)
+    for switch in story.get_by_role("group", name="Branches").all():
+        box = switch.bounding_box()
+        assert 0 <= box["x"] <= 360 - box["width"]
+    assert story.evaluate("document.querySelector('#thread').scrollWidth <= innerWidth")
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_real_server_and_page_agree(
     browser: Any, small_config: ModelConfig, tokenizer: Tokenizer, chat: bool
@@ -341,7 +542,7 @@ def test_the_real_server_and_page_agree(
     worker = Worker(Batcher(GPT(small_config), slots=2, queue=2), queue=2, seconds=60)
     app = create_app(served, worker, key="secret", cors=(), hosts={"127.0.0.1"})
     with serving(app) as url, opened(browser, url) as page:
-        page.evaluate("localStorage.setItem('gpt.settings', '{\"seed\": 1}')")
+        page.evaluate("localStorage.setItem('gpt.settings', '{\"seed\": 1, \"thoughts\": true}')")
         page.reload()
         if chat:
             say(page, "Fox?")
@@ -352,3 +553,8 @@ def test_the_real_server_and_page_agree(
         page.keyboard.press("Enter")
         expect(page.get_by_text(re.compile(r"[1-9]\d* tokens · .*context \d+ of 48"))).to_be_visible()
         assert page.locator("article.model .text" if chat else "#backdrop .model").text_content()
+        page.locator(".token").nth(2).click()
+        page.locator(".choice:enabled:not([aria-current])").first.click()
+        expect(page.get_by_role("group", name="Branches")).to_contain_text("2/2")
+        written(page)
+        expect(page.locator(".picked")).to_have_count(1)

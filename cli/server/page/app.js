@@ -1,12 +1,14 @@
 // Ties the page together: which conversation is shown, what the model is asked, and what is kept.
 
 import { fitting, pageInfo } from "./api.js";
+import { beside, others, turned } from "./branches.js";
 import * as chat from "./chat.js";
 import { $, element } from "./dom.js";
 import * as form from "./settings.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
 import * as story from "./story.js";
+import * as thoughts from "./thoughts.js";
 
 let info; // what the server says of its model
 let view; // chat or story
@@ -17,9 +19,11 @@ let running = null; // the AbortController of the answer that is streaming
 // ---- what is shown
 
 function draw() {
-  view.draw(current, running !== null, { again, resend, draw });
+  view.draw(current, running !== null, { again, resend, draw, turn });
   const title = store.titleOf(current);
   document.body.classList.toggle("writing", running !== null);
+  document.body.classList.toggle("thinking", settings.thoughts);
+  $("thoughts").ariaPressed = String(settings.thoughts);
   $("title").value = title;
   $("title").placeholder = info.chat ? "New conversation" : "New story";
   document.title = title ? `${title} · gpt` : "gpt";
@@ -77,17 +81,22 @@ function following(work) {
 
 // ---- asking the model
 
-/** Writes on from `before`; where nothing comes, the conversation stays as it was. */
-async function generate(before = current.messages) {
-  const retry = () => generate(before);
+/** Writes a message that begins with `start` behind `before`, and keeps `rest`, what stood there, as another branch.
+
+ Where nothing comes, the conversation stays as it was. Returns the message.
+ */
+async function generate(before = current.messages, start = {}, rest = []) {
+  const retry = () => generate(before, start, rest);
   if (info.key_required && !store.tab("gpt.key")) return unlock(retry);
   dismiss();
   const conversation = current;
   const former = conversation.messages;
   const take = 1 + Math.max(0, ...before.map((one) => one.take ?? 0));
-  const message = { role: "assistant", content: "", note: "", take };
+  const message = beside(rest, { role: "assistant", content: "", note: "", take, ...start });
+  if (settings.thoughts || start.tokens) message.tokens = [...(start.tokens ?? [])];
+  const begun = message.content;
   conversation.messages = [...before, message];
-  const spaced = !info.chat && store.textOf(before).endsWith(" ");
+  const spaced = (info.chat ? begun : store.textOf(conversation.messages)).endsWith(" ");
   const attempts = view.attempts(conversation, settings.length, (info.context - settings.length) * density);
   const controller = (running = new AbortController());
   const clock = { pieces: 0 };
@@ -98,17 +107,19 @@ async function generate(before = current.messages) {
   $("announce").textContent = "The model is writing.";
   try {
     const { temperature, top_p, seed } = settings;
-    const common = { model: info.model, temperature, top_p, ...(seed !== null && { seed }) };
+    const asked = settings.thoughts && view.thoughts;
+    const common = { model: info.model, temperature, top_p, ...(seed !== null && { seed }), ...asked };
     const answers = fitting(view.path, common, attempts, store.tab("gpt.key"), controller.signal);
     for await (const { chunk, note, request } of answers) {
       const [choice] = chunk.choices;
       let piece = choice?.delta?.content ?? choice?.text ?? "";
       message.note = note;
+      if (piece && spaced && !clock.pieces) piece = piece.replace(/^ /, "");
+      if (message.tokens) thoughts.record(message, piece, choice);
       if (piece) {
         clock.last = performance.now();
         clock.first ??= clock.last;
         clock.pieces++;
-        if (spaced && !message.content) piece = piece.replace(/^ /, "");
         message.content += piece;
         frame ||= requestAnimationFrame(paint);
       }
@@ -118,20 +129,23 @@ async function generate(before = current.messages) {
       if (chunk.usage && sent.length > 200) density = sent.length / chunk.usage.prompt_tokens;
     }
     if (clock.long) message.note += " Cut at the length limit.";
-    if (!message.content) notice("The model has nothing to add.");
+    if (message.content === begun) notice("The model has nothing to add.");
+    clock.done = true;
   } catch (error) {
     if (controller.signal.aborted) message.note += " Stopped.";
-    else if (message.content) message.note += ` ${error.message}`;
+    else if (message.content !== begun) message.note += ` ${error.message}`;
     else failed(error, retry);
   } finally {
     cancelAnimationFrame(frame);
     if (running === controller) running = null;
     message.told = told(clock);
-    if (!message.content) conversation.messages = former;
+    message.tokens = thoughts.cut(message.tokens, 0, Infinity);
+    if (!(clock.done ? message.content : clock.pieces)) conversation.messages = former;
     keep(conversation);
     $("announce").textContent = message.content;
     following(draw);
   }
+  return message;
 }
 
 function failed(error, retry) {
@@ -167,14 +181,39 @@ function send() {
   generate();
 }
 
-const again = () => generate(view.rewound(current.messages));
+const onward = () => generate(...view.onward(current.messages));
+const again = () => generate(...view.again(current.messages));
 
 function resend(message, content) {
-  const { messages } = current;
-  messages.splice(messages.indexOf(message), Infinity, { role: "user", content });
-  current.first = 0;
-  keep();
+  const i = current.messages.indexOf(message);
+  const asked = beside(current.messages.slice(i), { role: "user", content });
+  change({ messages: [...current.messages.slice(0, i), asked], first: 0 });
   generate();
+}
+
+/** Goes on from a token that the person chose, or ends there where `name` is null. */
+async function choose({ message, number, start: place }, name, share) {
+  const { messages } = current;
+  const [before, start, rest] = view.parted(messages, messages.indexOf(message), place);
+  if (name === null) {
+    const ended = beside(rest, { role: info.chat ? "assistant" : "user", content: "", ...start });
+    return change({ messages: [...before, ended] });
+  }
+  const [, , , likeliest] = message.tokens[number];
+  const text = store.textOf([...before, start]).endsWith(" ") ? name.replace(/^ /, "") : name;
+  const own = likeliest.findIndex(([other]) => other === name);
+  start.content += text;
+  start.tokens = [...start.tokens, [text.length, share, own, likeliest, true]];
+  const written = await generate(before, start, rest);
+  const chosen = thoughts.find(written, start.tokens.length - 1);
+  if (chosen && document.activeElement === document.body) thoughts.enter(chosen);
+}
+
+/** Shows another branch from the i-th message on. */
+function turn(i, step) {
+  change({ messages: turned(current.messages, i, step), first: 0 });
+  const buttons = [step, -step].map((way) => document.querySelector(`[data-turn="${i} ${way}"]`));
+  buttons.find((button) => button && !button.disabled)?.focus();
 }
 
 // ---- what the person does
@@ -221,13 +260,18 @@ function listen() {
   const press = (id, act) => ($(id).onclick = act);
   press("new", begin);
   press("send", send);
-  press("continue", () => (running ? running.abort() : generate()));
+  press("continue", () => (running ? running.abort() : onward()));
   press("again", again);
   press("undo", () => change({ messages: story.rewound(current.messages) }));
   press("delete", discard);
+  press("thoughts", () => {
+    settings.thoughts = !settings.thoughts;
+    store.saveSettings(settings);
+    following(draw);
+  });
   press("dismiss", dismiss);
   press("export-md", () => download("md", store.asMarkdown(current)));
-  press("export-json", () => download("json", store.asJson(current)));
+  press("export-json", () => download("json", store.asJson(current, others(current.messages))));
   $("system").onchange = () => change({ system: $("system").value.trim() });
   $("title").onchange = () => change({ title: $("title").value.trim() });
   $("draft").oninput = fitDraft;
@@ -235,6 +279,7 @@ function listen() {
   window.addEventListener("storage", () => (store.load(), drawList()));
   window.addEventListener("pagehide", () => running && keep());
   document.addEventListener("keydown", key);
+  thoughts.listen({ choose, edit: ({ message, start }) => story.edit(current.messages, message, start) });
 }
 
 function key(event) {
@@ -245,7 +290,7 @@ function key(event) {
   else if (control && event.shiftKey && event.code === "KeyO") chosen(), begin();
   else if (event.key !== "Enter" || running) return;
   else if (event.target === $("draft") && !event.shiftKey) chosen(), send();
-  else if (event.target === $("document") && control) chosen(), generate();
+  else if (event.target === $("document") && control) chosen(), onward();
   else if (event.target === $("key")) chosen(), $("unlock").click();
 }
 

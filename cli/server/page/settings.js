@@ -3,8 +3,9 @@
 import { $ } from "./dom.js";
 import * as store from "./store.js";
 
+// Each of these is an input of its name; `thoughts` is a button.
 const DEFAULTS = { temperature: 0.8, top_p: 0.95, length: null, seed: null, theme: "" };
-export const settings = { ...DEFAULTS, ...store.loadSettings() };
+export const settings = { ...DEFAULTS, thoughts: false, ...store.loadSettings() };
 
 /** Where nothing else is said, an answer may take half the context. */
 const ordinaryLength = () => Math.min(512, Math.floor(context * 0.7));

@@ -45,10 +45,19 @@ export function save(conversation) {
   if (conversation.deleted) return true; // an answer that was under way has ended
   conversation.updated = Date.now();
   conversations.set(conversation.id, conversation);
-  return put(CONVERSATION + conversation.id, conversation);
+  // What the model thought takes most of the room. Where there is none left, it goes: of the oldest first, its own last.
+  const oldest = [...conversations.values()].sort((a, b) => a.updated - b.updated);
+  let kept = put(CONVERSATION + conversation.id, conversation);
+  for (const one of kept ? [] : oldest) {
+    const lean = put(CONVERSATION + one.id, one, (name, value) => (name === "tokens" ? undefined : value));
+    if (put(CONVERSATION + conversation.id, conversation)) return true;
+    kept = lean && one === conversation;
+  }
+  return kept;
 }
 
-const put = (key, value) => attempt(() => (localStorage.setItem(key, JSON.stringify(value)), true), false);
+const put = (key, value, replace) =>
+  attempt(() => (localStorage.setItem(key, JSON.stringify(value, replace)), true), false);
 
 export function remove(conversation) {
   conversation.deleted = true;
@@ -66,11 +75,13 @@ export function titleOf({ kind, title, messages }) {
   return title || (words.length > 72 ? words.slice(0, 71) + "…" : words);
 }
 
-/** The same shape as the API's messages, and as finetuning data. */
-export function asJson(conversation) {
+/** The same shape as the API's messages, and as finetuning data; `branches` are other messages in whole. */
+export function asJson(conversation, branches) {
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
-  const messages = [...system, ...conversation.messages.map(({ role, content }) => ({ role, content }))];
-  return JSON.stringify({ title: titleOf(conversation), kind: conversation.kind, messages }, null, 2) + "\n";
+  const bare = (messages) => [...system, ...messages.map(({ role, content }) => ({ role, content }))];
+  const [messages, ...others] = [conversation.messages, ...branches].map(bare);
+  const content = { title: titleOf(conversation), kind: conversation.kind, messages };
+  return JSON.stringify({ ...content, ...(others.length && { branches: others }) }, null, 2) + "\n";
 }
 
 export function asMarkdown(conversation) {
