@@ -135,6 +135,9 @@ def test_an_earlier_message_is_edited_and_sent_again(page: Any, server: PageServ
     expect(page.locator("article")).to_have_count(2)
     expect(finished(page)).to_be_visible()
     assert server.requests[-1]["messages"] == [{"role": "user", "content": "Instead"}]
+    written(page)
+    page.get_by_role("button", name="Earlier branch").click()
+    expect(page.locator("article.person .text")).to_have_text(["First", "Second"])
 
 
 def test_conversations_survive_a_reload_and_are_deleted_and_brought_back(page: Any, server: PageServer) -> None:
@@ -346,6 +349,7 @@ def test_each_token_shows_its_probability_where_that_is_wanted(page: Any, server
     page.reload()  # it is remembered
     page.get_by_role("button", name="Again").click()
     written(page)
+    expect(page.get_by_role("group", name="Branches")).to_have_count(0)  # the same words are no other branch
     assert "logprobs" not in server.requests[0]
     assert (server.requests[1]["logprobs"], server.requests[1]["top_logprobs"]) == (True, 5)
     expect(answer(page)).to_have_text("Once there was a fox.")
@@ -364,7 +368,7 @@ def test_a_chat_goes_on_from_a_token_that_was_chosen_and_keeps_the_branch(page: 
     written(page)
     page.locator(".token").nth(3).click()
     shown = page.locator("#thought .choice")
-    expect(shown).to_have_text(["a·20%", "owl·4%", "0xc33%", "the end2%", "⏎1%"])
+    expect(shown).to_have_text(["a·20%", "owl·4%", "part of a character: c33%", "the end2%", "⏎1%"])
     expect(shown.nth(2)).to_be_disabled()
     expect(page.locator("#thought .rest")).to_have_text("all others70%")
     server.pieces = ["flew."]

@@ -129,6 +129,8 @@ async function generate(before = current.messages, start = {}, rest = []) {
       if (chunk.usage && sent.length > 200) density = sent.length / chunk.usage.prompt_tokens;
     }
     if (clock.long) message.note += " Cut at the length limit.";
+    // A seed may give the same words again, which are no other branch.
+    if (rest.length === 1 && rest[0].content === message.content) message.branch = rest[0].branch;
     if (message.content === begun) notice("The model has nothing to add.");
     clock.done = true;
   } catch (error) {

@@ -142,7 +142,7 @@ function show(span, act) {
 function row(name, share, here, act) {
   const end = END.test(name);
   const part = PART.test(name);
-  const word = end ? "the end" : part ? name.slice(6).replaceAll("\\x", " 0x").trim() : spelled(name);
+  const word = end ? "the end" : part ? `part of a character: ${name.slice(8).replaceAll("\\x", " ")}` : spelled(name);
   const bar = element("span", { className: "bar" });
   bar.style.width = `${100 * share}%`;
   const { spot } = open;
@@ -154,7 +154,6 @@ function row(name, share, here, act) {
       ariaCurrent: here ? "true" : null,
       // Half a character cannot be sent as text, and an answer that ends before it begins is none.
       disabled: part || (end && !spot.message.content.slice(0, spot.start)),
-      title: part ? "a part of a character" : "",
       onclick: () => close(() => act.choose(spot, end ? null : name, share)),
     },
     bar,
@@ -173,7 +172,7 @@ function close(then) {
 function place() {
   const box = $("thought");
   if (!box.matches(":popover-open")) return;
-  const { left, top, bottom } = open.getClientRects()[0] ?? open.getBoundingClientRect();
+  const { left, top, bottom } = open.lastElementChild.getClientRects()[0]; // the word may begin on the line after its space
   const below = bottom + 6 + box.offsetHeight < innerHeight;
   box.style.left = `${Math.max(8, Math.min(left, innerWidth - box.offsetWidth - 8))}px`;
   box.style.top = `${below ? bottom + 6 : Math.max(8, top - box.offsetHeight - 6)}px`;
