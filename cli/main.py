@@ -31,6 +31,7 @@ from cli import (
     rlhf_answers,
     serve,
     train,
+    watch,
 )
 from cli.launch import rank_here
 from cli.options import grouped
@@ -56,6 +57,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     },
     "Look": {
         "runs": (info.runs, "All runs, how far they are and how good"),
+        "watch": (watch.watch, "All runs in the browser, while they train"),
         "info": (info.info, "What a run is, and how far it has come"),
         "doctor": (info.doctor, "What this machine has, and what that means"),
         "settings": (info.settings, "Every setting, its default and its meaning"),

@@ -6,13 +6,16 @@ import re
 import signal
 import socket
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 from typer import Option
 
 from cli.options import LOOPBACK, ApiKey, Few, Host, Insecure, ModelOptions, Port, RunArgument
 from engine.errors import InputError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def serve(
@@ -71,15 +74,20 @@ def serve(
         raise InputError(f"--slots {slots}: {error}") from None
     worker = Worker(batcher, queue=queue, seconds=max_seconds)
     app = create_app(served, worker, key=api_key, cors=sites, hosts=hosts)
+    kind = "a chat model" if served.chat else "a base model: it goes on from what it is given"
+    server = HTTPServer(app, worker, room_for_connections())
+    run_server(server, host, port, f"{served.name}, {kind}; {options.choose().describe()}")
+
+
+def run_server(server: "uvicorn.Server", host: str, port: int, about: str) -> None:
+    """Let a server answer until it is told to end; say what it is, and where."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
-        server = HTTPServer(app, worker, room_for_connections())
         for number in (signal.SIGINT, signal.SIGTERM):
             # uvicorn has handlers of its own only while it runs.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        kind = "a chat model" if served.chat else "a base model: it goes on from what it is given"
         shown = f"[{host}]" if ":" in host else host
-        print(f"{served.name}, {kind}; {options.choose().describe()}")
+        print(about)
         print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
         server.run(sockets=[listening])
     for number in (signal.SIGINT, signal.SIGTERM):

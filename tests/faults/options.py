@@ -38,6 +38,7 @@ LINES = {
     "import": "import hf",
     "runs": "runs .",
     "info": "info base",
+    "watch": "watch . --port 0",
     "doctor": "doctor",
     "settings": "settings",
     "evaluate": "evaluate base --count 1 --tokens 100 --device cpu --precision fp32",
@@ -60,6 +61,8 @@ LINES = {
     "tokenizer train": "tokenizer train --data words.txt --vocab-size 320",
     "tokenizer show": "tokenizer show tokenizer.model",
 }
+# These go on until they are told to end.
+SERVERS = (("serve",), ("watch",))
 # These write into a folder or file that has to be named where it is not what is tried.
 OUT = {
     *("train", "finetune", "reward", "demo", "export", "import", "rlhf ppo", "rlhf grpo", "rlhf dpo"),
@@ -175,12 +178,12 @@ def run(board: Board) -> None:
             continue
         with child.copied(board.world, case.folder / "w") as here:
             before = contents(here)
-            until = "http://" if path == ("serve",) else None
+            until = "http://" if path in SERVERS else None
             done = child.run(child.gpt(*given), here, SECONDS, until=until)
             case.judge(done)
             if name == LINE and done.code not in (0, 128 + 15) and not done.stopped:
                 case.fail("unnamed", f"a line of tests/faults/options.py is refused: {done.said}")
-            if done.stopped and path != ("serve",):
+            if done.stopped and path not in SERVERS:
                 board.note("told to end after its time")
             if done.code == 2 and (left := changes(before, contents(here))):
                 case.fail("left behind", f"{', '.join(left[:5])}: {done.said}")
