@@ -16,8 +16,26 @@ ROLES = ("system", "user", "assistant")
 END = "<|end|>"
 assert (*(f"<|{role}|>" for role in ROLES), END) == CHAT_TOKENS
 
-# The same template for transformers: an exported model carries it along.
+# The same template for transformers: an exported model carries it along. As in our API, a developer speaks as the
+# system, and a content in parts is their texts. Between the marks of `generation` is what `render` learns; only
+# transformers knows those marks, so that for others there is a template without.
+_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] != 'text' %}{{ raise_exception('every part of a content must be of type text') }}{% endif %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}{{ '" + END + "' }}"
+)
 JINJA = (
+    "{{ '" + END_OF_DOCUMENT + "' }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}" + _CONTENT + "{% endgeneration %}"
+    "{% elif message['role'] in ['system', 'developer'] %}{{ '<|system|>' }}" + _CONTENT + "{% elif message['role'] == "
+    "'user' %}{{ '<|user|>' }}" + _CONTENT + "{% else %}"
+    "{{ raise_exception('a role must be one of system, developer, user, assistant') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+PLAIN_JINJA = JINJA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# What exports of older versions carry.
+OLD_JINJA = (
     "{{ '" + END_OF_DOCUMENT + "' }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

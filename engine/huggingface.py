@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, disk
-from engine.chat_template import JINJA, text_ends
+from engine.chat_template import JINJA, OLD_JINJA, PLAIN_JINJA, text_ends
 from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
 from engine.errors import InputError
 from engine.model import GPT
@@ -62,7 +62,10 @@ def export(
     model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
     chat = run.read_recipe().chat
     ends = sorted(text_ends(tokenizer, chat=chat))
-    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": ends if chat else tokenizer.eod}
+    ids = {
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.eod),
+        "eos_token_id": ends if chat else tokenizer.eod,
+    }
     contents: dict[str, dict[str, Any]] = {
         "config.json": their_config(model.config) | ids,
         "generation_config.json": ids,
@@ -71,6 +74,9 @@ def export(
             **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_DOCUMENT),
             "additional_special_tokens": list(CHAT_TOKENS),
             "model_max_length": model.config.context,
+            # What a model goes on from must come last. Token types are what version 4 makes unless told, and refuses.
+            "padding_side": "left",
+            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
         | ({"chat_template": JINJA} if chat else {}),
@@ -98,7 +104,7 @@ def import_(folder: Path, out: Path) -> Recipe:
         "model": _our_config(values),
         "data": {"source": IMPORTED},
         "budget": {"steps": 1},
-        "chat": _chat_template(folder) == JINJA,
+        "chat": _chat_template(folder) in (JINJA, PLAIN_JINJA, OLD_JINJA),
     }
     try:
         recipe: Recipe = from_dict(content)
@@ -137,11 +143,18 @@ def their_config(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "max_position_embeddings": config.context,
         "hidden_act": "gelu",
+        # As transformers 4 spells it, llama.cpp's converter and others; and as version 5 does, and will alone some day.
         "rotary_pct": config.rotary_share,
         "rotary_emb_base": config.rotary_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_base,
+            "partial_rotary_factor": config.rotary_share,
+        },
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel_residual,
         "attention_bias": config.biases,
+        "torch_dtype": "float32",
         "tie_word_embeddings": False,
     }
 

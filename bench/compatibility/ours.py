@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.chat_template import Message, answer_prompt, render
+from engine.chat_template import Message, answer_prompt, render, text_ends
 from engine.generate import document_prompt, generate
 from engine.run import Run
 from engine.runtime import Runtime
@@ -23,11 +23,13 @@ from engine.sampling import Sampling
 @torch.no_grad()
 def main() -> None:
     asked = json.load(sys.stdin)
-    model, tokenizer = Run(Path(sys.argv[1])).load_model(Runtime(torch.device("cpu"), "fp32"))
+    run = Run(Path(sys.argv[1]))
+    model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"))
     conversations = [[Message(**message) for message in messages] for messages in asked.get("conversations", ())]
     rendered = [render(tokenizer, messages) for messages in conversations]
     starts = [document_prompt(tokenizer, text) for text in asked.get("continue", ())]
-    continued = generate(model, tokenizer, starts, Sampling(temperature=0), max_tokens=asked.get("count", 16))
+    options = {"max_tokens": asked.get("count", 16), "stop_ids": text_ends(tokenizer, chat=run.read_recipe().chat)}
+    continued = generate(model, tokenizer, starts, Sampling(temperature=0), **options)
     answer = {
         "ids": [document_prompt(tokenizer, text) for text in asked.get("texts", ())],
         "rendered": [ids for ids, _ in rendered],

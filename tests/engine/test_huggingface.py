@@ -12,7 +12,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from engine import checkpoint
-from engine.chat_template import Message, answer_prompt, render
+from engine.chat_template import JINJA, OLD_JINJA, PLAIN_JINJA, Message, answer_prompt, render, text_ends
 from engine.config import BudgetConfig, ModelConfig, OptimizerConfig, Recipe
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
@@ -96,13 +96,28 @@ def test_an_exported_model_says_the_same_in_transformers(run: Run, tmp_path: Pat
     model, tokenizer = run.load_model(CPU)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    prompt = " The fox said  "
-    prompt_ids = their_tokenizer(prompt, return_tensors="pt")
-    assert prompt_ids.input_ids[0].tolist() == document_prompt(tokenizer, prompt)
-    produced = theirs.generate(**prompt_ids, do_sample=False, max_new_tokens=16)[0]
-    (ours,) = generate(model, tokenizer, [document_prompt(tokenizer, prompt)], GREEDY, max_tokens=16)
-    assert ours.ids == tuple(produced[prompt_ids.input_ids.shape[1] :].tolist())[: len(ours.ids)]
-    assert len(set(ours.ids)) > 3
+    prompts = [" The fox said  ", "A", "Once upon a time there was a hat.\n"]
+    starts = [document_prompt(tokenizer, prompt) for prompt in prompts]
+    ends = text_ends(tokenizer, chat=True)
+    said = [each.ids for each in generate(model, tokenizer, starts, GREEDY, max_tokens=16, stop_ids=ends)]
+    assert min(len(set(ids)) for ids in said) >= 3
+    # As its documentation does it: a text alone, and texts of several lengths together.
+    for texts in (prompts[:1], prompts):
+        batch = their_tokenizer(texts, return_tensors="pt", padding=True)
+        produced = theirs.generate(**batch, do_sample=False, max_new_tokens=16)[:, batch.input_ids.shape[1] :].tolist()
+        assert [tuple(ids[: len(ours)]) for ids, ours in zip(produced, said, strict=False)] == said[: len(texts)]
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(*batch.values(), strict=True)] == starts
+
+
+def test_an_export_is_spelled_for_old_versions_too(run: Run, tmp_path: Path) -> None:
+    """What 4.48 and 4.57 need, tried by bench/compatibility.sh: they make token types, and know no rope_parameters."""
+    export(run, tmp_path / "out")
+    read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*config.json")}
+    assert read["tokenizer_config.json"]["model_input_names"] == ["input_ids", "attention_mask"]
+    config, rope = read["config.json"], read["config.json"]["rope_parameters"]
+    assert (config["rotary_pct"], config["rotary_emb_base"]) == (rope["partial_rotary_factor"], rope["rope_theta"])
+    assert config["torch_dtype"] == "float32"
+    assert config["pad_token_id"] == read["generation_config.json"]["pad_token_id"] == Tokenizer.load(run.path).eod
 
 
 def test_an_exported_tokenizer_is_ours(run: Run, documents: tuple[str, ...], tmp_path: Path) -> None:
@@ -127,6 +142,40 @@ def test_the_chat_template_gives_the_ids_that_ours_gives(run: Run, tmp_path: Pat
     assert ids == answer_prompt(ours, CONVERSATION)
     ends = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert ends == [ours.eod, ours.special["<|end|>"]]
+
+
+def test_the_chat_template_takes_what_our_api_takes(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    ours, theirs = Tokenizer.load(run.path), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    parts = [{"type": "text", "text": text} for text in ("A ", "\U0001f642?\n")]
+    messages = [{"role": "developer", "content": "Be  brief."}, {"role": "user", "content": parts}]
+    expected = [Message("system", "Be  brief."), Message("user", "A \U0001f642?\n")]
+    assert theirs.apply_chat_template(messages, return_dict=False) == render(ours, expected)[0]
+    for message, reason in (
+        ({"role": "tool", "content": "4"}, "role must be one of"),
+        ({"role": "user", "content": [*parts, {"type": "image", "url": "a.png"}]}, "must be of type text"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            theirs.apply_chat_template([message])
+
+
+def test_the_chat_template_marks_what_is_learnt(run: Run, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    ours, theirs = Tokenizer.load(run.path), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = ("", " Yes. ", "\U0001f642\u4e2d na\u00efve", "\n")
+    conversation = [message for text in said for message in (Message("user", text), Message("assistant", text))]
+    marked = theirs.apply_chat_template(
+        [dataclasses.asdict(message) for message in conversation], return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, learn = render(ours, conversation)
+    assert marked["input_ids"] == ids and [bool(mark) for mark in marked["assistant_masks"]] == learn
+
+
+@pytest.mark.parametrize("template", [JINJA, PLAIN_JINJA, OLD_JINJA, "{{ messages[0].content }}"])
+def test_a_chat_model_is_known_by_its_template(run: Run, template: str, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text(template)
+    assert import_(tmp_path / "out", tmp_path / "back").chat == ("generation_prompt" in template)
 
 
 def test_a_base_model_has_no_chat_template_and_ends_with_its_document(run: Run, tmp_path: Path) -> None:
