@@ -117,8 +117,6 @@ def bench_decode(
     if "transformers" in names and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed (pip install 'transformers>=4.48'): there is no peer to compare with")
         names.remove("transformers")
-    if llama_cpp and importlib.util.find_spec("gguf") is None:
-        raise InputError("--llama-cpp needs gguf to write the weights: pip install 'gguf>=0.17'")
     counts = integers("--threads", threads) if threads else [torch.get_num_threads()]
     if threads and max(counts) > (cores := os.cpu_count() or 1):
         raise InputError(f"--threads is {threads}; this machine has {cores} cores")

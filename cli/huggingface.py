@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +17,28 @@ from engine.folders import one_writer
 
 def export_run(
     path: RunArgument,
-    out: Annotated[Path, Option(help="The folder to write.", show_default=False)],
+    out: Annotated[Path, Option(help="The folder to write; with --gguf, the file.", show_default=False)],
     which: CheckpointName = "latest",
+    gguf: Annotated[bool, Option("--gguf", help="Write one file for llama.cpp, Ollama and LM Studio.")] = False,
+    precision: Annotated[str | None, Option(help="Of --gguf: fp32, fp16 (unless given), bf16 or int8.")] = None,
 ) -> None:
-    """Write a model for transformers and other tools that read Hugging Face's files.
+    """Write a model for transformers and other tools that read Hugging Face's files, or for llama.cpp.
 
     Example: gpt export runs/nano --out nano-hf
     """
     from engine.huggingface import EXPORTED_FILES, export
     from engine.run import Run
 
+    if gguf:
+        from engine.gguf import export as export_gguf
+
+        chats = export_gguf(Run(path), out, which, precision or "fp16", notice)
+        print(f"{out}: {out.stat().st_size:,} bytes")
+        tool, text = ("llama-cli", "") if chats else ("llama-completion", ' -no-cnv -p "Once upon a time"')
+        print(f"use it     {tool} -m {shlex.quote(str(out))}{text}")
+        return
+    if precision is not None:
+        raise InputError("--precision belongs to --gguf; Hugging Face's files are written in fp32")
     with _empty(out, EXPORTED_FILES, "export"):
         files = export(Run(path), out, which, print)
     for file in files:

@@ -1,16 +1,24 @@
-"""Write a model as GGUF, the file that llama.cpp reads: GPT-NeoX by llama.cpp's names, and the settings that it needs.
+"""Write a model as GGUF, the file of weights and vocabulary that llama.cpp reads, and with it Ollama and LM Studio.
 
-llama.cpp stacks query, key and value as we do and rotates as we do. It wants a bias everywhere, and computes GELU in
-its tanh form, which moves scores by some thousandths.
+The model is GPT-NeoX by llama.cpp's names: it stacks query, key and value as we do and rotates as we do. It wants a
+bias everywhere, and computes GELU in its tanh form, which moves scores by some thousandths.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine import disk
+from engine.chat_template import END, JINJA
 from engine.errors import InputError
-from engine.huggingface import renamed
+from engine.huggingface import merged, renamed
 from engine.model import GPT
+from engine.run import Run
+from engine.runtime import Runtime
+from engine.tokenizer import SPACE_MARK, JsonTokenizer, Tokenizer
 
 NAMES = {
     "embedding": "token_embd",
@@ -26,19 +34,41 @@ NAMES = {
 }
 # How GGUF holds the matrices of a model in each of our precisions. Q8_0 has a scale for each 32 numbers of a row.
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
+# How a byte-level tokenizer must cut a text before it merges, which llama.cpp knows as gpt-2.
+GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def write(model: GPT, path: Path, precision: str) -> None:
-    """Write a model, its matrices in `precision`, without a tokenizer: llama.cpp takes and gives ids of tokens then.
+def export(run: Run, out: Path, which: str, precision: str, notice: Callable[[str], None]) -> bool:
+    """Write a checkpoint of a run into the file `out`, and return whether the model chats. See `write`."""
+    if precision not in KINDS:
+        raise InputError(f"--precision is {precision!r}; it must be {', '.join(KINDS)}")
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another file with --out")
+    model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
+    recipe = run.read_recipe()
+    with disk.replacing(out) as new:
+        write(model, new, precision, tokenizer, name=recipe.name, chat=recipe.chat)
+    return recipe.chat
 
-    Raises ImportError without the package `gguf`, and InputError where int8 does not divide the width.
+
+def write(
+    model: GPT, path: Path, precision: str, tokenizer: Tokenizer | None = None, *, name: str = "", chat: bool = False
+) -> None:
+    """Write a model, its matrices in `precision`. Without a tokenizer, llama.cpp takes and gives ids of tokens.
+
+    A model that has learnt to chat takes its template along. Raises InputError for what llama.cpp cannot hold: 8 bits
+    of a width that is no multiple of 32, and tokenizers that cut a text by rules that it does not know.
     """
     import gguf
 
     config = model.config
     if precision == "int8" and config.width % 32:
-        raise InputError(f"the width is {config.width}; 8 bits in llama.cpp need a multiple of 32")
+        raise InputError(f"the width is {config.width}; 8 bits in llama.cpp need a multiple of 32: choose fp16")
     writer = gguf.GGUFWriter(path, "gptneox")
+    if name:
+        writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "fp32" else f"MOSTLY_{KINDS[precision]}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.blocks)
@@ -48,8 +78,15 @@ def write(model: GPT, path: Path, precision: str) -> None:
     writer.add_rope_freq_base(config.rotary_base)
     writer.add_parallel_residual(config.parallel_residual)
     writer.add_layer_norm_eps(config.norm_eps)
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        _add_vocabulary(writer, tokenizer)
+        # What ends a turn of a chat ends nothing in a model that has never seen one.
+        writer.add_eot_token_id(tokenizer.special[END] if chat else tokenizer.eod)
+    if chat:
+        writer.add_chat_template(JINJA)
     tensors = {renamed(name, NAMES): tensor for name, tensor in model.state_dict().items()}
     if not config.biases:
         for name in [name for name in tensors if name.startswith(("blk", "output_norm"))]:
@@ -61,3 +98,45 @@ def write(model: GPT, path: Path, precision: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add the tokens, and how to cut a text into them."""
+    from gguf import TokenType
+
+    names = [tokenizer.name(index) for index in range(tokenizer.vocab_size)]
+    content = json.loads(tokenizer.model) if isinstance(tokenizer, JsonTokenizer) else None
+    if content is not None and not content["model"].get("byte_fallback"):
+        types = [TokenType.NORMAL] * len(names)
+        for added in content["added_tokens"]:
+            # A control token is found in a text only where that is asked for, and one of the user always.
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        cutter = content["pre_tokenizer"] or {}
+        if {key: cutter.get(key) for key in GPT_2} != GPT_2 or content["model"].get("ignore_merges"):
+            raise InputError(f"this tokenizer.json cuts text into words by rules that are not GPT-2's: {cutter}")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    else:
+        # SentencePiece merges what has the highest score first.
+        types = [TokenType.BYTE if spelled else TokenType.CONTROL for spelled in tokenizer.token_bytes]
+        unknown = names.index(content["model"]["unk_token"]) if content else tokenizer.processor.unk_id()
+        # Byte tokens make it unreachable. Text that spells it stays text.
+        types[unknown] = TokenType.UNUSED
+        scores = [0.0] * len(names)
+        for rank, (index, text) in enumerate(merged(tokenizer).items()):
+            names[index], types[index], scores[index] = text.replace(" ", SPACE_MARK), TokenType.NORMAL, float(-rank)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(scores)
+        writer.add_unk_token_id(unknown)
+    if len(set(names)) < len(names):
+        raise InputError("two tokens have one name, at which llama.cpp would end")
+    writer.add_token_list(names)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(False)
+    # A document begins and ends with this one.
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(tokenizer.eod)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)

@@ -270,20 +270,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.model
-    processor = tokenizer.processor
-    names: list[str] = []
-    merging: list[str] = []
-    for index in range(tokenizer.vocab_size):
-        name = tokenizer.name(index)
-        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index)):
-            name = name.replace(SPACE_MARK, " ")
-            # A byte-pair model scores its tokens 0, -1, -2 and so on; the other kind of SentencePiece does not merge.
-            if processor.get_score(index) != -len(merging):
-                raise InputError("only a byte-pair tokenizer can be exported; this SentencePiece model is another kind")
-            merging.append(name)
-        names.append(name)
-    known = set(merging)
-    cuts = ((name[:cut], name[cut:]) for name in merging for cut in range(1, len(name)))
+    names = {index: tokenizer.name(index) for index in range(tokenizer.vocab_size)} | (tokens := merged(tokenizer))
     begin = {"id": END_OF_DOCUMENT, "ids": [tokenizer.eod], "tokens": [END_OF_DOCUMENT]}
     document = [{"SpecialToken": {"id": END_OF_DOCUMENT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -307,13 +294,49 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
         "decoder": {"type": "ByteFallback"},
         "model": {
             "type": "BPE",
-            "unk_token": tokenizer.name(processor.unk_id()),
+            "unk_token": tokenizer.name(tokenizer.processor.unk_id()),
             "byte_fallback": True,
-            "vocab": {name: index for index, name in enumerate(names)},
-            "merges": [cut for cut in cuts if known.issuperset(cut)],
+            "vocab": {name: index for index, name in names.items()},
+            "merges": _cuts(list(tokens.values())),
         },
     }
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def merged(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the text of each token that SentencePiece's byte pairs merge, by its id, the best first.
+
+    Raises InputError for a tokenizer of another kind, and for one that changes a text before it cuts it.
+    """
+    found: dict[int, str] = {}
+    if isinstance(tokenizer, JsonTokenizer):
+        # One of ours, which was exported and imported again, has its tokens in the order of their merges.
+        for index, spelled in enumerate(tokenizer.token_bytes):
+            if spelled and not re.fullmatch("<0x[0-9A-F]{2}>", tokenizer.name(index)):
+                found[index] = spelled.decode()
+        content = json.loads(tokenizer.model)
+        merges = [tuple(cut) for cut in content["model"]["merges"]]
+        if content["normalizer"] or content["pre_tokenizer"] or merges != _cuts(list(found.values())):
+            raise InputError("this tokenizer.json does not cut text as the byte pairs of SentencePiece do")
+        return found
+    processor = tokenizer.processor
+    for index in range(tokenizer.vocab_size):
+        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index)):
+            # A byte-pair model scores its tokens 0, -1, -2 and so on; the other kind of SentencePiece does not merge.
+            if processor.get_score(index) != -len(found):
+                raise InputError("only a byte-pair tokenizer can be exported; this SentencePiece model is another kind")
+            found[index] = tokenizer.name(index).replace(SPACE_MARK, " ")
+    probe = PROBE + "\ufb01"  # of which NFKC makes two letters
+    if (changed := processor.normalize(probe).replace(SPACE_MARK, " ")) != probe:
+        raise InputError(f"this SentencePiece model changes text before it cuts it: {probe!r} became {changed!r}")
+    return found
+
+
+def _cuts(tokens: list[str]) -> list[tuple[str, str]]:
+    """Return every way to cut a token into two others."""
+    known = set(tokens)
+    cuts = ((token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token)))
+    return [cut for cut in cuts if known.issuperset(cut)]
 
 
 def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:

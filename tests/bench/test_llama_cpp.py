@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from engine.model import GPT
 from engine.runtime import Runtime
 from tests.bench.llama import FAKE, program
 
-gguf: Any = pytest.importorskip("gguf")
 CONFIG = ModelConfig(200, 32, 2, 2, 64)
 
 

@@ -47,7 +47,6 @@ def test_a_peer_that_fails_costs_only_itself(gpt: Gpt, monkeypatch: pytest.Monke
 
 
 def test_llama_cpp_is_a_peer_and_sweeps_are_drawn(gpt: Gpt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     small = dataclasses.replace(PRESETS["nano"], model=ModelConfig(200, 32, 2, 2, 64))
     monkeypatch.setitem(PRESETS, "nano", small)
     sizes = decoding.sweeps(small.model, 1)
@@ -79,7 +78,6 @@ def test_llama_cpp_is_a_peer_and_sweeps_are_drawn(gpt: Gpt, monkeypatch: pytest.
     ],
 )
 def test_threads_and_peers_that_are_not_there_are_refused(gpt: Gpt, option: tuple[str, str], message: str) -> None:
-    pytest.importorskip("gguf")
     result = gpt("bench-decode", "nano", "--only", "ours", "--device", "cpu", "--precision", "fp32", *option)
     assert result.code == 2 and message in result.err
 

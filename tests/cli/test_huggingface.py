@@ -30,6 +30,21 @@ def test_a_run_goes_out_and_comes_back_and_says_the_same(gpt: Gpt, trained: Path
     assert "<|assistant|>" in gpt("tokenizer", "show", "runs/back").out
 
 
+def test_a_run_becomes_one_file_for_llama_cpp(gpt: Gpt, trained: Path) -> None:
+    out = gpt("export", str(trained), "--gguf", "--out", "it's.gguf", "--precision", "fp32")
+    assert out.code == 0 and """llama-completion -m 'it'"'"'s.gguf' -no-cnv -p""" in out.out, out.err
+    assert gpt("export", str(trained), "--gguf", "--out", "half.gguf").code == 0
+    sizes = [Path(name).stat().st_size for name in ("it's.gguf", "half.gguf")]
+    assert 1.5 < sizes[0] / sizes[1] < 2 and not list(Path().glob(".writing*"))
+    for message, options in {
+        "half.gguf is there already; choose another file with --out": ("--gguf", "--out", "half.gguf"),
+        "--precision is 'fp8'; it must be fp32, fp16, bf16, int8": ("--gguf", "--out", "new", "--precision", "fp8"),
+        "--precision belongs to --gguf": ("--out", "new", "--precision", "fp16"),
+    }.items():
+        refused = gpt("export", str(trained), *options)
+        assert refused.code == 2 and message in refused.err and not Path("new").exists()
+
+
 def test_an_imported_model_is_finetuned_and_chats(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpt("export", str(trained), "--out", "hf").code == 0 and gpt("import", "hf", "--out", "back").code == 0
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello.\n"), encoding="utf-8"))

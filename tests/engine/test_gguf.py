@@ -1,17 +1,28 @@
-"""A model in llama.cpp's format, read back with its own package."""
+"""A model in llama.cpp's format, read back with its own package, and with llama.cpp where that is installed."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import sentencepiece
 import torch
 
-from engine.config import ModelConfig
+from engine import checkpoint
+from engine.chat_template import JINJA, Message, answer_ends, answer_prompt
+from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.errors import InputError
-from engine.gguf import write
+from engine.generate import document_prompt, generate
+from engine.gguf import export, write
+from engine.huggingface import tokenizer_json, with_special_tokens
 from engine.model import GPT
-
-gguf: Any = pytest.importorskip("gguf")
+from engine.run import Run
+from engine.runtime import choose
+from engine.sampling import Sampling
+from engine.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer
+from tests.engine.test_tokenizer_json import TEXTS, neox_like
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,3 +73,145 @@ def test_a_width_that_8_bits_do_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the width is 48; 8 bits"):
         write(GPT(ModelConfig(200, 48, 1, 2, 32)), tmp_path / "model.gguf", "int8")
     assert not list(tmp_path.iterdir())
+
+
+def run_of(tokenizer: Tokenizer, path: Path, *, chat: bool, **changes: Any) -> Run:
+    """A run of random weights, so large that the choices are far apart."""
+    config = ModelConfig(tokenizer.vocab_size, 64, 2, 4, 48, **changes)
+    model = GPT(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm.weight" in name else 0.0, std=0.3)
+    run = Run(path)
+    run.write_recipe(Recipe(name="small", model=config, budget=BudgetConfig(steps=1), chat=chat))
+    tokenizer.save(path / tokenizer.file_name)
+    checkpoint.save(run.checkpoints, 1, {"model": model.state_dict()}, {})
+    return run
+
+
+def ignore(message: str) -> None: ...
+
+
+@pytest.fixture(params=["trained", "exported", "byte-level"])
+def kind(request: pytest.FixtureRequest, tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tokenizer:
+    """A tokenizer of each kind: ours, ours after an export and an import, and Pythia's."""
+    if request.param == "trained":
+        return tokenizer
+    if request.param == "exported":
+        return with_special_tokens(tokenizer_json(tokenizer), tokenizer.vocab_size)
+    return with_special_tokens(neox_like(documents).to_str().encode(), 384)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_chat_model_takes_its_template_along_and_a_base_model_none(
+    tokenizer: Tokenizer, chat: bool, tmp_path: Path
+) -> None:
+    assert export(run_of(tokenizer, tmp_path / "run", chat=chat), tmp_path / "out.gguf", "1", "fp16", ignore) is chat
+    settings, _ = read(tmp_path / "out.gguf")
+    assert settings.get("tokenizer.chat_template") == (JINJA if chat else None)
+    assert settings["tokenizer.ggml.eot_token_id"] == tokenizer.special["<|end|>" if chat else "<|endoftext|>"]
+    ends = {name: settings[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")}
+    assert ends == {"bos": tokenizer.eod, "eos": tokenizer.eod, "padding": tokenizer.eod, "unknown": 0}
+    assert settings["tokenizer.ggml.add_bos_token"] and not settings["tokenizer.ggml.add_space_prefix"]
+    assert settings["general.name"] == "small" and settings["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+
+
+def test_pieces_have_the_scores_and_kinds_of_sentencepiece(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = GPT(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 16))
+    imported = with_special_tokens(tokenizer_json(tokenizer), tokenizer.vocab_size)
+    for number, each in enumerate((tokenizer, imported)):
+        write(model, tmp_path / f"{number}.gguf", "fp32", each)
+        settings, _ = read(tmp_path / f"{number}.gguf")
+        assert settings["tokenizer.ggml.model"] == "llama"
+        assert settings["tokenizer.ggml.tokens"] == [tokenizer.name(index) for index in range(tokenizer.vocab_size)]
+        scores = [tokenizer.processor.get_score(index) for index in range(tokenizer.vocab_size)]
+        assert settings["tokenizer.ggml.scores"] == scores and min(scores) < -100
+        types = [gguf.TokenType(each).name for each in settings["tokenizer.ggml.token_type"]]
+        # The first piece is "unknown", which byte tokens make unreachable.
+        assert types == ["UNUSED"] + ["CONTROL"] * 5 + ["BYTE"] * 256 + ["NORMAL"] * (len(types) - 262)
+
+
+def test_a_byte_level_vocabulary_has_merges_and_tokens_of_its_user(documents: tuple[str, ...], tmp_path: Path) -> None:
+    backend = neox_like(documents)
+    tokenizer = with_special_tokens(backend.to_str().encode(), backend.get_vocab_size() + 10)
+    write(GPT(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tmp_path / "out.gguf", "fp32", tokenizer)
+    settings, _ = read(tmp_path / "out.gguf")
+    assert settings["tokenizer.ggml.model"] == "gpt2" and settings["tokenizer.ggml.pre"] == "gpt-2"
+    tokens = settings["tokenizer.ggml.tokens"]
+    types = dict(zip(tokens, settings["tokenizer.ggml.token_type"], strict=True))
+    assert types["    "] == gguf.TokenType.USER_DEFINED and types["\u0120a"] == gguf.TokenType.NORMAL
+    assert {types[token] for token in (*SPECIAL_TOKENS, "<|padding|>", tokens[-1])} == {gguf.TokenType.CONTROL}
+    assert settings["tokenizer.ggml.merges"][0].replace(" ", "") in tokens
+
+
+def test_tokenizers_that_llama_cpp_would_cut_otherwise_are_refused(documents: tuple[str, ...], tmp_path: Path) -> None:
+    import tokenizers
+
+    def trained(**changes: Any) -> Tokenizer:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            **{
+                "sentence_iterator": iter(documents), "model_writer": model, "vocab_size": 320, "model_type": "bpe",
+                "byte_fallback": True, "control_symbols": list(SPECIAL_TOKENS), "normalization_rule_name": "identity",
+                "add_dummy_prefix": False, "remove_extra_whitespaces": False, "minloglevel": 2, **changes,
+            }
+        )  # fmt: skip
+        return SentencePieceTokenizer(model.getvalue())
+
+    backend = neox_like(documents)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    for message, tokenizer in {
+        "only a byte-pair tokenizer": trained(model_type="unigram"),
+        "changes text before it cuts it": trained(add_dummy_prefix=True),
+        "into words by rules": with_special_tokens(backend.to_str().encode(), 400),
+    }.items():
+        run = run_of(tokenizer, tmp_path / message, chat=False)
+        with pytest.raises(InputError, match=message):
+            export(run, tmp_path / "out.gguf", "latest", "fp32", ignore)
+        assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.fixture
+def llama() -> Any:
+    """llama.cpp by its package for Python, a model's keys and values in fp32."""
+    package = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip builds it, for minutes")
+
+    def load(path: Path) -> Any:
+        keep = {"type_k": package.GGML_TYPE_F32, "type_v": package.GGML_TYPE_F32}
+        return package.Llama(str(path), n_ctx=48, n_threads=1, logits_all=True, verbose=False, **keep)
+
+    return load
+
+
+# The error is in standard deviations of the scores. llama.cpp rounds activations to the kind of the weights, too.
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0.01), ("fp16", 0.02), ("int8", 0.5)])
+@pytest.mark.parametrize("changes", [{}, {"parallel_residual": True, "rotary_share": 0.5, "biases": True}])
+def test_llama_cpp_computes_the_same(
+    llama: Any, tokenizer: Tokenizer, precision: str, error: float, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_of(tokenizer, tmp_path / "run", chat=False, **changes)
+    export(run, tmp_path / "out.gguf", "latest", precision, ignore)
+    theirs, (ours, _) = llama(tmp_path / "out.gguf"), run.load_model(choose("cpu", "fp32"))
+    tokens = torch.randint(tokenizer.vocab_size, (40,))
+    theirs.eval(tokens.tolist())
+    with torch.no_grad():
+        expected = ours.logits(ours(tokens[None]))[0].numpy()
+    assert np.abs(theirs.scores[:40] - expected).max() < error * expected.std()
+
+
+def test_llama_cpp_cuts_text_as_we_do_and_writes_what_we_write(llama: Any, kind: Tokenizer, tmp_path: Path) -> None:
+    run = run_of(kind, tmp_path / "run", chat=True)
+    export(run, tmp_path / "out.gguf", "latest", "fp32", ignore)
+    theirs, (ours, _) = llama(tmp_path / "out.gguf"), run.load_model(choose("cpu", "fp32"))
+    for text in (each.replace("\u2581", "_") for each in TEXTS):
+        assert theirs.tokenize(text.encode(), special=False) == document_prompt(kind, text), text
+        assert theirs.detokenize(kind.encode(text)).decode() == text
+    conversation = [Message("system", "Be  brief."), Message("user", "A fox?\n")]
+    greedy = {"temperature": 0.0, "max_tokens": 16}
+    prompts, ends = [answer_prompt(kind, conversation)], answer_ends(kind)
+    (expected,) = generate(ours, kind, prompts, Sampling(temperature=0), max_tokens=16, stop_ids=ends)
+    said = theirs.create_chat_completion([vars(each) for each in conversation], **greedy)["choices"][0]
+    # What is no UTF-8 is left out there.
+    assert said["message"]["content"] == expected.text.replace("\ufffd", "")

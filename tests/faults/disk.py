@@ -20,6 +20,7 @@ WRITERS = {
     "prepare": ("data prepare words.txt --out full/new --vocab-size 320 --workers 1", ""),
     "tokenizer": ("tokenizer train --data words.txt --vocab-size 320 --out full/new.model", ""),
     "export": ("export base --out full/new", ""),
+    "gguf": ("export base --gguf --out full/new.gguf", ""),
     "import": ("import hf --out full/new", ""),
     "evaluate": ("evaluate full/base --count 2 --tokens 200 --device cpu --precision fp32", ""),
     "pairs": (
