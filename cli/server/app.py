@@ -1,22 +1,23 @@
 """The FastAPI application: routes, limits, keys. Each request becomes a Job of the one Worker."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cli.server import guard, openai
+from cli.server import document, guard, openai
 from cli.server.answers import ChatAnswer, Choice, CompletionAnswer, to_json
 from cli.server.guard import BODY_BYTES, Guard, carries
 from cli.server.openai import APIError, ChatRequest, CompletionRequest, context_exceeded, model_failed
@@ -44,9 +45,7 @@ class Served:
     created: int
 
 
-class JSON(Response):
-    media_type = "application/json"
-
+class JSON(JSONResponse):
     def render(self, content: Any) -> bytes:
         # The JSON is ASCII: a text of the client may hold half a surrogate pair, which UTF-8 cannot spell.
         return to_json(content).encode()
@@ -188,6 +187,9 @@ class Server:
             top_p=max(asked.top_p, 1e-9),  # 0 means the likeliest token alone
             min_p=asked.min_p,
             repetition_penalty=asked.repetition_penalty,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=self._biases(asked.logit_bias),
             seed=None if asked.seed is None else asked.seed % 2**62,
         )
         ends = chat_template.text_ends(served.tokenizer, chat=served.chat)
@@ -212,6 +214,13 @@ class Server:
         finally:
             watch.cancel()
             job.close()
+
+    def _biases(self, biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+        found = tuple((int(token), bias) for token, bias in biases.items())
+        if any(token >= self.served.tokenizer.vocab_size for token, _ in found):
+            reason = f"an id is no token's: they go from 0 to {self.served.tokenizer.vocab_size - 1}"
+            raise openai.invalid_value("logit_bias", reason)
+        return found
 
     def _submit(self, requests: Sequence[batcher.Request], *, read_prompts: bool) -> Job:
         if len(requests) > self.worker.limit:
@@ -262,7 +271,8 @@ def create_app(
         yield
         await worker.stop()
 
-    async def authorise(http: Request) -> None:
+    # FastAPI reads the same header for the document alone.
+    async def authorise(http: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> None:
         if key and not carries(http.headers.get("authorization", ""), key):
             how = {"WWW-Authenticate": "Bearer"}
             raise APIError(401, "Incorrect or no API key provided.", code="invalid_api_key", headers=how)
@@ -274,8 +284,8 @@ def create_app(
         return JSON({"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)})
 
     # FastAPI's own pages would load scripts from other sites.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    locked = APIRouter(dependencies=[Depends(authorise)])
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    locked, unlocked = APIRouter(dependencies=[Depends(authorise)] if key else []), APIRouter()
     routes: list[tuple[APIRouter, str, str, Callable[..., Awaitable[Response]]]] = [
         (locked, "POST", "/v1/chat/completions", server.chat),
         (locked, "POST", "/v1/completions", server.completions),
@@ -283,12 +293,23 @@ def create_app(
         (locked, "GET", "/v1/models", server.models),
         (locked, "GET", "/v1/models/{name:path}", server.model),
         (locked, "GET", "/metrics", server.metrics),
-        (app.router, "GET", "/health", server.health),
-        (app.router, "GET", "/page.json", about),
+        (unlocked, "GET", "/health", server.health),
+        (unlocked, "GET", "/page.json", about),
     ]
     for router, method, path, endpoint in routes:
-        router.add_api_route(path, endpoint, methods=[method], response_model=None)
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            response_model=None,
+            response_class=JSON if document.OPERATIONS[path].gives else Response,
+            summary=document.OPERATIONS[path].about,
+            responses=document.OPERATIONS[path].responses(locked=bool(key) and router is locked),
+        )
     app.include_router(locked)
+    app.include_router(unlocked)
+    app.openapi = cache(partial(document.describe, app, served.name))  # type: ignore[method-assign]
+    app.add_route("/docs", lambda _: HTMLResponse(document.page(app.openapi())))
     offered = [f"{method} {path.replace('{name:path}', 'NAME')}" for _, method, path, _ in routes]
     page = StaticFiles(directory=PAGE, html=True)
 

@@ -32,9 +32,6 @@ TEXT_NEUTRAL: Neutral = {
     **NEUTRAL,
     "metadata": (ANY,),
     "store": (False,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -107,7 +104,8 @@ def _describe(schema: dict[str, Any], kind: type["Fields"]) -> None:
             about = {key: field.pop(key) for key in ("default", "description") if key in field}
             fields[name] = {"anyOf": [field, {"type": "null"}], **about}
     for name, values in kind.neutral.items():
-        fields[name] = {} if ANY in values else {"enum": [*values, None]}
+        free = {"description": "It changes no answer."}
+        fields[name] = free if ANY in values else {"enum": [*values, None], "description": "Anything else is refused."}
 
 
 class Fields(BaseModel):
@@ -152,31 +150,36 @@ def join_parts(kind: type[TextPart], value: Any) -> Any:
 
 
 class StreamOptions(Fields):
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="The last event counts the tokens.")
     # It would hide the lengths of tokens from who sees encrypted traffic go by; there is none here.
     include_obfuscation: bool = False
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
-Count = Annotated[int, Field(ge=1, le=CHOICES)]
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Stops = Annotated[list[Stop], Field(max_length=4)]
 
 
 class Options(Fields):
     """The fields that all endpoints take."""
 
     model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        list[Stop], Field(max_length=4), BeforeValidator(_as_list, json_schema_input_type=Stop | list[Stop])
-    ] = []
-    stream: bool = False
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
+    top_p: float = Field(1.0, ge=0, le=1, description="The share of probability to draw from.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed draws the same text.")
+    stop: Annotated[Stops, BeforeValidator(_as_list, json_schema_input_type=Stop | Stops)] = Field(
+        [], description="The text ends before any of these."
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logits of tokens that were written.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, as often as they were written.")
+    logit_bias: dict[TokenId, Bias] = Field({}, description="What is added to the logits of tokens, by their ids.")
+    stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     # These are beyond OpenAI's.
-    top_k: int | None = Field(None, ge=1, le=10**15)
-    min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    top_k: int | None = Field(None, ge=1, le=10**15, description="Draw from the likeliest k tokens.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Leave out what is less likely than this share of the best.")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="Above 1, what was said is less likely.")
 
 
 class ChatMessage(Fields):
@@ -196,17 +199,17 @@ class ChatMessage(Fields):
 class ChatRequest(Options):
     neutral: ClassVar[Neutral] = TEXT_NEUTRAL
     messages: list[ChatMessage] = Field(min_length=1, max_length=MESSAGES)
-    n: Count = 1
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    # These are vLLM's: the last message is the beginning of the answer.
-    continue_final_message: bool = False
-    add_generation_prompt: bool | None = None
+    n: int = Field(1, ge=1, le=CHOICES, description="How many texts to draw for each prompt.")
+    max_tokens: int | None = Field(None, ge=1, description="Else as many as the context has room for.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool = Field(False, description="Give each token's log-probability.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="And those of so many likeliest.")
+    # These are vLLM's.
+    continue_final_message: bool = Field(False, description="The last message is the beginning of the answer.")
+    add_generation_prompt: bool | None = Field(None, description="The opposite of continue_final_message.")
 
 
-Texts = Annotated[list[Annotated[str, Field()]], Field(min_length=1, max_length=CHOICES)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=CHOICES)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -215,13 +218,17 @@ class CompletionRequest(Options):
     prompt: Annotated[
         list[str] | list[list[int]],
         PlainValidator(
-            _as_prompts, json_schema_input_type=str | Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
+            _as_prompts,
+            json_schema_input_type=str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)],
         ),
     ] = [""]
-    n: Count = 1
-    max_tokens: int = Field(16, ge=0)  # 16 is OpenAI's default; 0 with `echo` asks about the prompt alone
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=5)
+    n: int = Field(1, ge=1, le=CHOICES, description="How many texts to draw for each prompt.")
+    # 16 is OpenAI's default.
+    max_tokens: int = Field(16, ge=0, description="0, with echo, asks about the prompt alone.")
+    echo: bool = Field(False, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="Give log-probabilities, and those of so many likeliest."
+    )
 
 
 Kind = TypeVar("Kind", bound=Options)
@@ -230,7 +237,7 @@ Kind = TypeVar("Kind", bound=Options)
 def parse(kind: type[Kind], body: bytes) -> Kind:
     """Return the request that a body spells. Raises APIError, 400, naming the field that is at fault."""
     try:
-        values = json.loads(body, parse_constant=_no_constant)
+        values = json.loads(body, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError):
         message = "The body of the request is not valid JSON, or nested too deeply, or a number in it is too long."
         raise APIError(400, message) from None
@@ -245,6 +252,12 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     return request
 
 
+def _number(text: str) -> float:
+    """Return a whole number as int: JSON knows one kind of number, and 1.0 is 1."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(name)  # NaN and Infinity are Python's, not JSON's
 
@@ -252,7 +265,7 @@ def _no_constant(name: str) -> None:
 def _refusal(error: ValidationError) -> APIError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = ""
-    for part in first["loc"]:
+    for part in (each for each in first["loc"] if each != "[key]"):
         param += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if param else part[:64]
     if first["type"] == "missing":
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")

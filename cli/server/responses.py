@@ -64,11 +64,11 @@ class ResponseRequest(Options):
         **dict.fromkeys(("previous_response_id", "conversation", "prompt"), ()),
     }
     input: Annotated[Items, BeforeValidator(_as_items, json_schema_input_type=str | Items)]
-    instructions: str = ""
-    max_output_tokens: int | None = Field(None, ge=1)
-    include: list[Include] = Field([])
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    metadata: dict[str, str] = Field({}, max_length=16)
+    instructions: str = Field("", description="A system message that comes first.")
+    max_output_tokens: int | None = Field(None, ge=1, description="Else as many as the context has room for.")
+    include: list[Include] = Field([], description=f"{LOGPROBS} asks for them; the others change nothing.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Those of so many likeliest, too.")
+    metadata: dict[str, str] = Field({}, max_length=16, description="It comes back with the answer.")
 
 
 class ResponseAnswer(ChatAnswer):

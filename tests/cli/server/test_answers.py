@@ -277,6 +277,17 @@ def test_our_own_ways_to_sample_are_obeyed(server: Live) -> None:
     assert complete(server, top_p=0.9, temperature=1.5, extra_body=options).choices[0].text == expected
 
 
+def test_penalties_and_biases_are_obeyed(server: Live) -> None:
+    prompt = document_prompt(server.served.tokenizer, PROMPT)
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": -0.5}
+    expected = alone(server, prompt, seed=1, max_tokens=16, logit_bias=((7, 12.5), (300, -100.0)), **penalties)
+    assert complete(server, logit_bias={"7": 12.5, "300": -100}, **penalties).choices[0].text == expected
+    for ask in (complete, chat):
+        choice = ask(server, max_tokens=3, logit_bias={"65": 100}, temperature=0).choices[0]
+        text = choice.text if ask is complete else choice.message.content
+        assert text == server.served.tokenizer.decode([65] * 3) != ""
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_logprobs_spell_the_answer_byte_by_byte(server: Live, stream: bool) -> None:
     answer = chat(server, temperature=0, logprobs=True, top_logprobs=3, max_tokens=20, stream=stream)

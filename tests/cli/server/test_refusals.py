@@ -47,8 +47,10 @@ CHAT_ERRORS: dict[str, tuple[dict[str, Any], str, str | None]] = {
 }
 COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "unknown": ({"promt": "x"}, "promt", "unknown_parameter"),
-    "penalty": ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-    "bias": ({"logit_bias": {"5": 100}}, "logit_bias", "unsupported_parameter"),
+    "penalty": ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+    "bias": ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+    "biased nothing": ({"logit_bias": {"1000000": 1}}, "logit_bias", "invalid_value"),
+    "biased word": ({"logit_bias": {"fox": 1}}, "logit_bias.fox", "invalid_value"),
     "best of": ({"best_of": 3}, "best_of", "unsupported_parameter"),
     "suffix": ({"suffix": "the end"}, "suffix", "unsupported_parameter"),
     "usage without stream": ({"stream_options": {"include_usage": True}}, "stream_options", None),
@@ -174,13 +176,12 @@ def test_without_the_key_nothing_but_the_page_and_health_answers(tokenizer: Toke
 
 
 def test_every_answer_carries_strict_headers(server: Live) -> None:
-    for path in ("/health", "/v1/models", "/nothing", "/page.json"):
+    for path in ("/health", "/v1/models", "/nothing", "/page.json", "/docs", "/openapi.json"):
         headers = server.http.get(path).headers
         assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
         assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
         assert headers["cache-control"] == "no-store" and "access-control-allow-origin" not in headers
-    for path in ("/docs", "/redoc", "/openapi.json"):
-        assert server.http.get(path).status_code == 404
+    assert server.http.get("/redoc").status_code == 404
 
 
 def test_the_page_is_served_where_there_is_one(
