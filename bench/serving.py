@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.harness import ending_together
 from engine.errors import InputError
@@ -40,6 +43,8 @@ MAX_TOKENS = (32, 128)
 # One in this many streams is requested again, alone, when the load is over.
 SAMPLE_EVERY = 16
 SAMPLES = 32
+# What the server's /metrics measure, behind gpt_.
+HISTOGRAMS = ("queue_seconds", "first_token_seconds", "token_seconds", "request_seconds")
 # Seconds between two looks at the server's health, and how long one may take.
 WATCH_EVERY = 0.02
 WATCH_PATIENCE = 10.0
@@ -195,13 +200,21 @@ def serving(run: Path, options: Sequence[str]) -> Iterator[tuple[int, int]]:
             raise InputError(f"gpt serve ended with {code}: {log.read()[-500:].strip()}")
 
 
+def told(port: int) -> dict[str, tuple[float, float]]:
+    """Return the sum and the count of each of the server's own histograms."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    return {name: (found[f"gpt_{name}_sum"], found[f"gpt_{name}_count"]) for name in HISTOGRAMS}
+
+
 async def measure(port: int, process: int, clients: int, seconds: float) -> dict[str, Any]:
     numbers = itertools.count()
     await load(port, 1, 1.0, numbers)
     begin = time.perf_counter()
     alone = rate(await load(port, 1, seconds / 6, numbers), begin, begin + seconds / 6)
 
-    memory = [resident(process)]
+    memory, before = [resident(process)], told(port)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         await asyncio.wrap_future(pool.submit(int))  # the process has begun
         begin = time.perf_counter()
@@ -214,6 +227,8 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
     streams = [stream for stream in asked if not stream.refused]
     together = rate(streams, begin + seconds / 6, begin + seconds)
 
+    after = told(port)
+    means = {name: (after[name][0] - total) / (after[name][1] - count) for name, (total, count) in before.items()}
     samples = [stream for stream in streams[::SAMPLE_EVERY] if not stream.fault][:SAMPLES]
     again = [await follow(port, stream.body) for stream in samples]
     gaps = [later - earlier for stream in streams for earlier, later in pairwise(stream.times)]
@@ -232,6 +247,7 @@ async def measure(port: int, process: int, clients: int, seconds: float) -> dict
         "against_one_client": together / alone,
         "first_token_seconds": quantiles(first),
         "token_gap_seconds": quantiles(gaps),
+        "mean_seconds_told_by_the_server": means,
         "health_seconds": {**quantiles(health), "worst": max(health), "asked": len(health)},
         "memory_bytes": {
             "one_client": memory[0],

@@ -178,6 +178,8 @@ def bench_serving(
     print(f"tokens/s     {result['tokens_per_second']:,.0f}, {result['against_one_client']:.1f}x one client's")
     print(f"first token  {1000 * first['p50']:.0f} ms, p99 {1000 * first['p99']:.0f} ms")
     print(f"token gap    {1000 * gap['p50']:.0f} ms, p99 {1000 * gap['p99']:.0f} ms")
+    means = result["mean_seconds_told_by_the_server"].items()
+    print("/metrics     " + ", ".join(f"gpt_{name} {1000 * mean:.1f} ms" for name, mean in means) + " (means)")
     print(f"health       {health['p50']:.0f} ms, p99 {health['p99']:.0f} ms, at worst {health['worst']:.0f} ms")
     names = {"one_client": "with one client", "settled": "settled", "end": "at the end"}
     print("memory       " + ", ".join(f"{memory[key] / 2**20:,.0f} MiB {name}" for key, name in names.items()))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -84,7 +85,7 @@ class Server:
         return JSON({"status": "the model has failed"}, 503) if self.worker.failed else JSON({"status": "ok"})
 
     async def metrics(self) -> Response:
-        return Response(self.worker.metrics(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(self.worker.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def chat(self, http: Request) -> Response:
         asked = await self._read(http, ChatRequest)
@@ -277,8 +278,10 @@ def create_app(
             how = {"WWW-Authenticate": "Bearer"}
             raise APIError(401, "Incorrect or no API key provided.", code="invalid_api_key", headers=how)
 
-    def count(route: str, status: int) -> None:
+    def count(route: str, status: int, seconds: float) -> None:
         worker.requests[route, status] += 1
+        if status == 200 and route in document.OPERATIONS and document.OPERATIONS[route].asks:
+            worker.request_times.add(seconds)
 
     async def about() -> Response:
         return JSON({"model": served.name, "chat": served.chat, "context": served.context, "key_required": bool(key)})

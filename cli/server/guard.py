@@ -62,14 +62,14 @@ class Guard:
     the connection is closed: a client that sends all before it reads anything would see a reset, and no answer.
 
     `hosts` are the names that the Host header may say; None is any. A page of another site whose own name resolves to
-    127.0.0.1 (DNS rebinding) still sends that name. `count` is told of each answer.
+    127.0.0.1 (DNS rebinding) still sends that name. `count` is told of each answer: route, status, seconds.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         hosts: Collection[str] | None,
-        count: Callable[[str, int], object] = lambda *_: None,
+        count: Callable[[str, int, float], object] = lambda *_: None,
     ) -> None:
         self.app, self.hosts, self.count = app, hosts, count
 
@@ -112,9 +112,9 @@ class Guard:
             log_failure(error)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.count(route, status)
-            milliseconds = 1000 * (time.perf_counter() - begin)
-            LOG.info("%s %s %d %.0f ms", scope["method"], quote(scope["path"]), status, milliseconds)
+            seconds = time.perf_counter() - begin
+            self.count(route, status, seconds)
+            LOG.info("%s %s %d %.0f ms", scope["method"], quote(scope["path"]), status, 1000 * seconds)
 
     def _welcome(self, scope: Scope) -> bool:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")

@@ -7,15 +7,23 @@ import asyncio
 import functools
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from queue import Empty, SimpleQueue
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from cli.server.guard import log_failure
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 
 # What arrives for a text is a step, its prompt's tokens, or None where time is up or no tokens were asked for.
 Arrival = Step | list[Step] | None
+# The bounds of what takes a request long, and of the time between two tokens.
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 class ModelError(Exception):
@@ -30,6 +38,21 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
+class Times:
+    """A histogram of seconds. prometheus_client's own takes 3 us for each that is added: too long for every token."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, seconds)] += times
+        self.sum += seconds * times
+
+    def family(self, name: str, about: str) -> Metric:
+        buckets = zip([*map(str, self.bounds), "+Inf"], accumulate(self.counts), strict=True)
+        return HistogramMetricFamily(name, about, list(buckets), self.sum)
+
+
 class Job:
     """A job is what one HTTP request asks of the model, a text per Request. Only `numbers` is used in the thread."""
 
@@ -39,7 +62,8 @@ class Job:
         self.numbers: dict[int, int] = {}  # the batcher's, by index; only the thread uses them
         self.arrived: list[tuple[int, Arrival] | Exception] = []
         self.news = asyncio.Event()
-        self.begin, self.begun, self.closed = time.perf_counter(), False, False
+        self.begin, self.closed = time.perf_counter(), False
+        self.latest: dict[int, float] = {}  # when the newest tokens came, by index
         self.timer = worker.loop.call_later(worker.seconds, self._expire)
 
     async def arrivals(self) -> list[tuple[int, Arrival]]:
@@ -90,12 +114,17 @@ class Worker:
         self.limit = batcher.slots + queue
         # The numbers of /metrics are counted on the event loop alone.
         self.requests: Counter[tuple[str, int]] = Counter()  # by route and status
-        self.prompt_tokens = self.generated_tokens = self.first_tokens = 0
-        self.first_token_seconds = 0.0
+        self.prompt_tokens = self.generated_tokens = 0
+        self.queue_times, self.first_times, self.request_times = Times(SECONDS), Times(SECONDS), Times(SECONDS)
+        self.token_times = Times(TOKEN_SECONDS)
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
         self.jobs: set[Job] = set()
         self.failed = False
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.owners: dict[int, tuple[Job, int]] = {}  # by the batcher's number; only the thread uses them
+        # By the batcher's number, and only the thread uses them: whose it is, and of those without a slot since when.
+        self.owners: dict[int, tuple[Job, int]] = {}
+        self.queued: dict[int, float] = {}
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -111,20 +140,20 @@ class Worker:
         for job in self.jobs:
             job._expire()
 
-    def metrics(self) -> str:
-        """Return what has been counted, in Prometheus' text format."""
-        requests = [f'{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(self.requests.items())]
-        lines = []
-        for name, kind, samples in (
-            ("gpt_requests_total", "counter", requests),
-            ("gpt_prompt_tokens_total", "counter", [f" {self.prompt_tokens}"]),
-            ("gpt_generated_tokens_total", "counter", [f" {self.generated_tokens}"]),
-            ("gpt_texts_running", "gauge", [f" {len(self.batcher.running)}"]),
-            ("gpt_texts_waiting", "gauge", [f" {len(self.batcher.waiting)}"]),
-            ("gpt_first_token_seconds", "summary", [f"_sum {self.first_token_seconds}", f"_count {self.first_tokens}"]),
-        ):
-            lines += [f"# TYPE {name} {kind}", *(name + sample for sample in samples)]
-        return "\n".join(lines) + "\n"
+    def collect(self) -> Iterator[Metric]:
+        """Yield what has been counted, for prometheus_client."""
+        answers = CounterMetricFamily("gpt_requests", "Answers, by path and status", labels=("path", "status"))
+        for (path, status), count in self.requests.items():
+            answers.add_metric((path, str(status)), count)
+        yield answers
+        yield CounterMetricFamily("gpt_prompt_tokens", "Tokens of prompts", self.prompt_tokens)
+        yield CounterMetricFamily("gpt_generated_tokens", "Tokens that the model wrote", self.generated_tokens)
+        yield GaugeMetricFamily("gpt_texts_running", "Texts in slots", len(self.batcher.running))
+        yield GaugeMetricFamily("gpt_texts_waiting", "Texts that wait for a slot", len(self.batcher.waiting))
+        yield self.queue_times.family("gpt_queue_seconds", "From a request until a text of it has a slot")
+        yield self.first_times.family("gpt_first_token_seconds", "From a request to its first token")
+        yield self.token_times.family("gpt_token_seconds", "Between two tokens of a text: of a step of several, a part")
+        yield self.request_times.family("gpt_request_seconds", "From a request for texts to the end of its answer")
 
     def submit(self, requests: Sequence[Request], *, read_prompts: bool = False) -> Job:
         """Begin to answer. Close the job in the end. `read_prompts`: first come the log-probabilities of the prompts.
@@ -142,18 +171,24 @@ class Worker:
         self.inbox.put(functools.partial(self._begin, job, requests, read_prompts))
         return job
 
-    def _deliver(self, found: Sequence[tuple[Job, int, Step]]) -> None:
+    def _deliver(self, found: Sequence[tuple[Job, int, Step]], waits: Sequence[float]) -> None:
         now = time.perf_counter()
+        for wait in waits:
+            self.queue_times.add(wait)
+        tokens: Counter[tuple[Job, int]] = Counter()
         for job, index, step in found:
             if step.finish == "error":
                 job.put(ModelError(FAILED))
                 continue
-            self.generated_tokens += 1
+            tokens[job, index] += 1
             job.put((index, step))
-            if not job.begun:
-                job.begun = True
-                self.first_tokens += 1
-                self.first_token_seconds += now - job.begin
+        self.generated_tokens += tokens.total()
+        for (job, index), count in tokens.items():
+            if not job.latest:
+                self.first_times.add(now - job.begin)
+            if index in job.latest:
+                self.token_times.add((now - job.latest[index]) / count, count)
+            job.latest[index] = now
 
     def _fail(self) -> None:
         self.failed = True
@@ -165,12 +200,13 @@ class Worker:
     def _run(self) -> None:
         try:
             while (steps := self._advance()) is not None:
+                waits = self._waits() if self.queued else []
                 found = [(*self.owners[step.request], step) for step in steps]
                 for job, index, step in found:
                     if step.finish:
                         self._forget(job, index)
-                if found:
-                    self.loop.call_soon_threadsafe(self._deliver, found)
+                if found or waits:
+                    self.loop.call_soon_threadsafe(self._deliver, found, waits)
         except Exception as error:
             log_failure(error)
             self.loop.call_soon_threadsafe(self._fail)
@@ -178,11 +214,19 @@ class Worker:
     def _advance(self) -> list[Step] | None:
         """Do what the event loop asked for, and a step. Returns None at the end. Raises if the model is broken."""
         try:
-            return self.batcher.step() if self._obey() else None
+            if not self._obey():
+                return None
+            self.begun = time.perf_counter()
+            return self.batcher.step()
         except Exception as error:
             log_failure(error)
         # Not before here: the exception holds the memory of the step that failed.
         return self.batcher.recover()
+
+    def _waits(self) -> list[float]:
+        """Return how long those have waited that have got their slots, at the beginning of the step."""
+        waiting = {each.number for each in self.batcher.waiting}
+        return [self.begun - self.queued.pop(number) for number in tuple(self.queued) if number not in waiting]
 
     def _obey(self) -> bool:
         """Do what the event loop asked for, and wait for it where the model is idle. Returns False at the end."""
@@ -205,7 +249,7 @@ class Worker:
                     self.loop.call_soon_threadsafe(job.put, (index, None))
                     continue
                 number = self.batcher.submit(request)
-                job.numbers[index], self.owners[number] = number, (job, index)
+                job.numbers[index], self.owners[number], self.queued[number] = number, (job, index), job.begin
         except Exception as error:
             log_failure(error)
             self.loop.call_soon_threadsafe(job.put, ModelError(FAILED))
@@ -218,4 +262,5 @@ class Worker:
     def _forget(self, job: Job, index: int) -> int:
         number = job.numbers.pop(index)
         del self.owners[number]
+        self.queued.pop(number, None)
         return number

@@ -74,5 +74,7 @@ def test_many_clients_are_served_and_measured(small_config: ModelConfig, tokeniz
     result = bench_serving(run.path, clients=4, seconds=1.5, options=["--device", "cpu"])
     assert result["faults"] == [] and result["different_alone"] == 0 < result["asked_again_alone"]
     assert result["refused"] == 0 < result["health_seconds"]["asked"]
+    told = result["mean_seconds_told_by_the_server"]
+    assert 0 < told["token_seconds"] < told["request_seconds"] > told["first_token_seconds"] > 0
     assert 0 < result["health_seconds"]["p99"] <= result["health_seconds"]["worst"] < 10
     assert result["tokens"] > 0 < result["against_one_client"] and result["memory_bytes"]["end"] > 0

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from cli.server import worker
 from engine import checkpoint
@@ -175,23 +176,47 @@ def test_logs_hold_no_word_of_the_conversation(server: Live, caplog: pytest.LogC
     assert "secret" not in "".join(lines) and text not in "".join(lines)
 
 
-def test_metrics_count_what_happened(server: Live) -> None:
-    def figures() -> dict[str, float]:
-        lines = server.http.get("/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+def figures(server: Live) -> dict[str, float]:
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    spell = "{{{}}}".format
+    return {
+        each.name
+        + (spell(",".join(f'{name}="{each.labels[name]}"' for name in each.labels)) if each.labels else ""): each.value
+        for each in samples
+    }
 
-    before = figures()
+
+def test_metrics_count_what_happened(server: Live) -> None:
+    before = figures(server)
     server.post("completions", LONG)
     server.http.get("/no/such/path")
-    after = figures()
+    after = figures(server)
     for name, more in (
         ("gpt_generated_tokens_total", 80),
         ("gpt_first_token_seconds_count", 1),
+        ("gpt_queue_seconds_count", 1),
+        ("gpt_request_seconds_count", 1),
+        ('gpt_request_seconds_bucket{le="+Inf"}', 1),
         ('gpt_requests_total{path="/v1/completions",status="200"}', 1),
     ):
         assert after[name] - before.get(name, 0) == more
     assert after["gpt_texts_running"] == after["gpt_texts_waiting"] == 0
+    # Of those that a first step brings along, nobody knows when the model wrote them.
+    assert 80 - 17 <= after["gpt_token_seconds_count"] - before["gpt_token_seconds_count"] < 80
     assert not any("/no/such" in name for name in after)
+
+
+def test_latencies_are_those_of_the_model(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.paced(monkeypatch, 0.03)
+    before = figures(server)
+    assert server.post("completions", {**LONG, "n": 5, "max_tokens": 9}).status_code == 200
+    after = {name: value - before[name] for name, value in figures(server).items()}
+    # Each token takes 0.03 s at least; one text of the five waits until another one has its nine.
+    assert after["gpt_token_seconds_count"] == 5 * 8 and after['gpt_token_seconds_bucket{le="0.025"}'] == 0
+    assert after["gpt_queue_seconds_count"] == 5 and after['gpt_queue_seconds_bucket{le="0.25"}'] <= 4
+    assert after["gpt_first_token_seconds_count"] == after["gpt_request_seconds_count"] == 1
+    assert after["gpt_request_seconds_sum"] > 2 * 9 * 0.03
 
 
 @pytest.mark.parametrize(
