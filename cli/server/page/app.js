@@ -204,6 +204,7 @@ async function choose({ message, number, start: place }, name, share) {
   const [, , , likeliest] = message.tokens[number];
   const text = store.textOf([...before, start]).endsWith(" ") ? name.replace(/^ /, "") : name;
   const own = likeliest.findIndex(([other]) => other === name);
+  current.first = 0;
   start.content += text;
   start.tokens = [...start.tokens, [text.length, share, own, likeliest, true]];
   const written = await generate(before, start, rest);

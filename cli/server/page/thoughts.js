@@ -7,8 +7,9 @@
 import { $, element } from "./dom.js";
 import { settings } from "./settings.js";
 
-const PART = /^bytes:(\\x[0-9a-f]{2})+$/;
-const END = /^<\|.+\|>$/;
+const END = /^<\|(end|endoftext)\|>$/;
+// A part of a character, and any other special token: neither can be sent as text.
+const OTHER = /^(bytes:(\\x[0-9a-f]{2})+|<\|\w+\|>)$/;
 const STEPS = [0.9, 0.6, 0.3, 0.1, 0.02]; // of the background: style.css has the colours
 
 const rounded = (share) => Number(share.toPrecision(3));
@@ -141,8 +142,9 @@ function show(span, act) {
 
 function row(name, share, here, act) {
   const end = END.test(name);
-  const part = PART.test(name);
-  const word = end ? "the end" : part ? `part of a character: ${name.slice(8).replaceAll("\\x", " ")}` : spelled(name);
+  const other = !end && OTHER.test(name);
+  const bytes = (name) => name.replace("bytes:\\x", "part of a character: ").replaceAll("\\x", " ");
+  const word = end ? "the end" : other ? bytes(name) : spelled(name);
   const bar = element("span", { className: "bar" });
   bar.style.width = `${100 * share}%`;
   const { spot } = open;
@@ -150,10 +152,10 @@ function row(name, share, here, act) {
     "button",
     {
       type: "button",
-      className: end || part ? "choice name" : "choice",
+      className: end || other ? "choice name" : "choice",
       ariaCurrent: here ? "true" : null,
-      // Half a character cannot be sent as text, and an answer that ends before it begins is none.
-      disabled: part || (end && !spot.message.content.slice(0, spot.start)),
+      // An answer that ends before it begins is none.
+      disabled: other || (end && !spot.message.content.slice(0, spot.start)),
       onclick: () => close(() => act.choose(spot, end ? null : name, share)),
     },
     bar,
