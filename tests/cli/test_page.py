@@ -471,6 +471,7 @@ def test_a_story_branches_at_a_token_and_keeps_what_is_not_edited(story: Any, se
     expect(branches).to_contain_text("2/2")
     page.get_by_role("button", name="Earlier branch").click()
     expect(document).to_have_value("It was a bad foxflew.")
+    expect(branches).to_have_count(0)  # of the other one no word was left
 
 
 def test_a_failed_choice_changes_nothing(page: Any, server: PageServer) -> None:

@@ -2,14 +2,17 @@
 // {at, ways}, where ways[at] is null and stands for what is shown; each other one is all messages from there on.
 
 import { element } from "./dom.js";
-import { textOf } from "./store.js";
+
+/** Words, or branches that have some: an undone text leaves none. */
+const worthKeeping = (way) => way.some(({ content, branch }) => content || branch);
 
 /** `message`, in the place of `former`, which stays as another way to go on. */
 export function beside(former, message) {
   if (!former.length) return message;
   const [{ branch = { at: 0, ways: [null] }, ...first }, ...rest] = former;
-  const ways = textOf(former) ? [...branch.ways.with(branch.at, [first, ...rest]), null] : branch.ways;
-  const at = ways === branch.ways ? branch.at : ways.length - 1;
+  const kept = worthKeeping([first, ...rest]);
+  const ways = kept ? [...branch.ways.with(branch.at, [first, ...rest]), null] : branch.ways;
+  const at = kept ? ways.length - 1 : branch.at;
   if (ways.length > 1) message.branch = { at, ways };
   return message;
 }
@@ -17,10 +20,12 @@ export function beside(former, message) {
 /** The messages with the next way (step 1), or the one before it (-1), from the i-th message on. */
 export function turned(messages, i, step) {
   const { branch, ...first } = messages[i];
-  const ways = branch.ways.with(branch.at, [first, ...messages.slice(i + 1)]);
-  const at = branch.at + step;
-  const [head, ...rest] = ways[at];
-  return [...messages.slice(0, i), { ...head, branch: { at, ways: ways.with(at, null) } }, ...rest];
+  const shown = [first, ...messages.slice(i + 1)];
+  const next = branch.ways[branch.at + step];
+  const ways = branch.ways.with(branch.at, shown).filter(worthKeeping);
+  const at = ways.indexOf(next);
+  const [head, ...rest] = next;
+  return [...messages.slice(0, i), { ...head, ...(ways.length > 1 && { branch: { at, ways: ways.with(at, null) } }) }, ...rest];
 }
 
 /** Each conversation that is not shown, from its beginning. */
