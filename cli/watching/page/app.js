@@ -1,6 +1,6 @@
 // Ties the page together: which runs there are, which are shown, and how it keeps up with them.
 
-import { ask, AskError, Columns } from "./data.js";
+import { ask, askOr, AskError, Columns } from "./data.js";
 import { Chart, CHARTS, mark, others, shown } from "./charts.js";
 import * as samples from "./samples.js";
 import { $, element } from "./shared/dom.js";
@@ -23,7 +23,7 @@ const charts = new Map();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let runs = [];
 let chosen = kept.chosen; // by folder, the ids
-let delay = POLL, timer, since;
+let delay = POLL, busy = false, again = false, timer, since;
 
 const number = (value) => value?.toLocaleString("en") ?? "–";
 const words = { running: "training", stalled: "stalled", stopped: "stopped", done: "done", damaged: "damaged" };
@@ -31,32 +31,41 @@ const words = { running: "training", stalled: "stalled", stopped: "stopped", don
 // ---- asking
 
 async function poll() {
+  again = busy;
+  if (busy) return;
   clearTimeout(timer);
+  busy = true;
   try {
     const { folder, runs: found } = await ask("runs.json");
     $("folder").textContent = folder;
-    runs = found;
-    choose(folder);
-    const due = selected().filter((run) => columns.get(run.id)?.updated !== run.updated);
+    choose(folder, found);
     list();
-    for (const run of due) {
-      const own = columns.get(run.id) ?? new Columns(run.id);
-      columns.set(run.id, own);
-      await own.read();
-      own.updated = run.updated;
-    }
+    for (const run of selected().filter(({ id, updated }) => columns.get(id)?.updated !== updated)) await read(run);
     await draw();
     [delay, since] = [POLL, undefined];
   } catch (error) {
     if (error.status === 401) return unlock();
+    if (!(error instanceof AskError || error instanceof TypeError || error instanceof DOMException)) throw error;
     since ??= new Date().toLocaleTimeString();
     delay = Math.min(delay * 2, MOST);
-    if (!(error instanceof AskError || error instanceof TypeError || error instanceof DOMException)) throw error;
   } finally {
+    busy = false;
     const alive = runs.filter(({ state }) => state === "running").length;
     $("status").textContent = since ? `No answer since ${since}: trying again` : `${alive ? `${alive} training, ` : ""}up to date`;
     $("status").classList.toggle("away", Boolean(since));
-    if (!$("locked").open) timer = setTimeout(poll, document.hidden ? MOST : delay);
+    if (!$("locked").open) timer = setTimeout(poll, again ? 0 : document.hidden ? MOST : delay);
+  }
+}
+
+async function read({ id, updated }) {
+  const own = columns.get(id) ?? new Columns(id);
+  columns.set(id, own);
+  try {
+    await own.read();
+    [own.updated, own.problem] = [updated, undefined];
+  } catch (error) {
+    if (!(error instanceof AskError) || error.status === 401) throw error;
+    own.problem = error.message; // of this run alone
   }
 }
 
@@ -71,14 +80,20 @@ function unlock() {
 
 // ---- choosing
 
-function choose(folder) {
+function choose(folder, found) {
   chosen = chosen?.folder === folder ? chosen : { folder };
-  if (!chosen.ids && runs.length) {
-    const alive = runs.filter(({ state }) => state === "running");
-    chosen.ids = (alive.length ? alive : runs).slice(0, AT_FIRST).map(({ id }) => id);
-  }
-  for (const id of slots.keys()) if (!chosen.ids?.includes(id) || !runs.some((run) => run.id === id)) slots.delete(id);
-  for (const id of chosen.ids ?? []) if (runs.some((run) => run.id === id)) slot(id);
+  const alive = found.filter(({ state }) => state === "running");
+  if (!chosen.ids && found.length) chosen.ids = (alive.length ? alive : found).slice(0, AT_FIRST).map(({ id }) => id);
+  // A run that begins while somebody watches is what they wait for.
+  else if (runs.length) chosen.ids.push(...alive.map(({ id }) => id).filter((id) => !runs.some((run) => run.id === id)));
+  runs = found;
+  settle();
+}
+
+function settle() {
+  const there = runs.map(({ id }) => id).filter((id) => chosen.ids?.includes(id));
+  for (const id of slots.keys()) if (!there.includes(id)) slots.delete(id);
+  for (const id of chosen.ids ?? []) if (there.includes(id)) slot(id);
 }
 
 function slot(id) {
@@ -92,8 +107,10 @@ function slot(id) {
 const selected = () => [...slots].sort((a, b) => a[1] - b[1]).map(([id, slot]) => ({ ...runs.find((run) => run.id === id), slot, columns: columns.get(id) ?? new Columns(id) }));
 
 function toggle(id, on) {
-  chosen.ids = on ? [...(chosen.ids ?? []), id] : chosen.ids.filter((each) => each !== id);
+  chosen.ids = on ? [...chosen.ids, id] : chosen.ids.filter((each) => each !== id);
   keep();
+  settle();
+  list();
   poll();
 }
 
@@ -152,8 +169,9 @@ async function draw() {
   table(found);
   for (const [title, specs] of Object.entries(CHARTS)) group(title, specs, found, { ...view, theme });
   $("unzoom").hidden = !view.zoom;
-  const notes = found.flatMap(({ name, columns: { place, skipped } }) => [
+  const notes = found.flatMap(({ name, columns: { place, skipped, problem } }) => [
     ...(place.every > 1 ? [`Each point of ${name} is the mean of ${place.every} lines.`] : []),
+    ...(problem ? [`${name} cannot be read: ${problem}`] : []),
     ...(skipped ? [`${number(skipped)} lines of ${name} are no records, and left out.`] : []),
   ]);
   $("notes").textContent = notes.join(" ");
@@ -177,7 +195,7 @@ function group(title, specs, found, view) {
 function fill(grid, specs, found, view) {
   const there = specs.map((spec) => {
     const name = `${spec.of} ${spec.frontier ?? ""}`;
-    if (!charts.has(name)) charts.set(name, new Chart(spec, { zoom }));
+    if (!charts.has(name)) charts.set(name, new Chart(spec, { zoom, point }));
     const chart = charts.get(name);
     if (chart.node.parentElement !== grid) grid.append(chart.node);
     return chart.draw(found, view);
@@ -189,6 +207,11 @@ function fill(grid, specs, found, view) {
 function zoom(range) {
   view.zoom = range;
   draw();
+}
+
+function point(at, x) {
+  const together = [...charts.values()].filter((chart) => chart instanceof Chart && !chart.spec.frontier);
+  for (const chart of at.spec.frontier ? [at] : together) chart.point(x);
 }
 
 const COLUMNS = [
@@ -225,9 +248,12 @@ const grid = (heads, lines) =>
 /** The settings in which the chosen runs are not alike: what makes their curves differ. */
 async function differ(found) {
   const sound = found.filter(({ state }) => state !== "damaged");
-  for (const { id } of sound) if (!settings.has(id)) settings.set(id, await ask(`settings/${id}`));
-  const names = Object.keys(settings.get(sound[0]?.id) ?? {});
-  const lines = names.map((name) => [name, ...sound.map(({ id }) => String(settings.get(id)[name] ?? "–"))]).filter(([, ...values]) => new Set(values).size > 1);
+  const all = await Promise.all(sound.map(async ({ id, columns: { begun } }) => {
+    const key = `${id} ${begun}`; // a run that begins anew may be another one
+    if (!settings.has(key)) settings.set(key, await askOr(`settings/${id}`, {}));
+    return settings.get(key);
+  }));
+  const lines = Object.keys(all[0] ?? {}).map((name) => [name, ...all.map((own) => String(own[name] ?? "–"))]).filter(([, ...values]) => new Set(values).size > 1);
   $("differ").hidden = !lines.length;
   $("differ").firstElementChild.textContent = lines.length === 1 ? "1 setting differs" : `${lines.length} settings differ`;
   $("differ").lastElementChild.replaceChildren(grid(["setting", ...sound.map(({ slot }) => mark(slot))], lines));

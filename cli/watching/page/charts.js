@@ -77,7 +77,7 @@ export class Chart {
     this.readout = element("div", { className: "readout" });
     this.place = element("div", { tabIndex: 0, onkeydown: (event) => this.walk(event) });
     this.place.setAttribute("role", "img");
-    const title = element("figcaption", {}, spec.title, spec.unit && element("span", { className: "hint" }, spec.unit), this.at);
+    const title = element("figcaption", {}, element("span", {}, spec.title), spec.unit && element("span", { className: "hint" }, spec.unit), this.at);
     this.node = element("figure", {}, title, this.readout, this.place);
     new ResizeObserver(() => this.plot?.setSize(this.size())).observe(this.place);
   }
@@ -109,11 +109,14 @@ export class Chart {
 
   lines() {
     const { spec: { of, smooth, times = 1 }, view: { over, smoothing, log } } = this;
-    const fitting = (values) => values.map((value) => (value === null || (log && value <= 0) ? null : value * times));
     return this.runs.flatMap((run) => {
       const { train, measured } = run.columns;
       const tables = [];
-      const table = (kind, xs, ys) => tables.push({ kind, run, xs, ys: fitting(ys) });
+      const table = (kind, xs, ys) => {
+        const there = xs.map((x, i) => i).filter((i) => xs[i] !== null);
+        const value = (y) => (y === null || (log && y <= 0) ? null : y * times);
+        tables.push({ kind, run, xs: there.map((i) => xs[i]), ys: there.map((i) => value(ys[i])) });
+      };
       if (some(train[of])) {
         const soft = smooth && smoothing > 0;
         if (soft) table("raw", train[over], train[of]);
@@ -297,11 +300,16 @@ export class Chart {
 
   walk(event) {
     const way = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
-    const xs = this.plot.data[0];
-    if (event.key === "Escape") this.plot.setCursor({ left: -10, top: -10 });
+    if (event.key === "Escape") this.actions.point(this, null);
     if (!way) return;
     event.preventDefault();
-    const idx = Math.max(0, Math.min(xs.length - 1, (this.plot.cursor.idx ?? xs.length - 1) + way * Math.ceil(xs.length / 100)));
-    this.plot.setCursor({ left: this.plot.valToPos(xs[idx], "x"), top: 10 });
+    const xs = this.plot.data[0];
+    const from = this.plot.cursor.left >= 0 ? this.plot.cursor.idx : xs.length - 1;
+    this.actions.point(this, xs[Math.max(0, Math.min(xs.length - 1, from + way * Math.ceil(xs.length / 100)))]);
+  }
+
+  /** Puts the cursor there, as the mouse would. */
+  point(x) {
+    this.plot?.setCursor({ left: x === null ? -10 : this.plot.valToPos(x, "x"), top: 10 });
   }
 }

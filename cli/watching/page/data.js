@@ -11,12 +11,20 @@ export async function ask(path) {
   return response.json();
 }
 
+/** What the server has, or `otherwise` where it has something against this one thing. */
+export const askOr = (path, otherwise) =>
+  ask(path).catch((error) => {
+    if (error instanceof AskError && error.status !== 401) return otherwise;
+    throw error;
+  });
+
 /** The columns of one run: `train` by the lines of its steps, `measured` by its evaluations. */
 export class Columns {
   train = {};
   measured = {};
   place = { next: 0, tag: "", every: 1 };
   skipped = 0;
+  begun = 0; // how often it was read from its beginning
 
   constructor(id) {
     this.id = id;
@@ -27,7 +35,7 @@ export class Columns {
       const { next, tag, every } = this.place;
       const start = (this.train.step?.length ?? 0) > POINTS ? 0 : next;
       const came = await ask(`metrics/${this.id}?${new URLSearchParams({ start, tag, every })}`);
-      if (came.start === 0) Object.assign(this, { train: {}, measured: {}, skipped: 0 });
+      if (came.start === 0) Object.assign(this, { train: {}, measured: {}, skipped: 0, begun: this.begun + 1 });
       add(this.train, came.train);
       add(this.measured, came.measured);
       this.skipped += came.skipped;

@@ -1,6 +1,6 @@
 // What the models said at each checkpoint: two of them side by side.
 
-import { ask } from "./data.js";
+import { askOr } from "./data.js";
 import { letter } from "./charts.js";
 import { $, element } from "./shared/dom.js";
 
@@ -12,7 +12,7 @@ export async function draw(runs) {
   $("samples").hidden = !able.length;
   if (!able.length) return;
   for (const run of able) {
-    if (known.get(run.id)?.size !== run.samples) known.set(run.id, { size: run.samples, said: await ask(`samples/${run.id}`) });
+    if (known.get(run.id)?.size !== run.samples) known.set(run.id, { size: run.samples, said: await askOr(`samples/${run.id}`, []) });
   }
   const sides = chosen.map((side, i) => {
     const run = able.find(({ id }) => id === side.id) ?? able[0];

@@ -1,0 +1,120 @@
+"""The page of `gpt watch` in a real browser, over runs whose files grow while it looks."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.watching.app import create_app
+from tests.cli.page_server import serving
+from tests.cli.test_page import browser, expect, opened, pytestmark  # noqa: F401
+from tests.cli.test_watch import add_steps, make_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    make_run(tmp_path / "runs" / "first", 20, 20)
+    make_run(tmp_path / "runs" / "second", 10, 20, noise=0.5, optimizer__kind="adamw")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def page(browser: Any, runs: Path) -> Iterator[Any]:  # noqa: F811
+    app = create_app(runs, key=None, hosts={"127.0.0.1"})
+    with serving(app) as url, opened(browser, url) as page:
+        yield page
+
+
+def chart(page: Any, title: str) -> Any:
+    return page.locator("figure", has=page.get_by_text(title, exact=True))
+
+
+def choose(page: Any, run: str) -> None:
+    page.locator("#runs label", has_text=run).click()
+
+
+def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
+    loss = chart(page, "Loss").locator(".readout")
+    page.get_by_label("Smoothing").fill("0")
+    expect(loss).to_contain_text("B1.2 ● 1.3")
+    expect(page.locator("#runs")).to_contain_text(
+        re.compile("second.*stopped.*first.*done|first.*done.*second.*stopped")
+    )
+    expect(page.locator("#table")).to_contain_text("1.84M")
+    assert chart(page, "Reward").is_hidden() and chart(page, "Memory").is_visible()
+    differ = page.locator("#differ")
+    differ.get_by_text("1 setting differs").click()
+    expect(differ).to_contain_text(re.compile("optimizer.kind(muonadamw|adamwmuon)"))
+    add_steps(runs / "first", range(21, 26), 20)
+    expect(loss).to_contain_text("1.16 ● 1.26")
+    choose(page, "second")
+    expect(loss).to_have_text("B1.16 ● 1.26" if "B1.16" in loss.text_content() else "A1.16 ● 1.26")
+    page.reload()
+    expect(loss).to_have_text(re.compile("^.1.16 ● 1.26$"))
+
+
+def test_a_chart_is_read_with_the_keyboard_and_zoomed_with_the_others(page: Any) -> None:
+    rate = chart(page, "Learning rate")
+    expect(rate.locator(".at")).to_have_text("over tokens")
+    page.get_by_text("steps", exact=True).first.click()
+    rate.get_by_role("img").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(rate.locator(".at")).to_have_text("step 19")
+    expect(chart(page, "Loss").locator(".at")).to_have_text("step 19")
+    plot = chart(page, "Memory").locator(".u-over")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60, steps=3)
+    page.mouse.up()
+    page.get_by_role("button", name="Reset zoom").click()
+    expect(page.get_by_role("button", name="Reset zoom")).to_be_hidden()
+
+
+def test_samples_stand_side_by_side_as_text(page: Any) -> None:
+    samples = page.locator("#columns")
+    expect(samples.locator(".sample").first).to_have_text("Who?A <b>fox</b> at 5.")
+    page.get_by_label("Run on the right").select_option(
+        label="A second" if "A second" in samples.text_content() else "B second"
+    )
+    expect(samples.locator(".sample").nth(1)).to_have_text("Who?A <b>fox</b> at 10.")
+    page.get_by_label("Checkpoint on the right").select_option("5")
+    expect(samples.locator(".sample").nth(1)).to_have_text("Who?A <b>fox</b> at 5.")
+    assert page.locator("#columns b").count() == 0
+
+
+def test_a_server_that_goes_and_comes_back_is_said(page: Any, runs: Path) -> None:
+    expect(page.get_by_role("status")).to_have_text("up to date")
+    page.route("**/*.json", lambda route: route.abort())
+    choose(page, "second")
+    expect(page.get_by_role("status")).to_contain_text("No answer since")
+    page.unroute("**/*.json")
+    choose(page, "second")
+    expect(page.get_by_role("status")).to_have_text("up to date")
+
+
+def test_a_policy_is_drawn_against_its_kl_and_fifty_runs_fit_on_a_phone(page: Any, runs: Path) -> None:
+    best = [{"n": n, "kl": 0.2 * n, "gold": 0.4 + 0.02 * n, "reward": 0.1 * n} for n in (1, 2, 4)]
+    (runs / "first" / "best-of-n.json").write_text(json.dumps({"curves": {"best of n": best}}))
+    policy = make_run(runs / "policy", 2, base="../first", alignment__method="ppo")
+    with open(policy / "metrics.jsonl", "a") as file:
+        for step in (1, 2):
+            measured = {"validation_kl": step - 0.5, "validation_gold": 0.5, "validation_gold_error": 0.01 * step}
+            file.write(json.dumps({"step": step, "tokens": 100 * step, "validation_loss": 0.1, **measured}) + "\n")
+    for number in range(47):
+        make_run(runs / "many" / str(number), 1)
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.reload()
+    page.get_by_role("button", name="Runs").click()
+    expect(page.locator("#count")).to_contain_text("50 runs")
+    page.get_by_label("Find a run").fill("poli")
+    expect(page.locator("#runs li:visible")).to_have_count(1)
+    choose(page, "policy")
+    page.keyboard.press("Escape")
+    expect(chart(page, "Gold against KL").locator(".readout")).to_have_text(re.compile("^.0.5$"))
+    assert chart(page, "Gold against KL").locator("canvas").count() == 1
+    assert page.evaluate("document.querySelector('main').scrollWidth <= innerWidth")
