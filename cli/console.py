@@ -1,19 +1,29 @@
-"""The console shows a run: with a live progress bar on a terminal, in plain lines elsewhere."""
+"""The console shows a run: with live progress bars on a terminal, in plain lines elsewhere."""
 
 import contextlib
 import errno
+import locale
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-PLAIN_LINE_SECONDS = 10.0
+from cli.curve import Curve
+from engine import progress
+from engine.progress import Told
+
+PLAIN_LINE_SECONDS, DRAW_SECONDS = 10.0, 0.25
+# In columns and lines of a terminal: what a bar takes with what is said of it, the curve, and the least for a curve.
+ONE_LINE_WIDTH, CURVE_WIDTH, CURVE_HEIGHT, LEAST_HEIGHT = 120, 100, 8, 16
 # This is the style of a table without a frame, whose columns stand two spaces apart.
 FRAMELESS: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
 
@@ -68,57 +78,164 @@ def may_be_closed() -> Iterator[None]:
             os.dup2(nowhere, stream)
 
 
-class Console:
-    """Shows a run (train.tracking.Tracker) and the preparation of its data."""
+class _Terminal(Terminal):
+    """A terminal that is left as it was found, even by a process that is killed: its cursor is never hidden."""
 
-    def __init__(self) -> None:
-        self.terminal = Terminal(highlight=False, soft_wrap=True)
-        self.bar: Progress | None = None
-        self.last_plain = 0.0
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+    @property
+    def encoding(self) -> str:
+        # In Python's UTF-8 mode (cli/main.py) the stream's own says nothing of the terminal.
+        return super().encoding if locale.getencoding().lower() in ("utf-8", "utf8") else "ascii"
+
+
+@dataclass(eq=False)
+class Bar:
+    """How far a piece of work is, and what is said of it."""
+
+    what: str
+    total: float | None
+    done: float = 0.0
+    said: str = ""
+    drawn: bool = False
+
+
+class Console:
+    """Shows a run (train.tracking.Tracker) and, within the block of a `with`, every task (engine/progress.py).
+
+    On a terminal these are bars, one below the other, and over them the curve of the losses. They are drawn a few times
+    a second at most, by who logs or tells: a thread would draw into what is being said. Elsewhere they are lines, now
+    and then. `stderr` is for commands whose output other programs read.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        # FORCE_COLOR would put control characters into a log.
+        here = (sys.stderr if stderr else sys.stdout).isatty()
+        self.terminal: Terminal = _Terminal(highlight=False, stderr=stderr, force_terminal=here)
+        self.curve, self.bars = Curve(), list[Bar]()
+        self.training: Bar | None = None
+        self.live: Live | None = None
+        self.last_shown = 0.0
+        self.held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.held.enter_context(progress.shown(self.task))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.close()
+        self.close()
+
+    @property
+    def draws(self) -> bool:
+        terminal = self.terminal
+        return terminal.is_terminal and not terminal.is_dumb_terminal and not terminal.no_color
 
     def say(self, message: str) -> None:
         with may_be_closed():
-            self.terminal.print(message, markup=False)
+            self.terminal.print(message, markup=False, soft_wrap=True)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        # Imported here: it brings torch along, and commands that print only a table need none.
         from train.tracking import evaluation_parts, metric_parts
 
+        if self.draws:
+            self.curve.add(metrics)
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']:,}  validation " + "  ".join(evaluation_parts(metrics, "validation_")))
-        else:
-            if "round" in metrics:
-                self.say(f"round {metrics['round']:.0f}  " + "  ".join(metric_parts(metrics)))
-            self.progress(training_line(metrics), metrics["progress"])
+            return
+        if "round" in metrics:
+            self.say(f"round {metrics['round']:.0f}  " + "  ".join(metric_parts(metrics)))
+        if self.training is None:
+            self.training = Bar("training", 1.0)
+            self.bars.insert(0, self.training)
+        self.training.done = metrics["progress"]
+        self._show(self.training, training_line(metrics))
 
-    def preparing(self, what: str) -> Callable[[int, int, int], None]:
-        """Return a callback that shows documents, tokens and bytes read so far."""
-        begin = time.perf_counter()
+    @contextlib.contextmanager
+    def task(self, what: str, total: float | None, unit: str) -> Iterator[Told]:
+        """Show a piece of work while it goes on: this is a progress.Listener."""
+        begin = shown = time.perf_counter()
+        bar = Bar(what, total)
+        self.bars.append(bar)
+        if total is None:
+            self._draw()  # it may tell nothing before it is over
 
-        def show(documents: int, tokens: int, text_bytes: int) -> None:
-            speed = text_bytes / 1e6 / max(time.perf_counter() - begin, 1e-9)
-            self.progress(f"preparing {what}: {documents:,} documents, {tokens:,} tokens, {speed:.1f} MB/s", None)
+        def tell(done: float) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            if now - shown >= (DRAW_SECONDS if self.draws else PLAIN_LINE_SECONDS):
+                shown, bar.done, speed = now, done, done / (now - begin)
+                parts = [f"{done:,.0f}{'' if total is None else f' of {total:,.0f}'} {unit}", f"{speed:,.0f} {unit}/s"]
+                parts += [f"{span(max(total - done, 0) / speed)} left"] if total and speed else []
+                self._show(bar, "  ".join(parts))
 
-        return show
+        try:
+            yield tell
+        finally:
+            if bar in self.bars:
+                self.bars.remove(bar)
+                if bar.drawn:
+                    self._draw()
 
     def close(self) -> None:
-        if self.bar is not None:
+        self.bars.clear()
+        if self.live is not None:
             with may_be_closed():
-                self.bar.stop()
-            self.bar = None
+                self.live.stop()
+            self.live = None
 
-    def progress(self, line: str, share: float | None) -> None:
-        """Show how far something has come, now and then where there is no live terminal."""
-        if not self.terminal.is_terminal:
-            if time.perf_counter() - self.last_plain >= PLAIN_LINE_SECONDS:
-                self.last_plain = time.perf_counter()
-                self.say(line)
+    def _show(self, bar: Bar, said: str) -> None:
+        """Show how far something has come, unless the last time was just now."""
+        bar.said = said
+        if time.perf_counter() - self.last_shown < (DRAW_SECONDS if self.draws else PLAIN_LINE_SECONDS):
             return
-        if self.bar is None:
-            self.bar = Progress(
-                BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.terminal, transient=True
-            )
-            self.bar.add_task("", total=1.0)
-            with may_be_closed():
-                self.bar.start()
-        self.bar.update(self.bar.task_ids[0], description=line, completed=share, total=None if share is None else 1.0)
+        self.last_shown = time.perf_counter()
+        if self.draws:
+            self._draw()
+        else:
+            self.say(said if bar is self.training else f"{bar.what}: {said}")
+
+    def _draw(self) -> None:
+        if not self.draws:
+            return
+        with may_be_closed():
+            if self.live is None:
+                self.live = Live(
+                    _Drawn(self),
+                    console=self.terminal,
+                    auto_refresh=False,
+                    transient=True,
+                    # What goes to a file must not come to the terminal instead.
+                    redirect_stdout=sys.stdout.isatty(),
+                    redirect_stderr=sys.stderr.isatty(),
+                )
+                self.live.start()
+            self.live.refresh()
+
+
+class _Drawn:
+    """What is drawn of a console: the curve, where there is room for it, and the bars."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __rich_console__(self, terminal: Terminal, options: ConsoleOptions) -> RenderResult:
+        # The options of a line that is being said would leave it to the terminal to break lines, and nobody would know
+        # how many there are.
+        width = max(terminal.width - 1, 20)
+        options, bars = terminal.options.update(width=width), self.console.bars
+        if self.console.training in bars and len(self.console.curve.trained) > 1 and terminal.height >= LEAST_HEIGHT:
+            plain = options.ascii_only or os.environ.get("TERM") == "linux"  # its font has no braille
+            curve = self.console.curve.draw(min(width, CURVE_WIDTH), CURVE_HEIGHT, ascii_only=plain)
+            yield from terminal.render(curve, options)
+        longest = max((len(bar.what) for bar in bars), default=0)
+        for bar in bars:
+            bar.drawn = True
+            row = Table.grid(padding=(0, 1))
+            share = "" if bar.total is None else f"{100 * min(bar.done / (bar.total or 1), 1):3.0f}%"
+            drawn = ProgressBar(bar.total or 1, bar.done, width=min(24, width // 3), pulse=bar.total is None)
+            row.add_row(f"{bar.what:{longest}}", drawn, share, Text(bar.said) if width >= ONE_LINE_WIDTH else "")
+            yield from terminal.render(row, options)
+            if width < ONE_LINE_WIDTH and bar.said:
+                yield from terminal.render(Text(bar.said), options)

@@ -1,6 +1,5 @@
 """gpt data prepare and show, gpt tokenizer train and show"""
 
-import contextlib
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -53,7 +52,7 @@ def prepare_data(
     def keep(error: BaseException) -> bool:
         return goes_on or is_of_use(out, error)
 
-    with contextlib.closing(console), one_writer(out, PREPARED_FILES, keep=keep, say=notice) as folder:
+    with console, one_writer(out, PREPARED_FILES, keep=keep, say=notice) as folder:
         if stranger := next((path for path in folder.entries() if not folder.knows(path)), None):
             raise InputError(
                 f"{out} holds {stranger.relative_to(folder.folder)}, which is no prepared data; choose another --out"
@@ -73,8 +72,8 @@ def prepare_data(
             chosen.save(ready)
         limits = {"train": None if max_tokens is None else int(max_tokens), "validation": None}
         for split, limit in limits.items():
-            progress, begin, fresh = console.preparing(split), time.perf_counter(), not (out / split).exists()
-            shards = prepare(source, chosen, out, split, workers=workers, max_tokens=limit, progress=progress)
+            begin, fresh = time.perf_counter(), not (out / split).exists()
+            shards = prepare(source, chosen, out, split, workers=workers, max_tokens=limit)
             speed = f", {shards.bytes / 1e6 / (time.perf_counter() - begin):.1f} MB/s" if fresh else ""
             console.say(f"{split}: {describe(shards)}{speed}")
             if source.rows and fresh:
@@ -142,7 +141,8 @@ def train_new_tokenizer(
 
     require_free(out, overwrite, Tokenizer.load)
     source = open_source(data, column=column)
-    tokenizer = train_tokenizer(source.documents("train"), vocab_size, notice=print)
+    with Console() as console:
+        tokenizer = train_tokenizer(source.documents("train"), vocab_size, notice=console.say)
     tokenizer.save(out)
     print(f"{out}: a vocabulary of {tokenizer.vocab_size:,} tokens")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from cli.console import FRAMELESS, notice, print_table
+from cli.console import FRAMELESS, Console, notice, print_table
 from cli.options import (
     CheckpointName,
     ConversationColumns,
@@ -95,18 +95,19 @@ def evaluate(
         contestants.append(evaluation.Contestant.load(Run(against), machine, "latest", notice))
     held_out = evaluation.open_held_out(source, split, run.data if data is None else None)
     scorers = {} if reward is None else {"reward": open_scorer(Run(reward), machine)}
-    result = evaluation.evaluate(
-        contestants,
-        held_out,
-        tokens=tokens or recipe.data.final_evaluation_tokens,
-        count=texts.count,
-        sampling=Sampling(texts.temperature, top_p=texts.top_p, seed=texts.seed),
-        max_tokens=texts.max_tokens,
-        bleu_tokenizer=texts.bleu_tokenizer,
-        rouge_tokenizer=texts.rouge_tokenizer,
-        scorers=scorers,
-        say=notice,
-    )
+    with Console(stderr=True) as console:
+        result = evaluation.evaluate(
+            contestants,
+            held_out,
+            tokens=tokens or recipe.data.final_evaluation_tokens,
+            count=texts.count,
+            sampling=Sampling(texts.temperature, top_p=texts.top_p, seed=texts.seed),
+            max_tokens=texts.max_tokens,
+            bleu_tokenizer=texts.bleu_tokenizer,
+            rouge_tokenizer=texts.rouge_tokenizer,
+            scorers=scorers,
+            say=console.say,
+        )
     # It is shown first: the run may be on a disk that nothing can be written to.
     heading, *rows = evaluation.evaluation_table(result)
     print_table(heading, rows, soft_wrap=True, title=held_out.name, title_justify="left", **FRAMELESS)

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from cli.console import notice
+from cli.console import Console, notice
 from cli.options import CheckpointName, RunArgument
 from engine.errors import InputError
 from engine.folders import one_writer
+from engine.progress import listener
 
 
 def export_run(
@@ -29,17 +30,18 @@ def export_run(
     from engine.huggingface import EXPORTED_FILES, export
     from engine.run import Run
 
+    if precision is not None and not gguf:
+        raise InputError("--precision belongs to --gguf; Hugging Face's files are written in fp32")
     if gguf:
         from engine.gguf import export as export_gguf
 
-        chats = export_gguf(Run(path), out, which, precision or "fp16", notice)
+        with _writing(out):
+            chats = export_gguf(Run(path), out, which, precision or "fp16", notice)
         print(f"{out}: {out.stat().st_size:,} bytes")
         tool, text = ("llama-cli", "") if chats else ("llama-completion", ' -no-cnv -p "Once upon a time"')
         print(f"use it     {tool} -m {shlex.quote(str(out))}{text}")
         return
-    if precision is not None:
-        raise InputError("--precision belongs to --gguf; Hugging Face's files are written in fp32")
-    with _empty(out, EXPORTED_FILES, "export"):
+    with _empty(out, EXPORTED_FILES, "export"), _writing(out):
         files = export(Run(path), out, which, print)
     for file in files:
         print(f"{file}: {file.stat().st_size:,} bytes")
@@ -62,6 +64,13 @@ def import_folder(
         model = import_(folder, out).model
     print(f"{out}: {model.parameters:,} parameters, context {model.context}, vocabulary {model.vocab_size:,}")
     print(f'try it     gpt generate {out} "Once upon a time"')
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Show that something is being written."""
+    with Console(stderr=True), listener.get()(f"writing {out}", None, ""):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """gpt rlhf best-of-n, gpt rlhf pairs: what a chat model's own answers are good for, without training it."""
 
-import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -99,16 +98,17 @@ def best_of_n(
         if Tokenizer.load(Run(path).tokenizer).fingerprint != tokenizer.fingerprint:
             raise InputError(f"{path} has another tokenizer than {run}: it did not begin there")
         aligned[path.name] = load_frozen(Run(path), machine, "latest")
-    rollout = roll_out(model, asked, ends, each=n, temperature=how.temperature, seed=how.seed)
-    curves = {
-        name: best_of_n(rollout, n, by, rewards)
-        for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
-        if by in rewards
-    }
-    for name, policy in aligned.items():
-        answers = roll_out(policy, asked, ends, each=8, temperature=how.temperature, seed=how.seed)
-        found = measure_policy(policy, model, answers, rewards, answers=8, temperature=how.temperature)
-        curves[name] = [found]
+    with Console(stderr=True):
+        rollout = roll_out(model, asked, ends, each=n, temperature=how.temperature, seed=how.seed)
+        curves = {
+            name: best_of_n(rollout, n, by, rewards)
+            for name, by in {BEST_OF_N: "reward", BEST_OF_N_GOLD: "gold"}.items()
+            if by in rewards
+        }
+        for name, policy in aligned.items():
+            answers = roll_out(policy, asked, ends, each=8, temperature=how.temperature, seed=how.seed)
+            found = measure_policy(policy, model, answers, rewards, answers=8, temperature=how.temperature)
+            curves[name] = [found]
     rows = []
     for name, points in curves.items():
         for point in points:
@@ -156,14 +156,8 @@ def pairs(
     reward = open_reward(located(judge), tokenizer, machine, asked.facts[0] is not None)
     begin = time.perf_counter()
 
-    def progress(whole: int, tokens: int) -> None:
-        speed = tokens / (time.perf_counter() - begin)
-        console.progress(f"{whole:,} answers, {speed:,.0f} tokens/s", whole / (answers * len(asked)))
-
-    with contextlib.closing(console):
-        found = sample_pairs(
-            model, asked, reward, answers=answers, temperature=how.temperature, seed=how.seed, progress=progress
-        )
+    with console:
+        found = sample_pairs(model, asked, reward, answers=answers, temperature=how.temperature, seed=how.seed)
     console.say(
         f"{len(asked):,} prompts of {source.name}: {found.tokens:,} tokens in {time.perf_counter() - begin:,.0f} s"
     )

@@ -201,6 +201,7 @@ def start(
     from engine import config, precision, processes, runtime
     from engine.run import RUN_FILES
     from train.stage import TrainingError
+    from train.tracking import read_metrics
 
     machine = runtime.choose(options.device, recipe.precision)
     together = processes.join(machine.device, recipe.loop.timeout_minutes)
@@ -236,10 +237,12 @@ def start(
     console = Console()
     go_on = f"go on with: {kind_and_command(run, recipe, base)[1]}"
     try:
-        with held:
+        with console, held:
             content, resume = together.from_main(begin)
             recipe = config.from_dict(content)
             machine = dataclasses.replace(machine, precision=recipe.precision)
+            for logged in read_metrics(run.metrics) if resume and console.draws else ():
+                console.curve.add(logged)
             outcome = stage(recipe, run, machine, console, resume=resume, wandb=options.wandb)
     except TrainingError as failure:
         console.say(f"training failed: {failure}")
@@ -265,8 +268,6 @@ def start(
                 get_error_handler().record_exception(RuntimeError(f"{type(error).__name__} in step {together.step}"))
         # An orderly end would wait for the other processes, which may be gone, or wait for this one.
         os._exit(1)
-    finally:
-        console.close()
     if together.count > 1:
         torch.distributed.destroy_process_group()
     if outcome.stopped_by is not None:

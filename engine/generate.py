@@ -8,6 +8,7 @@ from typing import Any
 from engine.batcher import Batcher, Request
 from engine.errors import InputError
 from engine.model import GPT
+from engine.progress import listener
 from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 
@@ -105,9 +106,12 @@ def generate(
 ) -> list[Completion]:
     """Return one completion for each prompt: what `stream` yields, put together. The options are those of `stream`."""
     found = [Completion("", (), "length") for _ in prompts]
-    for new in stream(model, tokenizer, prompts, sampling, **options):
-        old = found[new.index]
-        found[new.index] = Completion(old.text + new.text, old.ids + new.ids, new.finish or "length")
+    with listener.get()("writing texts", len(prompts), "texts") as told:
+        whole = 0
+        for new in stream(model, tokenizer, prompts, sampling, **options):
+            old = found[new.index]
+            found[new.index] = Completion(old.text + new.text, old.ids + new.ids, new.finish or "length")
+            told(whole := whole + (new.finish is not None))
     return found
 
 

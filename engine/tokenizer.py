@@ -20,6 +20,7 @@ import numpy as np
 
 from engine.disk import write_atomically
 from engine.errors import InputError
+from engine.progress import listener
 
 END_OF_DOCUMENT = "<|endoftext|>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -339,29 +340,30 @@ def _train(sample: list[str], vocab_size: int) -> SentencePieceTokenizer:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        # SentencePiece 0.2.1 counts on it that the text holds each of required_chars.
-        sentence_iterator=iter([*sample, " "]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.9999,
-        # Even where the text holds no space: spelled in bytes it would come back as its mark.
-        required_chars=SPACE_MARK,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=SENTENCE_BYTES * 2,
-        control_symbols=list(SPECIAL_TOKENS),
-        # The ids of the trainer's own three are fixed; only "unknown" stays, and byte tokens make it unreachable.
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
-        # It is stored in the file, whose SHA-256 must not depend on the machine, and does not speed byte pairs up.
-        num_threads=1,
-        minloglevel=2,
-    )
+    with listener.get()("training a tokenizer", None, ""):
+        sentencepiece.SentencePieceTrainer.train(
+            # SentencePiece 0.2.1 counts on it that the text holds each of required_chars.
+            sentence_iterator=iter([*sample, " "]),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            # Even where the text holds no space: spelled in bytes it would come back as its mark.
+            required_chars=SPACE_MARK,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=SENTENCE_BYTES * 2,
+            control_symbols=list(SPECIAL_TOKENS),
+            # The ids of the trainer's own three are fixed; only "unknown" stays, and byte tokens make it unreachable.
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            # It is stored in the file, whose SHA-256 must not depend on the machine, and does not speed byte pairs up.
+            num_threads=1,
+            minloglevel=2,
+        )
     return SentencePieceTokenizer(model.getvalue())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.batcher import Batcher, Request
 from engine.model import GPT
+from engine.progress import listener
 from engine.runtime import inference
 from engine.sampling import Sampling
 from kernels import linear_log_probs
@@ -62,13 +63,11 @@ def roll_out(
     max_tokens: int | None = None,
     seed: int = 0,
     first: int = 0,
-    progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Rollout:
     """Draw `each` answers to each prompt from softmax(logits / temperature), up to one of `ends` or max_tokens.
 
     The rollout has each prompt as often as there are answers to it, one after the other. An answer depends on the seed
-    and on its number; the first has number `first`. `progress` is told now and then how many answers are whole, and how
-    many tokens there are.
+    and on its number; the first has number `first`.
     """
     prompts = [prompt for prompt in prompts for _ in range(each)]
     sampling = Sampling(temperature=temperature, seed=seed)
@@ -80,16 +79,16 @@ def roll_out(
     }
     answers: list[list[int]] = [[] for _ in prompts]
     sampled: list[list[float]] = [[] for _ in prompts]
-    whole = tokens = 0
+    whole = 0
     # A policy is in training: to change its mode at each step would take as long as the rest of the step.
-    with inference(model):
+    with inference(model), listener.get()("drawing answers", len(prompts), "answers") as told:
         while not batcher.idle:
             for step in batcher.step():
                 assert step.logprob is not None
                 answers[numbers[step.request]].append(step.token)
                 sampled[numbers[step.request]].append(step.logprob)
-                whole, tokens = whole + (step.finish is not None), tokens + 1
-            progress(whole, tokens)
+                whole += step.finish is not None
+            told(whole)
     ended = torch.tensor([answer[-1] in ends for answer in answers])
     return Rollout(prompts, answers, ended, torch.tensor([log_prob for own in sampled for log_prob in own]))
 
@@ -138,13 +137,15 @@ def map_rollout(
 def split_by_tokens(sizes: Sequence[int], tokens_per_pass: int) -> Iterator[range]:
     """Yield the numbers of sequences in order, in groups of at most this many tokens (or a single longer sequence)."""
     first = held = 0
-    for number, size in enumerate(sizes):
-        if held and held + size > tokens_per_pass:
-            yield range(first, number)
-            first, held = number, 0
-        held += size
-    if held:
-        yield range(first, len(sizes))
+    with listener.get()("reading answers", len(sizes), "answers") as told:
+        for number, size in enumerate(sizes):
+            if held and held + size > tokens_per_pass:
+                yield range(first, number)
+                told(number)
+                first, held = number, 0
+            held += size
+        if held:
+            yield range(first, len(sizes))
 
 
 def pack_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], context: int) -> Batch:

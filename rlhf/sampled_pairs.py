@@ -1,7 +1,6 @@
 """Pairs of a model's own answers: drawn, scored, and compared by a noisy judge."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -59,7 +58,6 @@ def sample_pairs(
     answers: int = 2,
     temperature: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> SampledPairs:
     """Draw several answers of a model to each prompt, and let a noisy judge of their rewards compare every two of them.
 
@@ -67,7 +65,7 @@ def sample_pairs(
     """
     tokenizer, ends = prompts.tokenizer, answer_ends(prompts.tokenizer)
     asked = prompts.first(len(prompts))
-    rollout = roll_out(model, asked, ends, each=answers, temperature=temperature, seed=seed, progress=progress)
+    rollout = roll_out(model, asked, ends, each=answers, temperature=temperature, seed=seed)
     texts = [tokenizer.decode([token for token in answer if token not in ends]) for answer in rollout.answers]
     ended = rollout.ended.tolist()
     if isinstance(reward, ProgramReward):

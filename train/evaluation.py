@@ -24,6 +24,7 @@ from engine.errors import InputError
 from engine.folders import one_writer
 from engine.generate import Completion, document_prompt, generate
 from engine.model import GPT
+from engine.progress import listener
 from engine.run import RUN_FILES, Run
 from engine.runtime import Runtime, inference
 from engine.sampling import Sampling
@@ -75,16 +76,18 @@ def batches_in_order(documents: TokenSource, context: int, tokens: int, tokens_p
     lengths = documents.lengths
     count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1
     held: list[tuple[np.ndarray, np.ndarray]] = []
-    size = 0
-    for document, length in enumerate(lengths[:count].tolist()):
-        for start in range(0, length, context):
-            segment = documents.read(document, start, min(context, length - start))
-            if held and size + len(segment[0]) > tokens_per_batch:
-                yield pack(held, context)
-                held, size = [], 0
-            held.append(segment)
-            size += len(segment[0])
-    yield pack(held, context)
+    size = done = 0
+    with listener.get()("evaluating", int(lengths[:count].sum()), "tokens") as told:
+        for document, length in enumerate(lengths[:count].tolist()):
+            for start in range(0, length, context):
+                segment = documents.read(document, start, min(context, length - start))
+                if held and size + len(segment[0]) > tokens_per_batch:
+                    yield pack(held, context)
+                    told(done := done + size)
+                    held, size = [], 0
+                held.append(segment)
+                size += len(segment[0])
+        yield pack(held, context)
 
 
 Document = str | list[Message]

@@ -126,8 +126,7 @@ def tokenize(
     tokenizer, found = find_tokenizer(recipe, source, run, console), []
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
     for split in splits:
-        progress = console.preparing(split)
-        shards = prepare(source, tokenizer, run.data, split, max_tokens=limits[split], progress=progress)
+        shards = prepare(source, tokenizer, run.data, split, max_tokens=limits[split])
         # A source that writes its documents itself reads no rows, and leaves none out.
         if source.rows or recipe.data.stream:
             console.say(f"{split:10} {source.describe_read(shards.documents)}")

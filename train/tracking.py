@@ -19,7 +19,6 @@ from engine import records
 from engine.disk import append, write_atomically
 from engine.errors import InputError
 from engine.processes import ALONE, Processes
-from train.data.shards import Progress
 
 Metrics = Mapping[str, Any]
 
@@ -105,11 +104,9 @@ class Tracker(Protocol):
 
 
 class Console(Tracker, Protocol):
-    """A tracker that also tells a person things, and shows how far the preparation of data has come."""
+    """A tracker that also tells a person things."""
 
     def say(self, message: str) -> None: ...
-
-    def preparing(self, what: str) -> Progress: ...
 
 
 class MetricsFile:

@@ -36,9 +36,6 @@ class Recorder:
     def close(self) -> None:
         pass
 
-    def preparing(self, what: str) -> Callable[[int, int, int], None]:
-        return lambda documents, tokens, text_bytes: None
-
     def losses(self) -> list[float]:
         return [line["loss"] for line in self.logged if "loss" in line]
 

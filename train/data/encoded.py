@@ -15,10 +15,10 @@ import numpy as np
 from engine.chat_template import END, render
 from engine.config import Recipe
 from engine.errors import InputError
+from engine.progress import listener
 from engine.tokenizer import Tokenizer
 from train.data.formats import Conversation, has_answer
 from train.data.loader import IGNORE_INDEX
-from train.data.shards import Progress
 from train.data.splits import Source, hash_of, prompt_key
 from train.tracking import Console
 
@@ -42,17 +42,17 @@ class Encoded:
         """Encode one more document. Raises InputError, with file and line (`where`), if nothing in it can be learnt."""
         raise NotImplementedError
 
-    def read_split(self, split: str, max_tokens: int | None = None, progress: Progress = lambda *counts: None) -> Self:
+    def read_split(self, split: str, max_tokens: int | None = None) -> Self:
         """Encode a split of the source, up to the document that reaches max_tokens. Raises InputError if none fits."""
         assert self.source is not None
         self.source = source = dataclasses.replace(self.source)  # a copy, which counts what this split skips
         name = f"{source.name} ({split})"
-        for number, document in enumerate(source.documents(split)):
-            self.add(document, f"{self.what} {number} of {name}")
-            if number % 100 == 0:
-                progress(len(self), self.tokens, self.bytes)
-            if max_tokens is not None and self.tokens >= max_tokens:
-                break
+        with listener.get()(f"tokenizing {split}", max_tokens, "tokens") as told:
+            for number, document in enumerate(source.documents(split)):
+                self.add(document, f"{self.what} {number} of {name}")
+                told(self.tokens)
+                if max_tokens is not None and self.tokens >= max_tokens:
+                    break
         if not len(self):
             raise InputError(
                 f"no {self.what} of {name} is left for a context of {self.context} tokens: {self.left_out()}; choose "
@@ -66,8 +66,7 @@ class Encoded:
         console.say(source.describe())
         limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
         train, validation = (
-            cls(tokenizer, recipe.model.context, source).read_split(split, limit, console.preparing(split))
-            for split, limit in limits.items()
+            cls(tokenizer, recipe.model.context, source).read_split(split, limit) for split, limit in limits.items()
         )
         return train, validation
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,6 +27,7 @@ import numpy as np
 from engine import records
 from engine.disk import replacing, sync, write_atomically, writing
 from engine.errors import InputError
+from engine.progress import Told, listener
 from engine.tokenizer import Tokenizer, tokenizer_file
 from train.data.workers import encode_documents
 
@@ -71,10 +72,6 @@ class Index:
     shards: list[Shard]
 
 
-# A progress function is called with the documents, tokens and bytes of text so far.
-Progress = Callable[[int, int, int], None]
-
-
 def prepare(
     source: "Source",
     tokenizer: Tokenizer,
@@ -84,7 +81,6 @@ def prepare(
     workers: int | None = None,
     max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    progress: Progress = lambda *counts: None,
 ) -> "TokenShards":
     """Tokenize a split into FOLDER/SPLIT, or continue an interrupted run, or open what is already finished.
 
@@ -115,12 +111,13 @@ def prepare(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tokenizer.save(root / tokenizer.file_name)
-    _write_shards(place, index, source, tokenizer, workers, progress)
+    with listener.get()(f"tokenizing {split}", max_tokens, "tokens") as told:
+        _write_shards(place, index, source, tokenizer, workers, told)
     return TokenShards(root, split)
 
 
 def _write_shards(
-    place: Path, index: dict[str, Any], source: "Source", tokenizer: Tokenizer, workers: int, progress: Progress
+    place: Path, index: dict[str, Any], source: "Source", tokenizer: Tokenizer, workers: int, told: Told
 ) -> None:
     shards, most = index["shards"], index["max_tokens"] or math.inf
     totals = Counter({key: sum(shard[key] for shard in shards) for key in COUNTS})
@@ -139,7 +136,7 @@ def _write_shards(
                 totals.update(documents=1, tokens=len(ids), bytes=size)
                 if totals["tokens"] >= most:
                     break
-            progress(*(totals[key] for key in COUNTS))
+            told(totals["tokens"])
             if totals["tokens"] >= most:
                 return
 

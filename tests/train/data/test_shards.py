@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.errors import InputError
+from engine.progress import Told, shown
 from engine.tokenizer import Tokenizer, train_tokenizer
 from train.data import shards
 from train.data.loader import Cursor, PackedLoader
@@ -124,17 +126,19 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, tokenizer:
 
 
 KILLED = """
-import os
+import contextlib, os
+from engine.progress import shown
 from engine.tokenizer import Tokenizer
 from train.data import workers
 from train.data.shards import prepare
 from train.data.sources import open_source
 workers.CHUNK_CHARACTERS, workers.SMALL_CHARACTERS = 2000, 4000
-def progress(documents, tokens, size):
-    if tokens > 5000:
-        os._exit(9)
+@contextlib.contextmanager
+def listen(what, total, unit):
+    yield lambda tokens: tokens > 5000 and os._exit(9)
 source, tokenizer = open_source("texts.jsonl"), Tokenizer.load("model")
-prepare(source, tokenizer, "out", "train", workers=2, shard_tokens=1000, progress=progress)
+with shown(listen):
+    prepare(source, tokenizer, "out", "train", workers=2, shard_tokens=1000)
 """
 
 
@@ -157,10 +161,18 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_to_the_same_files(
 
 
 def test_progress_counts_to_the_end(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
-    calls: list[tuple[int, int, int]] = []
-    prepared = prepare(source, tokenizer, tmp_path, "train", workers=1, progress=lambda *counts: calls.append(counts))
-    assert calls == sorted(calls)
-    assert calls[-1] == (prepared.documents, prepared.tokens, prepared.bytes)
+    told: list[Any] = []
+
+    @contextlib.contextmanager
+    def listen(*task: Any) -> Iterator[Told]:
+        told.append(task)
+        yield told.append
+
+    with shown(listen):
+        prepared = prepare(source, tokenizer, tmp_path, "train", workers=1, max_tokens=3000)
+    (task, *counts) = told
+    assert task == ("tokenizing train", 3000, "tokens")
+    assert counts == sorted(counts) and counts[-1] == prepared.tokens
 
 
 def test_what_is_prepared_is_opened_and_not_made_again(tmp_path: Path, source: Source, tokenizer: Tokenizer) -> None:
@@ -298,7 +310,9 @@ def test_a_full_disk_says_how_to_go_on(
 FAILING = """
 import os
 from pathlib import Path
+from typing import Any
 from engine.errors import InputError
+from engine.progress import Told, shown
 from engine.tokenizer import SentencePieceTokenizer
 from train.data import workers
 from train.data.shards import prepare
