@@ -22,27 +22,38 @@ def export_run(
     which: CheckpointName = "latest",
     gguf: Annotated[bool, Option("--gguf", help="Write one file for llama.cpp, Ollama and LM Studio.")] = False,
     precision: Annotated[str | None, Option(help="Of --gguf: fp32, fp16 (unless given), bf16 or int8.")] = None,
+    license: Annotated[
+        str | None, Option(help="For its README: mit, apache-2.0 or another of the Hub's names.")
+    ] = None,
+    base_model: Annotated[
+        str | None, Option(help="For its README: the Hub's name of what it was finetuned from.")
+    ] = None,
 ) -> None:
     """Write a model for transformers and other tools that read Hugging Face's files, or for llama.cpp.
 
     Example: gpt export runs/nano --out nano-hf
     """
+    from cli.model_card import UNKNOWN, model_card
     from engine.huggingface import EXPORTED_FILES, export
     from engine.run import Run
 
+    run = Run(path)
     if precision is not None and not gguf:
         raise InputError("--precision belongs to --gguf; Hugging Face's files are written in fp32")
+    if gguf and (license or base_model):
+        raise InputError("--license and --base-model belong to the README of Hugging Face's format, without --gguf")
     if gguf:
         from engine.gguf import export as export_gguf
 
         with _writing(out):
-            chats = export_gguf(Run(path), out, which, precision or "fp16", notice)
+            chats = export_gguf(run, out, which, precision or "fp16", notice)
         print(f"{out}: {out.stat().st_size:,} bytes")
         tool, text = ("llama-cli", "") if chats else ("llama-completion", ' -no-cnv -p "Once upon a time"')
         print(f"use it     {tool} -m {shlex.quote(str(out))}{text}")
         return
+    card = model_card(run, out, which, license=license or UNKNOWN, base_model=base_model or "")
     with _empty(out, EXPORTED_FILES, "export"), _writing(out):
-        files = export(Run(path), out, which, print)
+        files = export(run, out, which, print, card)
     for file in files:
         print(f"{file}: {file.stat().st_size:,} bytes")
     print(f"use it     transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")

@@ -50,13 +50,18 @@ NAMES = {
     "head": "embed_out",
 }
 
-EXPORTED_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config)\.json|model\.safetensors")
+EXPORTED_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config)\.json|model\.safetensors|README\.md"
+)
 
 
 def export(
-    run: Run, out: Path, which: str = "latest", notice: Callable[[str], None] = lambda message: None
+    run: Run, out: Path, which: str = "latest", notice: Callable[[str], None] = lambda message: None, card: str = ""
 ) -> list[Path]:
-    """Write a checkpoint of a run into the folder `out`, for transformers and what else reads its files."""
+    """Write a checkpoint of a run into the folder `out`, for transformers and what else reads its files.
+
+    `card` is the text of its README.md, if it is to have one.
+    """
     from safetensors.torch import save_file
 
     model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
@@ -87,6 +92,8 @@ def export(
         for name, content in contents.items():
             (out / name).write_text(json.dumps(content, indent=2) + "\n")
         (out / "tokenizer.json").write_bytes(tokenizer_content)
+        if card:
+            (out / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))
 

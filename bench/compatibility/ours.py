@@ -3,8 +3,8 @@
     echo '{"texts": ["Once upon"]}' | python -m bench.compatibility.ours RUN
 
 Of `texts`: `ids`, as documents begin; `conversations` (lists of messages): `rendered` and `prompts`, ids, and `learn`;
-`tokens` (lists of ids, equally long): `logits`; `continue` (texts): `continued`, the ids of a greedy continuation, at
-most `count`.
+`tokens` (lists of ids, equally long): `logits`; `continue` (texts, or ids): `continued`, the ids of a greedy
+continuation, at most `count`. And whether it is a `chat` model.
 """
 
 import json
@@ -27,10 +27,12 @@ def main() -> None:
     model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"))
     conversations = [[Message(**message) for message in messages] for messages in asked.get("conversations", ())]
     rendered = [render(tokenizer, messages) for messages in conversations]
-    starts = [document_prompt(tokenizer, text) for text in asked.get("continue", ())]
-    options = {"max_tokens": asked.get("count", 16), "stop_ids": text_ends(tokenizer, chat=run.read_recipe().chat)}
+    starts = [document_prompt(tokenizer, each) if isinstance(each, str) else each for each in asked.get("continue", ())]
+    chat = run.read_recipe().chat
+    options = {"max_tokens": asked.get("count", 16), "stop_ids": text_ends(tokenizer, chat=chat)}
     continued = generate(model, tokenizer, starts, Sampling(temperature=0), **options)
     answer = {
+        "chat": chat,
         "ids": [document_prompt(tokenizer, text) for text in asked.get("texts", ())],
         "rendered": [ids for ids, _ in rendered],
         "learn": [learn for _, learn in rendered],

@@ -15,7 +15,8 @@ def test_a_run_goes_out_and_comes_back_and_says_the_same(gpt: Gpt, trained: Path
     out = gpt("export", str(trained), "--out", "hf")
     assert out.code == 0 and "from_pretrained('hf')" in out.out
     names = {path.name for path in Path("hf").iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert all(f"hf/{name}: " in out.out for name in names)
     back = gpt("import", "hf", "--out", "runs/back")
     assert back.code == 0 and "gpt generate runs/back" in back.out
     info = gpt("info", "runs/back").out
@@ -40,6 +41,7 @@ def test_a_run_becomes_one_file_for_llama_cpp(gpt: Gpt, trained: Path) -> None:
         "half.gguf is there already; choose another file with --out": ("--gguf", "--out", "half.gguf"),
         "--precision is 'fp8'; it must be fp32, fp16, bf16, int8": ("--gguf", "--out", "new", "--precision", "fp8"),
         "--precision belongs to --gguf": ("--out", "new", "--precision", "fp16"),
+        "--license and --base-model belong to the README": ("--gguf", "--out", "new", "--license", "mit"),
     }.items():
         refused = gpt("export", str(trained), *options)
         assert refused.code == 2 and message in refused.err and not Path("new").exists()
@@ -65,6 +67,12 @@ def test_nothing_is_written_into_a_folder_that_holds_something(gpt: Gpt, trained
         result = gpt(command, str(trained), "--out", str(trained))
         assert result.code == 2 and "not an empty folder" in result.err and "--out" in result.err
     assert sorted(trained.rglob("*")) == before
+
+
+def test_what_the_hub_would_refuse_in_a_card_is_refused(gpt: Gpt, trained: Path) -> None:
+    for option, bad in (("--license", "My own"), ("--base-model", "../base")):
+        refused = gpt("export", str(trained), "--out", "hf", option, bad)
+        assert refused.code == 2 and option in refused.err and repr(bad) in refused.err and not Path("hf").exists()
 
 
 def test_what_is_no_model_is_refused(gpt: Gpt) -> None:
