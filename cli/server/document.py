@@ -29,6 +29,15 @@ BOUNDS = {
     "minItems": "at least",
     "maxItems": "at most",
 }
+# Each of a stream's.
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "JSON, or [DONE] at the end"},
+    },
+    "required": ["data"],
+}
 Finish = Literal["stop", "length"]
 
 
@@ -194,8 +203,10 @@ class Operation:
 
     def responses(self, *, locked: bool) -> dict[int | str, dict[str, Any]]:
         """Return what FastAPI has to know of its answers; `locked`: it asks for a key."""
-        text = {"content": {"text/event-stream" if self.gives else "text/plain": {"schema": {"type": "string"}}}}
-        given: dict[str, Any] = {"description": "The answer", **(text if self.asks or not self.gives else {})}
+        text = (
+            {"text/event-stream": {"schema": EVENT}} if self.gives else {"text/plain": {"schema": {"type": "string"}}}
+        )
+        given: dict[str, Any] = {"description": "The answer", "content": text if self.asks or not self.gives else {}}
         given |= {"model": self.gives} if self.gives else {}
         refusals = (*self.refuses, *([401] if locked else []))
         return {200: given, **{status: {"model": Refusal, "description": "A refusal"} for status in refusals}}
@@ -240,9 +251,9 @@ def page(document: Mapping[str, Any]) -> str:
                 f"<h2><code><b>{method.upper()}</b> {escape(path)}</code></h2><p>{escape(operation['summary'])}</p>"
             ]
             answer = operation["responses"]["200"]["content"]
-            given = [f"{kind}: {_spell(content['schema'])}" for kind, content in answer.items() if content["schema"]]
+            given = [f"{kind} ({_spell(content['schema'])})" for kind, content in answer.items()]
             refused = ", ".join(status for status in operation["responses"] if status != "200")
-            lines.append(f"<p>Gives {'; '.join(given)}.{f' Refuses with {refused}.' if refused else ''}</p>")
+            lines.append(f"<p>Gives {' or '.join(given)}.{f' Refuses with {refused}.' if refused else ''}</p>")
             if asked := operation.get("requestBody"):
                 name = asked["content"]["application/json"]["schema"]["$ref"].removeprefix(REF)
                 lines.append(_table(name, schemas[name]))

@@ -42,6 +42,14 @@ def test_what_is_asked_from_the_document_is_answered_as_it_says(
         ask()
 
 
+@pytest.mark.parametrize("path", POSTS)
+def test_events_are_as_the_document_says(server: Live, path: str) -> None:
+    said: Any = {"input": "a"} if path == POSTS[2] else {"prompt": "a"}
+    said = {"messages": [{"role": "user", "content": "a"}]} if path == POSTS[0] else said
+    case = document(server)[path]["POST"].Case(body={"model": "small", "stream": True, "seed": 1, **said})
+    assert "text/event-stream" in case.call_and_validate().headers["content-type"][0]
+
+
 def test_a_whole_number_may_be_spelled_with_a_fraction(server: Live) -> None:
     body = b'{"model": "small", "prompt": [5.0], "max_tokens": 3.0, "temperature": 0, "best_of": 1.0}'
     answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
