@@ -8,6 +8,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,17 @@ SHOWN = (
 # A run that is alive is stalled when it has been silent for so many of its usual times between lines and seconds.
 SILENT_LINES, SILENT_SECONDS = 20, 60.0
 
+# What is larger is no number to draw, as is what is not finite.
+MOST = 1e300
+
 Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """What best-of-n.json holds: points of each curve by its name."""
+
+    curves: dict[str, list[dict[str, float | None]]]
 
 
 class Watched:
@@ -85,8 +96,8 @@ class Watched:
         intervals = [after - before for before, after in pairwise(row["seconds"] for row in rows if "seconds" in row)]
         try:
             parameters = run.read_recipe().model.parameters
-            curves = records.read(best, dict[str, Any])["curves"] if best else {}
-        except (InputError, KeyError):
+            curves = records.read(best, BestOfN).curves if best else {}
+        except InputError:
             curves = {}
         return {
             "name": _text(path.relative_to(self.folder)) if path != self.folder else _text(path.absolute().name),
@@ -102,7 +113,14 @@ class Watched:
             "updated": (metrics or path).stat().st_mtime,
             # Where this differs, there are new samples.
             "samples": samples.stat().st_size if samples else 0,
-            "best_of_n": {kind: points for kind, points in curves.items() if kind.startswith("best of n")},
+            "best_of_n": {
+                kind: [
+                    {name: each for name, each in point.items() if each is not None and abs(each) < MOST}
+                    for point in points
+                ]
+                for kind, points in curves.items()
+                if kind.startswith("best of n")
+            },
             "newest": {each: newest[each] for each in SHOWN if each in newest},
         }
 
@@ -201,7 +219,7 @@ def _rows(lines: Iterable[bytes]) -> Iterator[Row]:
             continue
         if isinstance(record, dict) and type(step := record.get("step")) is int and 0 <= step < 2**53:
             numbers = ((name, each) for name, each in record.items() if type(each) in (int, float))
-            yield {name: each for name, each in numbers if abs(each) < 1e300}
+            yield {name: each for name, each in numbers if abs(each) < MOST}
 
 
 def _mean(rows: list[Row]) -> Row:

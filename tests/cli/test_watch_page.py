@@ -118,3 +118,18 @@ def test_a_policy_is_drawn_against_its_kl_and_fifty_runs_fit_on_a_phone(page: An
     expect(chart(page, "Gold against KL").locator(".readout")).to_have_text(re.compile("^.0.5$"))
     assert chart(page, "Gold against KL").locator("canvas").count() == 1
     assert page.evaluate("document.querySelector('main').scrollWidth <= innerWidth")
+
+
+def test_a_logarithmic_scale_takes_what_has_no_logarithm(page: Any, runs: Path) -> None:
+    run = make_run(runs / "aligned", 0, alignment__method="dpo")
+    steps = (
+        {"step": step, "tokens": step, "progress": 1, "loss": -step, "rate": 0.5 * (step < 3)} for step in (1, 2, 3)
+    )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in steps))
+    page.reload()
+    choose(page, "first")
+    choose(page, "second")
+    page.get_by_label("Smoothing").fill("0")
+    page.get_by_label("Log scale").check()
+    expect(chart(page, "Loss").locator(".readout")).to_have_text("A-3")
+    expect(chart(page, "Learning rate").locator(".readout")).to_have_text("A0.5")

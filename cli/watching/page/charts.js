@@ -4,6 +4,8 @@ import { element } from "./shared/dom.js";
 import { smoothed } from "./data.js";
 
 const COLOURS = 7;
+const BEHIND = { measured: "train", trail: "policy" }; // which of a run's two lines has no letter of its own
+const TINY = 1e-12; // what is below has no place on a logarithmic axis
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
 
 const number = (value) => {
@@ -19,6 +21,17 @@ const span = (seconds) => {
   return h ? `${h}:${String(m).padStart(2, "0")}:${String(s).padStart(2, "0")}` : `${m}:${String(s).padStart(2, "0")}`;
 };
 export const shown = { number, span };
+
+const TIMES = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];
+/** Round values between two, about `count` of them and never many: uPlot's own way need not come to an end. */
+function ticks(low, high, count, time) {
+  const rough = (high - low) / count;
+  if (!(rough > 0)) return [];
+  const size = 10 ** Math.floor(Math.log10(rough));
+  const step = (time && TIMES.find((each) => each >= rough)) || [1, 2, 2.5, 5, 10].find((each) => each * size >= rough) * size;
+  const first = Math.ceil(low / step);
+  return Array.from({ length: Math.max(0, Math.min(20, Math.floor(high / step) - first + 1)) }, (_, i) => (first + i) * step);
+}
 
 // `of` is a metric of steps; its evaluations are called validation_ and the same. `fit` leaves out what is far off.
 export const CHARTS = {
@@ -54,7 +67,7 @@ const bare = (name) => name.replace(/^validation_/, "");
 
 const some = (values) => values?.some((value) => value !== null);
 const has = ({ columns }, { of, frontier }) =>
-  frontier ? some(columns.measured.validation_kl) && some(columns.measured[`validation_${of}`]) : some(columns.train[of]) || some(columns.measured[`validation_${of}`]);
+  frontier ? some(columns.train.kl) || some(columns.measured.validation_kl) : some(columns.train[of]) || some(columns.measured[`validation_${of}`]);
 
 export const letter = (slot) => (slot < 26 ? String.fromCharCode(65 + slot) : String(slot + 1));
 export const mark = (slot) => element("span", { className: slot === undefined ? "mark" : `mark c${slot % COLOURS}` }, slot === undefined ? "" : letter(slot));
@@ -87,12 +100,12 @@ export class Chart {
   /** Shows these runs as the view says; false, and nothing, where none has anything of this. */
   draw(runs, view) {
     this.runs = runs.filter((run) => has(run, this.spec));
-    this.node.hidden = !this.runs.length;
-    if (this.node.hidden) return false;
     this.view = view;
     const tables = this.spec.frontier ? this.frontier() : this.lines();
+    this.node.hidden = !tables.length;
+    if (this.node.hidden) return false;
     const data = uPlot.join(tables.map(({ xs, ys }) => [xs, ys]));
-    const kind = JSON.stringify([view.over, view.log, view.theme, tables.map(({ kind, run }) => [kind, run.slot, run.name])]);
+    const kind = JSON.stringify([view.over, this.log, view.theme, tables.map(({ kind, run }) => [kind, run.slot, run.name])]);
     if (this.kind !== kind) {
       this.plot?.destroy();
       this.kind = kind;
@@ -108,14 +121,17 @@ export class Chart {
   }
 
   lines() {
-    const { spec: { of, smooth, times = 1 }, view: { over, smoothing, log } } = this;
+    const { spec: { of, smooth, times = 1 }, view: { over, smoothing } } = this;
+    const all = this.runs.flatMap(({ columns: { train, measured } }) => [...(train[of] ?? []), ...(measured[`validation_${of}`] ?? [])]);
+    // Without an end above 0 a logarithmic axis would never end.
+    this.log = this.view.log && all.some((value) => value > TINY) && !all.some((value) => value < 0);
     return this.runs.flatMap((run) => {
       const { train, measured } = run.columns;
       const tables = [];
       const table = (kind, xs, ys) => {
-        const there = xs.map((x, i) => i).filter((i) => xs[i] !== null);
-        const value = (y) => (y === null || (log && y <= 0) ? null : y * times);
-        tables.push({ kind, run, xs: there.map((i) => xs[i]), ys: there.map((i) => value(ys[i])) });
+        const there = (xs ?? []).map((x, i) => i).filter((i) => xs[i] !== null);
+        const value = (y) => (y === null || (this.log && y < TINY) ? null : y * times);
+        if (there.length) tables.push({ kind, run, xs: there.map((i) => xs[i]), ys: there.map((i) => value(ys[i])) });
       };
       if (some(train[of])) {
         const soft = smooth && smoothing > 0;
@@ -127,25 +143,32 @@ export class Chart {
     });
   }
 
-  /** A point for each evaluation of a policy; and as lines what the best of n answers of its base would score. */
+  /**
+   * A point for each evaluation of a policy, behind them the way of its rounds in training; and as lines what the best
+   * of n answers of its base would score.
+   */
   frontier() {
-    const { of } = this.spec;
-    const bases = new Map(this.runs.flatMap(({ best }) => Object.entries(best ?? {})));
-    const best = [...bases].map(([kind, points]) => ({
-      kind, run: { name: kind }, xs: points.map(({ kl }) => Math.sqrt(kl)), ys: points.map((point) => point[of] ?? null), labels: points.map(({ n }) => n),
-    }));
-    const own = this.runs.map((run) => {
-      const m = run.columns.measured;
-      const path = m.step.map((step, i) => ({ x: Math.sqrt(Math.max(m.validation_kl[i] ?? NaN, 0)), y: m[`validation_${of}`][i], error: m[`validation_${of}_error`]?.[i], step }));
-      const sound = path.filter(({ x, y }) => x >= 0 && y !== null);
+    const { spec: { of }, view: { smoothing } } = this;
+    const table = (kind, run, path, more) => {
+      const sound = path.filter(({ x, y }) => x >= 0 && y != null);
       const sorted = [...new Map(sound.map((point) => [point.x, point])).values()].sort((a, b) => a.x - b.x);
-      return { kind: "policy", run, path: sound, xs: sorted.map(({ x }) => x), ys: sorted.map(({ y }) => y) };
+      return sound.length ? [{ kind, run, path: sound, xs: sorted.map(({ x }) => x), ys: sorted.map(({ y }) => y), ...more }] : [];
+    };
+    const own = this.runs.flatMap((run) => {
+      const { train, measured: m } = run.columns;
+      const rounds = (train.step ?? []).map((step, i) => i).filter((i) => some([train.kl?.[i] ?? null]) && some([train[of]?.[i] ?? null]));
+      const [kl, score] = [train.kl, train[of]].map((values) => smoothed(rounds.map((i) => values[i]), smoothing));
+      const trail = rounds.map((round, i) => ({ x: Math.sqrt(Math.max(kl[i], 0)), y: score[i] }));
+      const path = (m.step ?? []).map((step, i) => ({ x: Math.sqrt(Math.max(m.validation_kl?.[i] ?? NaN, 0)), y: m[`validation_${of}`]?.[i], error: m[`validation_${of}_error`]?.[i] }));
+      return [...table("trail", run, trail), ...table("policy", run, path)];
     });
+    const bases = own.length ? new Map(this.runs.flatMap(({ best }) => Object.entries(best ?? {}))) : [];
+    const best = [...bases].flatMap(([kind, points]) => table(kind, { name: kind }, points.map((point) => ({ x: Math.sqrt(point.kl ?? NaN), y: point[of], n: point.n }))));
     return [...best, ...own];
   }
 
   options() {
-    const { spec, view: { over, log } } = this;
+    const { spec, view: { over } } = this;
     const [ink, line, faint] = ["--faint", "--line", "--faint"].map(colour);
     const font = `12px ${css("--sans")}`;
     const axis = { stroke: ink, font, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 4 } };
@@ -157,6 +180,7 @@ export class Chart {
       const common = { stroke, spanGaps: true, points: { show: false } };
       if (kind === "raw") return { ...common, width: 1, alpha: 0.28 };
       if (kind === "measured") return { ...common, width: 1, dash: [3, 3], points: dots };
+      if (kind === "trail") return { ...common, paths: () => null };
       if (kind === "policy") return { ...common, paths: () => null, points: { ...dots, size: 7 } };
       return { ...common, width: kind === "train" ? 1.75 : 1.25, dash: kind === "best of n by gold" ? [2, 3] : dash, points: kind === "train" ? { show: false } : { ...dots, size: 4 } };
     });
@@ -164,8 +188,11 @@ export class Chart {
       ...this.size(),
       padding: [8, 22, 0, 0],
       legend: { show: false },
-      scales: { x: { time: false, ...(spec.frontier && { range: (u, low, high) => [0, high * 1.05 || 1] }) }, y: { distr: log && !spec.frontier ? 3 : 1, range: (u, low, high) => this.range(u, low, high) } },
-      axes: [{ ...axis, size: 30, space: 52, values: (u, ticks) => ticks.map(x) }, { ...axis, size: 54, space: 32, values: (u, ticks) => ticks.map((tick) => (tick === null ? null : number(tick))) }],
+      scales: { x: { time: false, ...(spec.frontier && { range: (u, low, high) => [0, high * 1.05 || 1] }) }, y: { distr: this.log ? 3 : 1, range: (u, low, high) => this.range(u, low, high) } },
+      axes: [
+        { ...axis, size: 30, splits: (u, i, low, high) => ticks(low, high, u.width / 90, over === "seconds" && !spec.frontier), values: (u, at) => at.map(x) },
+        { ...axis, size: 54, space: 32, ...(!this.log && { splits: (u, i, low, high) => ticks(low, high, 5) }), values: (u, at) => at.map((tick) => (tick === null ? null : number(tick))) },
+      ],
       series: [{}, ...series],
       cursor: {
         y: false,
@@ -187,8 +214,8 @@ export class Chart {
   /** The ends of the y axis: those of what is seen, without the first steps of a run where they are far off. */
   range(u, low, high) {
     const { spec, view } = this;
-    if (low === null || low === undefined) return [0, 1];
-    if (view.log && !spec.frontier) return [low / 1.05, high * 1.05];
+    if (!Number.isFinite(low) || !Number.isFinite(high)) return [0.1, 1];
+    if (this.log) return [low / 1.05, high * 1.05];
     if (spec.fit && !view.whole && u.series[0].idxs) {
       const [from, to] = u.series[0].idxs;
       const most = u.data.slice(1).map((values) => {
@@ -198,7 +225,7 @@ export class Chart {
       high = Math.max(...most);
     }
     if (spec.zero) low = 0;
-    const room = (high - low || Math.abs(high) || 1) * 0.08;
+    const room = Math.max(high - low, Math.abs(high) * 1e-6, 1e-30) * 0.08;
     return [spec.zero ? 0 : low - room, high + room];
   }
 
@@ -218,11 +245,13 @@ export class Chart {
   under(u) {
     if (!this.spec.frontier) return;
     this.clipped(u, (ctx, x, y) => {
-      for (const { kind, run, path, xs, ys, labels } of this.tables) {
+      for (const { kind, run, path } of this.tables) {
         ctx.fillStyle = ctx.strokeStyle = run.slot === undefined ? colour("--faint") : colour(`--curve-${run.slot % COLOURS}`);
-        if (labels) labels.forEach((n, i) => ys[i] !== null && ctx.fillText(n, x(xs[i]) + 4 * devicePixelRatio, y(ys[i]) + 13 * devicePixelRatio));
-        if (kind !== "policy") continue;
-        ctx.globalAlpha = 0.5;
+        if (run.slot === undefined) {
+          for (const point of path) ctx.fillText(point.n, x(point.x) + 4 * devicePixelRatio, y(point.y) + 13 * devicePixelRatio);
+          continue;
+        }
+        ctx.globalAlpha = kind === "trail" ? 0.6 : 0.4;
         ctx.beginPath();
         path.forEach((point, i) => ctx[i ? "lineTo" : "moveTo"](x(point.x), y(point.y)));
         for (const point of path.filter(({ error }) => error)) {
@@ -238,7 +267,7 @@ export class Chart {
   /** Each line's letter at its end: nobody has to tell colours apart. */
   names(u) {
     const ends = this.tables.flatMap(({ kind, run, path }, i) => {
-      if (run.slot === undefined || kind === "raw" || (kind === "measured" && this.tables.some((other) => other.run === run && other.kind === "train"))) return [];
+      if (run.slot === undefined || kind === "raw" || (BEHIND[kind] && this.tables.some((other) => other.run === run && other.kind === BEHIND[kind]))) return [];
       const [from, to] = u.series[0].idxs;
       let at = to;
       while (at > from && u.data[i + 1][at] == null) at--;
@@ -284,10 +313,11 @@ export class Chart {
       if (this.tables[i].path) return this.tables[i].path.at(-1).y;
       return values.findLast((each) => each != null);
     };
-    const parts = this.runs.map((run) => {
-      const own = this.tables.map((table, i) => ({ ...table, i })).filter((table) => table.run === run && table.kind !== "raw");
-      const words = own.map(({ kind, i }) => element("span", { className: kind }, (kind === "measured" ? " ● " : "") + number(value(i))));
-      return element("span", { title: run.name }, mark(run.slot), ...words);
+    const parts = this.runs.flatMap((run) => {
+      const own = this.tables.map((table, i) => ({ kind: table.kind, run: table.run, i })).filter((table) => table.run === run && table.kind !== "raw");
+      const told = own.filter(({ kind }) => kind !== "trail" || own.length === 1);
+      const words = told.map(({ kind, i }) => element("span", { className: kind }, (kind === "measured" ? " ● " : "") + number(value(i))));
+      return words.length ? [element("span", { title: run.name }, mark(run.slot), ...words)] : [];
     });
     this.readout.replaceChildren(...parts);
     const at = held && plot.data[0][plot.cursor.idx];
@@ -295,7 +325,7 @@ export class Chart {
     const over = { tokens: (v) => `${number(v)} tokens`, seconds: span, step: (v) => `step ${number(v)}` }[this.view.over];
     const axis = spec.frontier ? "over √KL" : { tokens: "over tokens", seconds: "over time", step: "over steps" }[this.view.over];
     this.at.textContent = none ? axis : spec.frontier ? `KL ${number(at ** 2)}` : over(at);
-    this.place.ariaLabel = `${spec.title} ${this.at.textContent}: ${this.runs.map((run, i) => `${run.name} ${parts[i].textContent}`).join(", ")}`;
+    this.place.ariaLabel = `${spec.title} ${this.at.textContent}: ${parts.map((part) => `${part.title} ${part.textContent}`).join(", ")}`;
   }
 
   walk(event) {
