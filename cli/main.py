@@ -82,7 +82,6 @@ app = typer.Typer(
     name="gpt",
     help="A GPT from raw text to a chat model, with its own kernels. Start with: gpt train nano",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -186,7 +185,7 @@ def main() -> None:
         except FileNotFoundError:
             # In such a folder MKL, which torch computes with, ends the process.
             raise InputError("the working directory is gone; change to one that is there, such as: cd ~") from None
-        app()
+        app(prog_name="gpt")
     except InputError as error:
         if rank:
             # Most of these are the main process's too, which says it at once and has all of them ended.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from typer import Argument, BadParameter, Option
 from typer.models import ArgumentInfo, ParameterInfo
 
+from cli.completion import offer
 from cli.console import notice
 from engine import config
 from engine.errors import InputError
@@ -214,6 +215,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         # Typer reads neither the bounds inside of a type nor "" as an error.
         for info in [copy.copy(mark) for mark in marks[name] if isinstance(mark, ParameterInfo)]:
             info.parser = path if "Path" in str(plain[name]) else None
+            info.autocompletion = offer(name, plain[name], info.help or "")
             texts = (mark for mark in marks[name] if isinstance(mark, str))
             parameters[name] = parameter.replace(annotation=Annotated[plain[name], info, *texts])
 

@@ -170,7 +170,12 @@ def test_every_path_says_in_its_help_what_it_must_be() -> None:
 
 
 def test_every_option_and_setting_that_a_message_names_is_one() -> None:
-    known = {name for taken in TAKEN.values() for name, *_ in taken} | {"--help", "--version", "--full"}
+    known = {name for taken in TAKEN.values() for name, *_ in taken} | {
+        "--help",
+        "--version",
+        "--full",
+        "--install-completion",
+    }
     groups = {name.partition(".")[0] for name, _, _ in settings(Recipe) if "." in name}
     names = {name for name, _, _ in settings(Recipe)}
     # Where they are no advice: git's options, and the names of files and of a module's own attribute.
