@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from rich.text import Text
@@ -51,6 +51,9 @@ class Curve:
         # A column of dots shows the mean of its steps.
         grouped = groupby(self.trained, key=lambda point: column(point[0]))
         means = [(at, statistics.fmean(loss for _, loss in points)) for at, points in grouped]
+        line = means[:1]
+        for (left, one), (right, other) in pairwise(means):
+            line += [(at, one + (other - one) * (at - left) / (right - left)) for at in range(left + 1, right + 1)]
         losses = sorted(loss for _, loss in means + self.validated)
         low, high = losses[0], losses[math.ceil((1 - CUT_SHARE) * (len(losses) - 1))]
 
@@ -59,7 +62,7 @@ class Curve:
 
         grid = [[0] * columns for _ in range(rows)]
         before = None
-        for at, loss in means:
+        for at, loss in line:
             now = row(loss)
             # The line goes on from the column before without a gap.
             for dot in (now,) if before is None else range(min(now, before), max(now, before) + 1):

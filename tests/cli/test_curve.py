@@ -24,6 +24,9 @@ def test_it_falls_from_the_highest_loss_to_the_lowest_and_marks_evaluations() ->
     # Where the curve stands at its beginning and at its end.
     assert rows[0][8] > "\u2800" and rows[-1][-1] > "\u2800"
     assert "".join(rows).count("●") == 4
+    # Few steps make a line, too.
+    *rows, steps = curve(5).draw(60, 8).plain.splitlines()
+    assert all(any(row[at] > "\u2800" for row in rows) for at in range(8, 60))
 
 
 def test_a_terminal_without_other_letters_gets_those_of_ascii() -> None:
