@@ -32,18 +32,32 @@ GRACE = 20.0
 
 
 ROOMS = ("kernels", "engine", "train", "rlhf", "bench", "cli")
+# Scripts, which other people's interpreters run with what they need in the environment.
+SCRIPTS = "bench.compatibility."
+
+
+def modules() -> Iterator[str]:
+    """Yield the names of all modules that a command may import."""
+    for room in ROOMS:
+        yield room
+        for module in pkgutil.walk_packages(importlib.import_module(room).__path__, f"{room}."):
+            if not module.name.endswith("__main__") and not module.name.startswith(SCRIPTS):
+                yield module.name
 
 
 def preload() -> None:
     """Import all that a command may need, and build the command line, before anything is forked."""
     import typer.main
 
-    for room in ROOMS:
-        package = importlib.import_module(room)
-        for module in pkgutil.walk_packages(package.__path__, f"{room}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
-    for name in ("safetensors.torch", "sentencepiece", "tokenizers", "pyarrow.parquet", "fastapi", "uvicorn"):
+    for name in (
+        *modules(),
+        "safetensors.torch",
+        "sentencepiece",
+        "tokenizers",
+        "pyarrow.parquet",
+        "fastapi",
+        "uvicorn",
+    ):
         importlib.import_module(name)
     import matplotlib.figure
 

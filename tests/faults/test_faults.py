@@ -1,6 +1,7 @@
 """A small part of `make faults` as ordinary tests; and that it covers what is there, and repeats what it finds."""
 
 import contextlib
+import importlib
 import random
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from engine.tokenizer import Tokenizer
 from tests.faults import api, damage, odd_files, options, parsers
 from tests.faults.__main__ import PARTS, Row, load, show
 from tests.faults.board import Board, changes, contents
-from tests.faults.child import Done
+from tests.faults.child import Done, modules
 
 
 @pytest.fixture
 def board(tmp_path: Path) -> Board:
     return Board("options", 7, tmp_path / "scratch", tmp_path / "world")
+
+
+def test_every_module_can_be_imported_before_anything_is_forked() -> None:
+    for name in modules():
+        importlib.import_module(name)
 
 
 # Those that write a file for every example take longer.
