@@ -64,7 +64,7 @@ def run(board: Board) -> None:
                     continue
                 goal = "train nano" if command.startswith("train") else "finetune base"
                 again = child.Child(child.gpt(*goal.split(), "--out", "new", "--resume"), here)
-                again.until("step ", 20)
+                again.until("\nstep ", 20)  # it has said after which step it resumes
                 again.send(signal.SIGTERM)
                 case.judge(again.wait(25))
 
