@@ -52,7 +52,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "serve": (serve.serve, "Serve the OpenAI API and a page"),
     },
     "Share": {
-        "export": (huggingface.export_run, "Write a model in Hugging Face's format"),
+        "export": (huggingface.export_run, "Write a model for transformers or llama.cpp"),
         "import": (huggingface.import_folder, "Take a pretrained GPT-NeoX or Pythia"),
     },
     "Look": {
