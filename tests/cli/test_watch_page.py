@@ -58,7 +58,6 @@ def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
 
 def test_a_chart_is_read_with_the_keyboard_and_zoomed_with_the_others(page: Any) -> None:
     rate = chart(page, "Learning rate")
-    expect(rate.locator(".at")).to_have_text("over tokens")
     page.get_by_text("steps", exact=True).first.click()
     rate.get_by_role("img").focus()
     page.keyboard.press("ArrowLeft")
@@ -115,8 +114,8 @@ def test_a_policy_is_drawn_against_its_kl_and_fifty_runs_fit_on_a_phone(page: An
     expect(page.locator("#runs li:visible")).to_have_count(1)
     choose(page, "policy")
     page.keyboard.press("Escape")
-    expect(chart(page, "Gold against KL").locator(".readout")).to_have_text(re.compile("^.0.5$"))
-    assert chart(page, "Gold against KL").locator("canvas").count() == 1
+    expect(chart(page, "Gold against √KL").locator(".readout")).to_have_text(re.compile("^.0.5$"))
+    assert chart(page, "Gold against √KL").locator("canvas").count() == 1
     assert page.evaluate("document.querySelector('main').scrollWidth <= innerWidth")
 
 

@@ -1,11 +1,13 @@
 // Ties the page together: which runs there are, which are shown, and how it keeps up with them.
 
 import { ask, askOr, AskError, Columns } from "./data.js";
-import { Chart, CHARTS, mark, others, shown } from "./charts.js";
+import { Chart, mark } from "./charts.js";
 import * as samples from "./samples.js";
+import { CHARTS, number, others, span } from "./specs.js";
 import { $, element } from "./shared/dom.js";
 
-const POLL = 2000, MOST = 30_000; // milliseconds
+const POLL = 2000,
+  MOST = 30_000; // milliseconds
 const AT_FIRST = 3; // so many runs are shown before anybody has chosen
 
 const kept = (() => {
@@ -23,9 +25,13 @@ const charts = new Map();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let runs = [];
 let chosen = kept.chosen; // by folder, the ids
-let delay = POLL, busy = false, again = false, timer, since;
+let delay = POLL,
+  busy = false,
+  again = false,
+  timer,
+  since;
 
-const number = (value) => value?.toLocaleString("en") ?? "–";
+const whole = (value) => value.toLocaleString("en");
 const words = { running: "training", stalled: "stalled", stopped: "stopped", done: "done", damaged: "damaged" };
 
 // ---- asking
@@ -51,7 +57,9 @@ async function poll() {
   } finally {
     busy = false;
     const alive = runs.filter(({ state }) => state === "running").length;
-    $("status").textContent = since ? `No answer since ${since}: trying again` : `${alive ? `${alive} training, ` : ""}up to date`;
+    $("status").textContent = since
+      ? `No answer since ${since}: trying again`
+      : `${alive ? `${alive} training, ` : ""}up to date`;
     $("status").classList.toggle("away", Boolean(since));
     if (!$("locked").open) timer = setTimeout(poll, again ? 0 : document.hidden ? MOST : delay);
   }
@@ -85,7 +93,8 @@ function choose(folder, found) {
   const alive = found.filter(({ state }) => state === "running");
   if (!chosen.ids && found.length) chosen.ids = (alive.length ? alive : found).slice(0, AT_FIRST).map(({ id }) => id);
   // A run that begins while somebody watches is what they wait for.
-  else if (runs.length) chosen.ids.push(...alive.map(({ id }) => id).filter((id) => !runs.some((run) => run.id === id)));
+  else if (runs.length)
+    chosen.ids.push(...alive.map(({ id }) => id).filter((id) => !runs.some((run) => run.id === id)));
   runs = found;
   settle();
 }
@@ -104,7 +113,10 @@ function slot(id) {
   slots.set(id, free);
 }
 
-const selected = () => [...slots].sort((a, b) => a[1] - b[1]).map(([id, slot]) => ({ ...runs.find((run) => run.id === id), slot, columns: columns.get(id) ?? new Columns(id) }));
+const selected = () =>
+  [...slots]
+    .sort((a, b) => a[1] - b[1])
+    .map(([id, slot]) => ({ ...runs.find((run) => run.id === id), slot, columns: columns.get(id) ?? new Columns(id) }));
 
 function toggle(id, on) {
   chosen.ids = on ? [...chosen.ids, id] : chosen.ids.filter((each) => each !== id);
@@ -127,7 +139,9 @@ const rows = new Map();
 
 function list() {
   const alive = ({ state }) => state === "running" || state === "stalled";
-  const order = [...runs].sort((a, b) => alive(b) - alive(a) || (alive(a) ? a.name.localeCompare(b.name) : b.updated - a.updated));
+  const order = [...runs].sort(
+    (a, b) => alive(b) - alive(a) || (alive(a) ? a.name.localeCompare(b.name) : b.updated - a.updated),
+  );
   const nodes = order.map((run) => {
     const row = rows.get(run.id) ?? newRow(run);
     const { step, steps, newest, state } = run;
@@ -135,25 +149,38 @@ function list() {
     row.mark.replaceWith((row.mark = mark(slots.get(run.id))));
     row.state.className = `state ${state}`;
     const loss = newest.validation_loss ?? newest.loss;
-    row.state.textContent = words[state] + (state === "stalled" ? ` for ${shown.span(run.silent)}` : "");
+    row.state.textContent = words[state] + (state === "stalled" ? ` for ${span(run.silent)}` : "");
     row.kind.textContent = run.kind;
-    row.far.textContent = alive(run) && steps ? `${number(step)} of ${number(steps)}` : loss === undefined ? "" : shown.number(loss);
+    row.far.textContent =
+      alive(run) && steps ? `${whole(step)} of ${whole(steps)}` : loss === undefined ? "" : number(loss);
     row.progress.hidden = !alive(run);
     row.progress.value = newest.progress ?? 0;
     row.node.title = run.damage;
     row.node.hidden = !run.name.toLowerCase().includes($("find").value.trim().toLowerCase());
     return row.node;
   });
-  if (nodes.some((node, i) => $("runs").children[i] !== node) || nodes.length !== $("runs").children.length) $("runs").replaceChildren(...nodes);
+  if (nodes.some((node, i) => $("runs").children[i] !== node) || nodes.length !== $("runs").children.length)
+    $("runs").replaceChildren(...nodes);
   $("count").textContent = `${runs.length} run${runs.length === 1 ? "" : "s"}, ${slots.size} shown`;
 }
 
 function newRow({ id, name }) {
   const box = element("input", { type: "checkbox", onchange: () => toggle(id, box.checked) });
-  const row = { box, mark: mark(), state: element("span", {}), kind: element("span", {}), far: element("span", { className: "far" }), progress: element("progress", { max: 1 }) };
+  const row = {
+    box,
+    mark: mark(),
+    state: element("span", {}),
+    kind: element("span", {}),
+    far: element("span", { className: "far" }),
+    progress: element("progress", { max: 1 }),
+  };
   row.progress.ariaLabel = "progress";
   const about = element("span", { className: "about" }, row.state, row.kind, row.far);
-  row.node = element("li", {}, element("label", {}, box, row.mark, element("span", { className: "name" }, name), about, row.progress));
+  row.node = element(
+    "li",
+    {},
+    element("label", {}, box, row.mark, element("span", { className: "name" }, name), about, row.progress),
+  );
   rows.set(id, row);
   return row;
 }
@@ -165,14 +192,16 @@ async function draw() {
   const theme = dark.matches;
   for (const run of found) run.best = { ...runs.find(({ id }) => id === run.base_run)?.best_of_n, ...run.best_of_n };
   $("empty").hidden = found.length > 0;
-  $("empty").textContent = runs.length ? "Choose runs to see them here." : "There is no run here yet. This page will show the first one as soon as it begins.";
+  $("empty").textContent = runs.length
+    ? "Choose runs to see them here."
+    : "There is no run here yet. This page will show the first one as soon as it begins.";
   table(found);
   for (const [title, specs] of Object.entries(CHARTS)) group(title, specs, found, { ...view, theme });
   $("unzoom").hidden = !view.zoom;
   const notes = found.flatMap(({ name, columns: { place, skipped, problem } }) => [
     ...(place.every > 1 ? [`Each point of ${name} is the mean of ${place.every} lines.`] : []),
     ...(problem ? [`${name} cannot be read: ${problem}`] : []),
-    ...(skipped ? [`${number(skipped)} lines of ${name} are no records, and left out.`] : []),
+    ...(skipped ? [`${whole(skipped)} lines of ${name} are no records, and left out.`] : []),
   ]);
   $("notes").textContent = notes.join(" ");
   const more = others(found);
@@ -200,7 +229,8 @@ function fill(grid, specs, found, view) {
     if (chart.node.parentElement !== grid) grid.append(chart.node);
     return chart.draw(found, view);
   });
-  for (const node of [...grid.children]) if (!specs.some((spec) => charts.get(`${spec.of} ${spec.frontier ?? ""}`).node === node)) node.remove();
+  for (const node of [...grid.children])
+    if (!specs.some((spec) => charts.get(`${spec.of} ${spec.frontier ?? ""}`).node === node)) node.remove();
   return there.some(Boolean);
 }
 
@@ -219,43 +249,63 @@ const COLUMNS = [
   ["state", ({ state }) => [element("span", { className: `state ${state}` }, words[state])]],
   ["kind", ({ kind }) => kind],
   ["base", ({ base }) => base],
-  ["parameters", ({ parameters }) => parameters && shown.number(parameters)],
-  ["steps", ({ step }) => step && number(step)],
-  ["tokens", ({ newest }) => newest.tokens && shown.number(newest.tokens)],
-  ["time", ({ newest }) => newest.seconds && shown.span(newest.seconds)],
-  ["left", ({ newest, state }) => state === "running" && newest.seconds_left > 0 && shown.span(newest.seconds_left)],
-  ["loss", ({ newest }) => newest.loss !== undefined && shown.number(newest.loss)],
-  ["held out", ({ newest }) => newest.validation_loss !== undefined && shown.number(newest.validation_loss)],
-  ["bits/byte", ({ newest }) => newest.validation_bits_per_byte && shown.number(newest.validation_bits_per_byte)],
-  ["order", ({ newest }) => newest.validation_accuracy && shown.number(newest.validation_accuracy)],
-  ["reward", ({ newest }) => newest.validation_reward !== undefined && shown.number(newest.validation_reward)],
-  ["gold", ({ newest }) => newest.validation_gold !== undefined && shown.number(newest.validation_gold)],
-  ["KL", ({ newest }) => newest.validation_kl !== undefined && shown.number(newest.validation_kl)],
-  ["tokens/s", ({ newest }) => newest.tokens_per_second && shown.number(newest.tokens_per_second)],
-  ["memory", ({ newest }) => newest.memory && `${shown.number(newest.memory / 2 ** 30)} GiB`],
+  ["size", ({ parameters }) => parameters && number(parameters)],
+  ["steps", ({ step }) => step && whole(step)],
+  ["tokens", ({ newest }) => newest.tokens && number(newest.tokens)],
+  ["time", ({ newest }) => newest.seconds && span(newest.seconds)],
+  ["left", ({ newest, state }) => state === "running" && newest.seconds_left > 0 && span(newest.seconds_left)],
+  ["loss", ({ newest }) => newest.loss !== undefined && number(newest.loss)],
+  ["held out", ({ newest }) => newest.validation_loss !== undefined && number(newest.validation_loss)],
+  ["bits/byte", ({ newest }) => newest.validation_bits_per_byte && number(newest.validation_bits_per_byte)],
+  ["order", ({ newest }) => newest.validation_accuracy && number(newest.validation_accuracy)],
+  ["reward", ({ newest }) => newest.validation_reward !== undefined && number(newest.validation_reward)],
+  ["gold", ({ newest }) => newest.validation_gold !== undefined && number(newest.validation_gold)],
+  ["KL", ({ newest }) => newest.validation_kl !== undefined && number(newest.validation_kl)],
+  ["tokens/s", ({ newest }) => newest.tokens_per_second && number(newest.tokens_per_second)],
+  ["memory", ({ newest }) => newest.memory && `${number(newest.memory / 2 ** 30)} GiB`],
 ];
 
 function table(found) {
-  const cells = COLUMNS.map(([head, of]) => [head, found.map((run) => of(run) || "")]).filter(([, values]) => values.some((value) => value.length));
-  $("table").replaceChildren(grid(cells.map(([head]) => head), found.map((_, i) => cells.map(([, values]) => values[i]))));
+  const cells = COLUMNS.map(([head, of]) => [head, found.map((run) => of(run) || "")]).filter(([, values]) =>
+    values.some((value) => value.length),
+  );
+  $("table").replaceChildren(
+    grid(
+      cells.map(([head]) => head),
+      found.map((_, i) => cells.map(([, values]) => values[i])),
+    ),
+  );
   $("table").hidden = !found.length;
 }
 
 const grid = (heads, lines) =>
-  element("table", {}, element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
-    element("tbody", {}, ...lines.map((line) => element("tr", {}, ...line.map((cell) => element("td", {}, ...[cell].flat()))))));
+  element(
+    "table",
+    {},
+    element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
+    element(
+      "tbody",
+      {},
+      ...lines.map((line) => element("tr", {}, ...line.map((cell) => element("td", {}, ...[cell].flat())))),
+    ),
+  );
 
 /** The settings in which the chosen runs are not alike: what makes their curves differ. */
 async function differ(found) {
   const sound = found.filter(({ state }) => state !== "damaged");
-  const all = await Promise.all(sound.map(async ({ id, columns: { begun } }) => {
-    const key = `${id} ${begun}`; // a run that begins anew may be another one
-    if (!settings.has(key)) settings.set(key, await askOr(`settings/${id}`, {}));
-    return settings.get(key);
-  }));
-  const lines = Object.keys(all[0] ?? {}).map((name) => [name, ...all.map((own) => String(own[name] ?? "–"))]).filter(([, ...values]) => new Set(values).size > 1);
+  const all = await Promise.all(
+    sound.map(async ({ id, columns: { begun } }) => {
+      const key = `${id} ${begun}`; // a run that begins anew may be another one
+      if (!settings.has(key)) settings.set(key, await askOr(`settings/${id}`, {}));
+      return settings.get(key);
+    }),
+  );
+  const lines = Object.keys(all[0] ?? {})
+    .map((name) => [name, ...all.map((own) => String(own[name] ?? "–"))])
+    .filter(([, ...values]) => new Set(values).size > 1);
   $("differ").hidden = !lines.length;
-  $("differ").firstElementChild.textContent = lines.length === 1 ? "1 setting differs" : `${lines.length} settings differ`;
+  $("differ").firstElementChild.textContent =
+    lines.length === 1 ? "1 setting differs" : `${lines.length} settings differ`;
   $("differ").lastElementChild.replaceChildren(grid(["setting", ...sound.map(({ slot }) => mark(slot))], lines));
 }
 

@@ -1,76 +1,21 @@
-// Which charts there are, and how one is drawn with uPlot (a global of its own script).
+// How a chart is drawn with uPlot (a global of its own script).
 
 import { element } from "./shared/dom.js";
 import { smoothed } from "./data.js";
+import { has, number, some, span, ticks } from "./specs.js";
 
 const COLOURS = 7;
 const BEHIND = { measured: "train", trail: "policy" }; // which of a run's two lines has no letter of its own
 const TINY = 1e-12; // what is below has no place on a logarithmic axis
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
 
-const number = (value) => {
-  if (value == null) return "–";
-  const size = Math.abs(value);
-  if (size >= 1e9) return `${+(value / 1e9).toPrecision(3)}B`;
-  if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  return size >= 100 ? value.toFixed(0) : size >= 1e-3 || !size ? `${+value.toPrecision(4)}` : value.toExponential(1);
-};
-const span = (seconds) => {
-  const [h, m, s] = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60, Math.floor(seconds % 60)];
-  return h ? `${h}:${String(m).padStart(2, "0")}:${String(s).padStart(2, "0")}` : `${m}:${String(s).padStart(2, "0")}`;
-};
-export const shown = { number, span };
-
-const TIMES = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];
-/** Round values between two, about `count` of them and never many: uPlot's own way need not come to an end. */
-function ticks(low, high, count, time) {
-  const rough = (high - low) / count;
-  if (!(rough > 0)) return [];
-  const size = 10 ** Math.floor(Math.log10(rough));
-  const step = (time && TIMES.find((each) => each >= rough)) || [1, 2, 2.5, 5, 10].find((each) => each * size >= rough) * size;
-  const first = Math.ceil(low / step);
-  return Array.from({ length: Math.max(0, Math.min(20, Math.floor(high / step) - first + 1)) }, (_, i) => (first + i) * step);
-}
-
-// `of` is a metric of steps; its evaluations are called validation_ and the same. `fit` leaves out what is far off.
-export const CHARTS = {
-  Alignment: [
-    { of: "gold", frontier: true, title: "Gold against KL", unit: "grey: best of n" },
-    { of: "reward", frontier: true, title: "Reward against KL", unit: "grey: best of n" },
-    { of: "reward", title: "Reward", unit: "mean of answers", smooth: true },
-    { of: "gold", title: "Gold", unit: "the program's score", smooth: true },
-    { of: "kl", title: "KL to the reference", unit: "nats per answer", smooth: true },
-    { of: "length", title: "Length of answers", unit: "tokens", smooth: true },
-  ],
-  Learning: [
-    { of: "loss", title: "Loss", unit: "lines: training, dots: held out", fit: true, smooth: true },
-    { of: "bits_per_byte", title: "Bits per byte", fit: true, smooth: true },
-    { of: "accuracy", title: "Pairs in the right order", unit: "share", smooth: true },
-  ],
-  "How it trains": [
-    { of: "rate", title: "Learning rate", unit: "of its peak" },
-    { of: "gradient_norm", title: "Gradient norm", fit: true, smooth: true },
-    { of: "tokens_per_second", title: "Throughput", unit: "tokens/s", zero: true },
-    { of: "memory", title: "Memory", unit: "GiB", zero: true, times: 2 ** -30 },
-  ],
-};
-const KNOWN = new Set(Object.values(CHARTS).flat().map(({ of }) => of));
-const AXES = new Set(["step", "tokens", "seconds", "seconds_left", "progress", "epoch", "round", "skipped"]);
-
-/** Charts for whatever else these runs have measured. */
-export const others = (runs) => {
-  const names = runs.flatMap(({ columns }) => [...Object.keys(columns.train), ...Object.keys(columns.measured).map(bare)]);
-  return [...new Set(names)].filter((of) => !KNOWN.has(of) && !AXES.has(of)).sort().map((of) => ({ of, title: of.replaceAll("_", " "), smooth: true }));
-};
-const bare = (name) => name.replace(/^validation_/, "");
-
-const some = (values) => values?.some((value) => value !== null);
-const has = ({ columns }, { of, frontier }) =>
-  frontier ? some(columns.train.kl) || some(columns.measured.validation_kl) : some(columns.train[of]) || some(columns.measured[`validation_${of}`]);
-
 export const letter = (slot) => (slot < 26 ? String.fromCharCode(65 + slot) : String(slot + 1));
-export const mark = (slot) => element("span", { className: slot === undefined ? "mark" : `mark c${slot % COLOURS}` }, slot === undefined ? "" : letter(slot));
+export const mark = (slot) =>
+  element(
+    "span",
+    { className: slot === undefined ? "mark" : `mark c${slot % COLOURS}` },
+    slot === undefined ? "" : letter(slot),
+  );
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 /** light-dark() as the canvas wants it. */
 function colour(name) {
@@ -90,7 +35,13 @@ export class Chart {
     this.readout = element("div", { className: "readout" });
     this.place = element("div", { tabIndex: 0, onkeydown: (event) => this.walk(event) });
     this.place.setAttribute("role", "img");
-    const title = element("figcaption", {}, element("span", {}, spec.title), spec.unit && element("span", { className: "hint" }, spec.unit), this.at);
+    const title = element(
+      "figcaption",
+      {},
+      element("span", {}, spec.title),
+      spec.unit && element("span", { className: "hint" }, spec.unit),
+      this.at,
+    );
     this.node = element("figure", {}, title, this.readout, this.place);
     new ResizeObserver(() => this.plot?.setSize(this.size())).observe(this.place);
   }
@@ -105,7 +56,12 @@ export class Chart {
     this.node.hidden = !tables.length;
     if (this.node.hidden) return false;
     const data = uPlot.join(tables.map(({ xs, ys }) => [xs, ys]));
-    const kind = JSON.stringify([view.over, this.log, view.theme, tables.map(({ kind, run }) => [kind, run.slot, run.name])]);
+    const kind = JSON.stringify([
+      view.over,
+      this.log,
+      view.theme,
+      tables.map(({ kind, run }) => [kind, run.slot, run.name]),
+    ]);
     if (this.kind !== kind) {
       this.plot?.destroy();
       this.kind = kind;
@@ -121,8 +77,14 @@ export class Chart {
   }
 
   lines() {
-    const { spec: { of, smooth, times = 1 }, view: { over, smoothing } } = this;
-    const all = this.runs.flatMap(({ columns: { train, measured } }) => [...(train[of] ?? []), ...(measured[`validation_${of}`] ?? [])]);
+    const {
+      spec: { of, smooth, times = 1 },
+      view: { over, smoothing },
+    } = this;
+    const all = this.runs.flatMap(({ columns: { train, measured } }) => [
+      ...(train[of] ?? []),
+      ...(measured[`validation_${of}`] ?? []),
+    ]);
     // Without an end above 0 a logarithmic axis would never end.
     this.log = this.view.log && all.some((value) => value > TINY) && !all.some((value) => value < 0);
     return this.runs.flatMap((run) => {
@@ -148,27 +110,52 @@ export class Chart {
    * of n answers of its base would score.
    */
   frontier() {
-    const { spec: { of }, view: { smoothing } } = this;
+    const {
+      spec: { of },
+      view: { smoothing },
+    } = this;
     const table = (kind, run, path, more) => {
       const sound = path.filter(({ x, y }) => x >= 0 && y != null);
       const sorted = [...new Map(sound.map((point) => [point.x, point])).values()].sort((a, b) => a.x - b.x);
-      return sound.length ? [{ kind, run, path: sound, xs: sorted.map(({ x }) => x), ys: sorted.map(({ y }) => y), ...more }] : [];
+      return sound.length
+        ? [{ kind, run, path: sound, xs: sorted.map(({ x }) => x), ys: sorted.map(({ y }) => y), ...more }]
+        : [];
     };
     const own = this.runs.flatMap((run) => {
       const { train, measured: m } = run.columns;
-      const rounds = (train.step ?? []).map((step, i) => i).filter((i) => some([train.kl?.[i] ?? null]) && some([train[of]?.[i] ?? null]));
-      const [kl, score] = [train.kl, train[of]].map((values) => smoothed(rounds.map((i) => values[i]), smoothing));
+      const rounds = (train.step ?? [])
+        .map((step, i) => i)
+        .filter((i) => some([train.kl?.[i] ?? null]) && some([train[of]?.[i] ?? null]));
+      const [kl, score] = [train.kl, train[of]].map((values) =>
+        smoothed(
+          rounds.map((i) => values[i]),
+          smoothing,
+        ),
+      );
       const trail = rounds.map((round, i) => ({ x: Math.sqrt(Math.max(kl[i], 0)), y: score[i] }));
-      const path = (m.step ?? []).map((step, i) => ({ x: Math.sqrt(Math.max(m.validation_kl?.[i] ?? NaN, 0)), y: m[`validation_${of}`]?.[i], error: m[`validation_${of}_error`]?.[i] }));
+      const path = (m.step ?? []).map((step, i) => ({
+        x: Math.sqrt(Math.max(m.validation_kl?.[i] ?? NaN, 0)),
+        y: m[`validation_${of}`]?.[i],
+        error: m[`validation_${of}_error`]?.[i],
+      }));
       return [...table("trail", run, trail), ...table("policy", run, path)];
     });
     const bases = own.length ? new Map(this.runs.flatMap(({ best }) => Object.entries(best ?? {}))) : [];
-    const best = [...bases].flatMap(([kind, points]) => table(kind, { name: kind }, points.map((point) => ({ x: Math.sqrt(point.kl ?? NaN), y: point[of], n: point.n }))));
+    const best = [...bases].flatMap(([kind, points]) =>
+      table(
+        kind,
+        { name: kind },
+        points.map((point) => ({ x: Math.sqrt(point.kl ?? NaN), y: point[of], n: point.n })),
+      ),
+    );
     return [...best, ...own];
   }
 
   options() {
-    const { spec, view: { over } } = this;
+    const {
+      spec,
+      view: { over },
+    } = this;
     const [ink, line, faint] = ["--faint", "--line", "--faint"].map(colour);
     const font = `12px ${css("--sans")}`;
     const axis = { stroke: ink, font, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 4 } };
@@ -182,16 +169,35 @@ export class Chart {
       if (kind === "measured") return { ...common, width: 1, dash: [3, 3], points: dots };
       if (kind === "trail") return { ...common, paths: () => null };
       if (kind === "policy") return { ...common, paths: () => null, points: { ...dots, size: 7 } };
-      return { ...common, width: kind === "train" ? 1.75 : 1.25, dash: kind === "best of n by gold" ? [2, 3] : dash, points: kind === "train" ? { show: false } : { ...dots, size: 4 } };
+      return {
+        ...common,
+        width: kind === "train" ? 1.75 : 1.25,
+        dash: kind === "best of n by gold" ? [2, 3] : dash,
+        points: kind === "train" ? { show: false } : { ...dots, size: 4 },
+      };
     });
     return {
       ...this.size(),
       padding: [8, 22, 0, 0],
       legend: { show: false },
-      scales: { x: { time: false, ...(spec.frontier && { range: (u, low, high) => [0, high * 1.05 || 1] }) }, y: { distr: this.log ? 3 : 1, range: (u, low, high) => this.range(u, low, high) } },
+      scales: {
+        x: { time: false, ...(spec.frontier && { range: (u, low, high) => [0, high * 1.05 || 1] }) },
+        y: { distr: this.log ? 3 : 1, range: (u, low, high) => this.range(u, low, high) },
+      },
       axes: [
-        { ...axis, size: 30, splits: (u, i, low, high) => ticks(low, high, u.width / 90, over === "seconds" && !spec.frontier), values: (u, at) => at.map(x) },
-        { ...axis, size: 54, space: 32, ...(!this.log && { splits: (u, i, low, high) => ticks(low, high, 5) }), values: (u, at) => at.map((tick) => (tick === null ? null : number(tick))) },
+        {
+          ...axis,
+          size: 30,
+          splits: (u, i, low, high) => ticks(low, high, u.width / 75, over === "seconds" && !spec.frontier),
+          values: (u, at) => at.map(x),
+        },
+        {
+          ...axis,
+          size: 54,
+          space: 32,
+          ...(!this.log && { splits: (u, i, low, high) => ticks(low, high, 5) }),
+          values: (u, at) => at.map((tick) => (tick === null ? null : number(tick))),
+        },
       ],
       series: [{}, ...series],
       cursor: {
@@ -219,7 +225,10 @@ export class Chart {
     if (spec.fit && !view.whole && u.series[0].idxs) {
       const [from, to] = u.series[0].idxs;
       const most = u.data.slice(1).map((values) => {
-        const own = values.slice(from, to + 1).filter((value) => value != null).sort((a, b) => a - b);
+        const own = values
+          .slice(from, to + 1)
+          .filter((value) => value != null)
+          .sort((a, b) => a - b);
         return own[Math.floor((own.length - 1) * 0.95)] ?? low;
       });
       high = Math.max(...most);
@@ -246,9 +255,11 @@ export class Chart {
     if (!this.spec.frontier) return;
     this.clipped(u, (ctx, x, y) => {
       for (const { kind, run, path } of this.tables) {
-        ctx.fillStyle = ctx.strokeStyle = run.slot === undefined ? colour("--faint") : colour(`--curve-${run.slot % COLOURS}`);
+        ctx.fillStyle = ctx.strokeStyle =
+          run.slot === undefined ? colour("--faint") : colour(`--curve-${run.slot % COLOURS}`);
         if (run.slot === undefined) {
-          for (const point of path) ctx.fillText(point.n, x(point.x) + 4 * devicePixelRatio, y(point.y) + 13 * devicePixelRatio);
+          for (const point of path)
+            ctx.fillText(point.n, x(point.x) + 4 * devicePixelRatio, y(point.y) + 13 * devicePixelRatio);
           continue;
         }
         ctx.globalAlpha = kind === "trail" ? 0.6 : 0.4;
@@ -266,14 +277,21 @@ export class Chart {
 
   /** Each line's letter at its end: nobody has to tell colours apart. */
   names(u) {
-    const ends = this.tables.flatMap(({ kind, run, path }, i) => {
-      if (run.slot === undefined || kind === "raw" || (BEHIND[kind] && this.tables.some((other) => other.run === run && other.kind === BEHIND[kind]))) return [];
-      const [from, to] = u.series[0].idxs;
-      let at = to;
-      while (at > from && u.data[i + 1][at] == null) at--;
-      const [x, y] = path ? [path.at(-1).x, path.at(-1).y] : [u.data[0][at], u.data[i + 1][at]];
-      return y == null ? [] : [{ run, x: u.valToPos(x, "x", true), y: u.valToPos(y, "y", true) }];
-    }).sort((a, b) => a.y - b.y);
+    const ends = this.tables
+      .flatMap(({ kind, run, path }, i) => {
+        if (
+          run.slot === undefined ||
+          kind === "raw" ||
+          (BEHIND[kind] && this.tables.some((other) => other.run === run && other.kind === BEHIND[kind]))
+        )
+          return [];
+        const [from, to] = u.series[0].idxs;
+        let at = to;
+        while (at > from && u.data[i + 1][at] == null) at--;
+        const [x, y] = path ? [path.at(-1).x, path.at(-1).y] : [u.data[0][at], u.data[i + 1][at]];
+        return y == null ? [] : [{ run, x: u.valToPos(x, "x", true), y: u.valToPos(y, "y", true) }];
+      })
+      .sort((a, b) => a.y - b.y);
     const { ctx } = u;
     ctx.save();
     ctx.font = `700 ${12 * devicePixelRatio}px ${css("--sans")}`;
@@ -298,7 +316,11 @@ export class Chart {
     ctx.clip();
     ctx.lineWidth = devicePixelRatio;
     ctx.font = `${11 * devicePixelRatio}px ${css("--sans")}`;
-    work(ctx, (value) => u.valToPos(value, "x", true), (value) => u.valToPos(value, "y", true));
+    work(
+      ctx,
+      (value) => u.valToPos(value, "x", true),
+      (value) => u.valToPos(value, "y", true),
+    );
     ctx.restore();
   }
 
@@ -314,17 +336,22 @@ export class Chart {
       return values.findLast((each) => each != null);
     };
     const parts = this.runs.flatMap((run) => {
-      const own = this.tables.map((table, i) => ({ kind: table.kind, run: table.run, i })).filter((table) => table.run === run && table.kind !== "raw");
+      const own = this.tables
+        .map((table, i) => ({ kind: table.kind, run: table.run, i }))
+        .filter((table) => table.run === run && table.kind !== "raw");
       const told = own.filter(({ kind }) => kind !== "trail" || own.length === 1);
-      const words = told.map(({ kind, i }) => element("span", { className: kind }, (kind === "measured" ? " ● " : "") + number(value(i))));
+      const words = told.map(({ kind, i }) =>
+        element("span", { className: kind }, (kind === "measured" ? " ● " : "") + number(value(i))),
+      );
       return words.length ? [element("span", { title: run.name }, mark(run.slot), ...words)] : [];
     });
     this.readout.replaceChildren(...parts);
     const at = held && plot.data[0][plot.cursor.idx];
     const none = at == null || at === false;
-    const over = { tokens: (v) => `${number(v)} tokens`, seconds: span, step: (v) => `step ${number(v)}` }[this.view.over];
-    const axis = spec.frontier ? "over √KL" : { tokens: "over tokens", seconds: "over time", step: "over steps" }[this.view.over];
-    this.at.textContent = none ? axis : spec.frontier ? `KL ${number(at ** 2)}` : over(at);
+    const over = { tokens: (v) => `${number(v)} tokens`, seconds: span, step: (v) => `step ${number(v)}` }[
+      this.view.over
+    ];
+    this.at.textContent = none ? "" : spec.frontier ? `KL ${number(at ** 2)}` : over(at);
     this.place.ariaLabel = `${spec.title} ${this.at.textContent}: ${parts.map((part) => `${part.title} ${part.textContent}`).join(", ")}`;
   }
 

@@ -1,13 +1,17 @@
 // What the server has told of each run: asked for bit by bit, and kept as columns.
 
-const POINTS = 4000; // with more, a run is read again from its beginning, in larger steps
+const POINTS = 4000; // where there are more, and twice as many as at first, a run is read again in larger steps
 
 export class AskError extends Error {}
 
 export async function ask(path) {
   const key = sessionStorage.getItem("gpt.key");
-  const response = await fetch(path, { headers: key ? { Authorization: `Bearer ${key}` } : {}, signal: AbortSignal.timeout(30_000) });
-  if (!response.ok) throw Object.assign(new AskError((await response.json().catch(() => ({}))).detail), { status: response.status });
+  const response = await fetch(path, {
+    headers: key ? { Authorization: `Bearer ${key}` } : {},
+    signal: AbortSignal.timeout(30_000),
+  });
+  if (!response.ok)
+    throw Object.assign(new AskError((await response.json().catch(() => ({}))).detail), { status: response.status });
   return response.json();
 }
 
@@ -20,27 +24,36 @@ export const askOr = (path, otherwise) =>
 
 /** The columns of one run: `train` by the lines of its steps, `measured` by its evaluations. */
 export class Columns {
-  train = {};
-  measured = {};
-  place = { next: 0, tag: "", every: 1 };
-  skipped = 0;
   begun = 0; // how often it was read from its beginning
+  place = { next: 0, tag: "", every: 1 };
 
   constructor(id) {
     this.id = id;
+    this.clear();
+  }
+
+  clear() {
+    // A file may name a metric as it likes: "constructor", say.
+    [this.train, this.measured, this.skipped] = [Object.create(null), Object.create(null), 0];
   }
 
   async read() {
+    const count = () => this.train.step?.length ?? 0;
+    if (count() > this.most) this.place.next = 0;
+    const whole = this.place.next === 0;
     do {
-      const { next, tag, every } = this.place;
-      const start = (this.train.step?.length ?? 0) > POINTS ? 0 : next;
+      const { next: start, tag, every } = this.place;
       const came = await ask(`metrics/${this.id}?${new URLSearchParams({ start, tag, every })}`);
-      if (came.start === 0) Object.assign(this, { train: {}, measured: {}, skipped: 0, begun: this.begun + 1 });
+      if (came.start === 0) {
+        this.clear();
+        this.begun++;
+      }
       add(this.train, came.train);
       add(this.measured, came.measured);
       this.skipped += came.skipped;
       this.place = came;
     } while (this.place.more);
+    if (whole) this.most = Math.max(POINTS, 2 * count());
     this.measured.seconds = times(this.train, this.measured.step ?? []);
   }
 }
@@ -65,7 +78,8 @@ function times(train, steps) {
 
 /** Exponential means, corrected for having begun at nothing. */
 export function smoothed(values, weight) {
-  let mean = 0, share = 0;
+  let mean = 0,
+    share = 0;
   return values.map((value) => {
     if (value === null) return null;
     mean = weight * mean + (1 - weight) * value;
