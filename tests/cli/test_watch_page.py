@@ -132,3 +132,13 @@ def test_a_logarithmic_scale_takes_what_has_no_logarithm(page: Any, runs: Path) 
     page.get_by_label("Log scale").check()
     expect(chart(page, "Loss").locator(".readout")).to_have_text("A-3")
     expect(chart(page, "Learning rate").locator(".readout")).to_have_text("A0.5")
+
+
+def test_a_key_is_asked_for_until_it_is_right(browser: Any, runs: Path) -> None:  # noqa: F811
+    with serving(create_app(runs, key="secret", hosts=None)) as url, opened(browser, url) as page:
+        for key in ("wrong", "secret"):
+            page.get_by_label("API key").fill(key)
+            with page.expect_response("**/runs.json"):
+                page.keyboard.press("Enter")
+        expect(page.locator("#count")).to_have_text("2 runs, 2 shown")
+        assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
