@@ -22,9 +22,9 @@ def offer(name: str, kind: Any, text: str) -> Offer | None:
         return lambda incomplete: values
     if name in ("data", "setting"):
         return {"data": data_names, "setting": setting_names}[name]
-    # Every run but one that is yet to be made.
+    # Every run but one that is yet to be made, and not the folder that holds them.
     is_run = re.search(r"\bruns?\b", text, re.IGNORECASE) and ("Path" in str(kind) or name in ("reward", "judge"))
-    return run_names if is_run and name not in ("out", "tokenizer") else None
+    return run_names if is_run and name not in ("out", "tokenizer", "folder", "runs") else None
 
 
 def run_names(incomplete: str) -> list[str]:

@@ -209,10 +209,10 @@ def run_folders(folder: Path, depth: int = 3) -> Iterator[Path]:
         yield folder
     elif depth:
         for each in sorted(folder.iterdir()):
-            # A link could lead in a circle.
-            if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
+            if each.is_dir() and not each.name.startswith("."):
                 with contextlib.suppress(PermissionError):
-                    yield from run_folders(each, depth - 1)
+                    # A link may lead to a run on another disk, and must not lead in a circle.
+                    yield from run_folders(each, 0 if each.is_symlink() else depth - 1)
 
 
 def _is_ours(config: Path) -> bool:

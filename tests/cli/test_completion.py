@@ -44,6 +44,7 @@ WORDS = {
     "gpt chat ": [*RUNS, "here"],
     "gpt info runs/n": RUNS[1:],
     "gpt chat nowhere/n": [],
+    "gpt runs r": [],
     "gpt evaluate here --against r": RUNS,
     "gpt rlhf best-of-n here runs/nano-": ["runs/nano-chat"],
     "gpt rlhf grpo here --reward runs/d": ["runs/demo/ppo"],

@@ -54,6 +54,9 @@ def test_each_run_is_told_by_kind_base_step_loss_and_state(tmp_path: Path) -> No
     size = sum(file.stat().st_size for file in base.path.rglob("*") if file.is_file())
     assert found["base"].bytes == size and found["base"].saved == next(base.checkpoints.iterdir()).stat().st_mtime
     assert [each.path for each in list_runs(base.path)] == [base.path]
+    (runs / "linked").symlink_to(base.path)
+    (runs / "circle").symlink_to(runs)
+    assert {each.path for each in list_runs(runs)} == {runs / name for name in (*found, "linked")}
 
 
 def test_a_damaged_run_is_a_row_that_says_what_is_wrong(tmp_path: Path) -> None:
