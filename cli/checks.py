@@ -177,7 +177,7 @@ def hub() -> Iterator[Finding]:
     try:
         from huggingface_hub import constants
 
-        from train.data.sources import hub_failure
+        from train.data.hub import hub_failure
 
         place = constants.ENDPOINT
         failure = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_failure(HUB_SECONDS) or ""

@@ -40,10 +40,11 @@ def prepare_data(
 
     Example: gpt data prepare tinystories --out data/tinystories
     """
+    from engine.config import DataConfig
     from engine.run import PREPARED_FILES
     from engine.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
-    from train.data.shards import prepare
-    from train.data.sources import open_source
+    from train.data.shards import prepare, read_indices
+    from train.data.sources import open_source, pinned
     from train.pretrain import SAMPLE_BYTES_PER_TOKEN
 
     console = Console()
@@ -57,7 +58,10 @@ def prepare_data(
             raise InputError(
                 f"{out} holds {stranger.relative_to(folder.folder)}, which is no prepared data; choose another --out"
             )
-        source = open_source(data, column=column, limit=documents)
+        begun = [index["commit"] for index in read_indices(out) if index["source"] == data]
+        commit = begun[0] if begun else pinned(DataConfig(source=data)).revision
+        source = open_source(data, column=column, limit=documents, commit=commit)
+        source.say = console.say
         console.say(source.describe())
         ready = tokenizer_file(out)
         if tokenizer is not None:

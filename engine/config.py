@@ -162,6 +162,7 @@ class DataConfig(Settings):
     """Where the text comes from."""
 
     source: Annotated[str, "A name that --data knows (train/data/sources.py), or a path."] = "stories"
+    revision: Annotated[str | None, "The commit of a Hugging Face data set; none is the newest, and notes it."] = None
     fallback: Annotated[str | None, "What is read, with a notice, where the Hub cannot be reached."] = None
     column: Annotated[str | None, "The column of documents; none finds the obvious one."] = None
     prompt_column: Annotated[str | None, "The column of requests; none finds the obvious one."] = None

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from operator import attrgetter
 from random import Random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,16 +29,16 @@ from engine.runtime import Runtime
 from engine.tokenizer import Tokenizer
 from train.data.encoded import Encoded
 from train.data.formats import Conversation, are_turns, asked, turns_of, unwanted
+from train.data.hub import HubSource
 from train.data.loader import IGNORE_INDEX, Batch, PackedLoader
 from train.data.rows import MESSAGES, PROMPTS, Columns, Row, Skipped, cell, column_names, peek, text_of
-from train.data.sources import HubSource, WrittenSource, open_source
+from train.data.sources import HUB_PREFERENCES, WrittenSource, open_source
 from train.data.splits import Source, hash_of, prompt_key
 from train.data.stories import AskedFacts, StoryRequest, forms, score_story, story_requests, storybook
 from train.stage import Amounts
 from train.tracking import Console
 
 STORIES_PREFERENCES = "stories-preferences"
-HUB_SETS = {"hh-rlhf": "Anthropic/hh-rlhf", "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized"}
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 # How surely the judge tells a better answer (a coin with sigma(difference / NOISE)), and how often it errs on top.
 NOISE = 0.5
@@ -79,8 +79,9 @@ def open_preferences(data: DataConfig) -> Source:
     """Open the preferences that `data` names. Raises InputError where it names nothing."""
     if data.source == STORIES_PREFERENCES:
         return StoryPreferences(data.source, limit=data.documents)
-    name, pick = HUB_SETS.get(data.source, data.source), partial(read_preferences, data=data)
-    source = open_source(name, holdout=data.holdout, limit=data.documents, pick=pick, key=attrgetter("key"))
+    name, pick = HUB_PREFERENCES.get(data.source, data.source), partial(read_preferences, data=data)
+    options: dict[str, Any] = {"holdout": data.holdout, "limit": data.documents, "commit": data.revision}
+    source = open_source(name, pick=pick, key=attrgetter("key"), **options)
     return dataclasses.replace(source, stage="prefs") if isinstance(source, HubSource) else source
 
 

@@ -117,7 +117,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
         name = shards.index["source"]
     else:
         source = open_conversations(data) or open_source(
-            data.source, column=data.column, holdout=data.holdout, limit=data.documents
+            data.source, column=data.column, holdout=data.holdout, limit=data.documents, commit=data.revision
         )
         documents, name = source.documents(split), source.name
         if isinstance(source, StoryRequests):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,6 +123,7 @@ def tokenize(
     recipe: Recipe, source: Source, run: Run, console: Console, *splits: str
 ) -> tuple[Tokenizer, list[TokenShards]]:
     """Tokenize splits of the source into the run's folder, with the run's tokenizer."""
+    source.say = console.say
     console.say(source.describe())
     tokenizer, found = find_tokenizer(recipe, source, run, console), []
     limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
@@ -153,7 +155,8 @@ def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
     """Return the source of a recipe; where the Hub cannot be reached its fallback, and say so."""
     data = recipe.data
     try:
-        source = open_source(data.source, column=data.column, holdout=data.holdout, limit=data.documents)
+        options: dict[str, Any] = {"holdout": data.holdout, "limit": data.documents, "commit": data.revision}
+        source = open_source(data.source, column=data.column, **options)
         source.documents("train")  # reads the first one
     except HubUnreachable as error:
         if data.fallback is None:
@@ -161,7 +164,9 @@ def find_source(recipe: Recipe, console: Console) -> tuple[Recipe, Source]:
         reason = str(error).partition(";")[0]
         console.say(f"{reason}; using the built-in {data.fallback} instead (--data {data.source} insists)")
         documents = data.documents or FALLBACK_STORIES
-        other = dataclasses.replace(data, source=data.fallback, fallback=None, column=None, documents=documents)
+        other = dataclasses.replace(
+            data, source=data.fallback, fallback=None, column=None, documents=documents, revision=None
+        )
         return dataclasses.replace(recipe, data=other), open_source(data.fallback, limit=documents)
     if data.source == "stories" and data.documents is None and recipe.budget.epochs is not None:
         raise InputError("the built-in stories never end, so an epoch needs a number: --set data.documents=40000")

@@ -9,11 +9,12 @@ from typing import Any
 
 from engine import checkpoint, disk
 from engine.checkpoint import Checkpoint, at_step
-from engine.config import Recipe, from_dict, override, settings, to_dict
+from engine.config import DataConfig, Recipe, from_dict, override, settings, to_dict
 from engine.errors import DiskError, InputError
 from engine.planning import checkpoint_bytes
 from engine.run import Run, versions
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
+from train.data.sources import pinned
 from train.evaluation import write_evaluations
 from train.loop import Loop
 from train.parallel import require_memory, should_compile
@@ -111,6 +112,10 @@ def prepare_first(
     All of them then have the main process's recipe and the state of its random generators.
     """
     processes = runtime.processes
+    if not resume:
+        # All processes, and those of a later resume, read the commit that the main one has found.
+        data = processes.from_main(lambda: vars(pinned(recipe.data)))
+        recipe = dataclasses.replace(recipe, data=DataConfig(**data))
     with processes.first():
         if processes.main:
             require_room(recipe, run, say)

@@ -62,10 +62,10 @@ def test_a_full_disk_is_broken_and_the_exit_code_says_so(gpt: Gpt, monkeypatch: 
 def test_a_silent_hub_and_missing_packages_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    from train.data import sources
+    from train.data import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources, "hub_failure", lambda seconds: f"no answer in {seconds} s")
+    monkeypatch.setattr(hub, "hub_failure", lambda seconds: f"no answer in {seconds} s")
     (finding,) = checks.hub()
     assert "no answer in 2.0 s" in finding.found and finding.state == "note"
     monkeypatch.setattr(checks, "installed", lambda name: None if name in ("wandb", "torch") else "1.0")

@@ -63,6 +63,7 @@ class Encoded:
     @classmethod
     def read_splits(cls, recipe: Recipe, tokenizer: Tokenizer, source: Source, console: Console) -> tuple[Self, Self]:
         """Return the training and the validation split of a recipe, up to its limits, and say what is being read."""
+        source.say = console.say
         console.say(source.describe())
         limits = {"train": recipe.data.tokens, "validation": recipe.data.final_evaluation_tokens}
         train, validation = (

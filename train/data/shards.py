@@ -61,6 +61,7 @@ class Index:
     """What index.json holds of a split: what it was made from, and its shards."""
 
     source: str = ""
+    commit: str | None = None  # of a set of the Hub
     format: int
     split: str = ""
     source_fingerprint: str = ""
@@ -95,7 +96,7 @@ def prepare(
         "tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
         "max_tokens": max_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
-    index: dict[str, Any] = {"source": source.name, **made_from, "shards": []}
+    index: dict[str, Any] = {"source": source.name, "commit": source.commit, **made_from, "shards": []}
     for name in (INDEX, UNFINISHED):
         if (place / name).exists():
             index = _read_index(place / name)
@@ -178,6 +179,11 @@ def _write_array(path: Path, parts: Iterable[np.ndarray]) -> str:
 
 def _read_index(path: Path) -> dict[str, Any]:
     return asdict(records.read(path, Index, f"delete {path.parent} and prepare the data again", {FORMAT: False}))
+
+
+def read_indices(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return what the indices in a folder hold, of splits that are finished or begun."""
+    return [_read_index(path) for path in Path(folder).glob("*/*.json") if path.name in (INDEX, UNFINISHED)]
 
 
 def is_prepared(folder: str | os.PathLike[str], split: str = "*") -> bool:

@@ -4,12 +4,11 @@ A name is either one of texts (open_source) or one of conversations (open_conver
 Below them are the sources of files, of what the program writes, and of the hub's data sets.
 """
 
-import contextlib
+import dataclasses
 import glob
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -18,16 +17,15 @@ from typing import Any, ClassVar
 
 from engine.chat_template import Message
 from engine.config import DataConfig
-from engine.errors import InputError, UnfinishedError, meant
+from engine.errors import InputError, meant
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
-from train.data.rows import CUT_CHARACTERS, EXTENSIONS, PEEKED, Row, find_files, peek, read_rows, sample_hash
+from train.data.hub import HubSource, HubUnreachable
+from train.data.rows import CUT_CHARACTERS, EXTENSIONS, Row, find_files, peek, read_rows, sample_hash
 from train.data.shards import is_prepared
 from train.data.splits import (
-    SPLIT_WORDS,
     Key,
     Pick,
-    Place,
     Source,
     Stream,
     files_by_split,
@@ -50,9 +48,11 @@ HUB_CONVERSATIONS = {
     "ultrafeedback": "HuggingFaceH4/ultrafeedback_binarized",
     "tinystories-instruct": "roneneldan/TinyStoriesInstruct",
 }
+HUB_PREFERENCES = {
+    "hh-rlhf": "Anthropic/hh-rlhf",
+    "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized",
+}
 STORIES, STORIES_INSTRUCT, STORIES_BRIEF = "stories", "stories-instruct", "stories-instruct:brief"
-# The seconds that the Hub may take to answer. Its own client would try for half a minute or more.
-PROBE_SECONDS = 8
 STORY_CHARACTERS = 800  # about the length of a story
 
 
@@ -64,12 +64,13 @@ def open_source(
     limit: int | None = None,
     pick: Pick | None = None,
     key: Key = text_key,
+    commit: str | None = None,
 ) -> Source:
     """Open the source of that name: stories, tinystories, dsir-pile, owner/dataset[:config], or a file, folder or glob.
 
     `holdout` is the fraction of documents held out if the data brings no validation split, those with one `key`
     together; `limit` is the number taken of each split that it brings. Documents are the texts of a column, unless
-    `pick` makes something else of the rows.
+    `pick` makes something else of the rows. A set of the Hub is read as it was at `commit`; None means as it is now.
     Raises InputError if the name means nothing. The Hub is asked only when documents are read.
     """
     if not 0 < holdout <= 0.5:
@@ -87,13 +88,32 @@ def open_source(
         files, root = find_files(name)
         return FileSource(*options, files=files, root=root)
     if hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", path):
-        return HubSource(*options, path=hub[1], config=hub[2])
+        return HubSource(*options, path=hub[1], config=hub[2], commit=commit)
     raise InputError(
         f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
         "also stories-instruct, dolly and others: gpt finetune --help), a Hugging Face data set as owner/name, or a "
         f"file, folder or glob of {' '.join(EXTENSIONS)}"
         + meant(name, (STORIES, STORIES_INSTRUCT, STORIES_BRIEF, *HUB_TEXTS, *HUB_CONVERSATIONS))
     )
+
+
+def pinned(data: DataConfig) -> DataConfig:
+    """Return the data with the commit that its set of the Hub has now: all that is read of it later is of that commit.
+
+    Data without a commit, and sets of a Hub that cannot be reached, come back as they are if there is a fallback.
+    Raises InputError where the Hub has no such set, or where this user may not read it.
+    """
+    name = (HUB_CONVERSATIONS | HUB_PREFERENCES).get(data.source, data.source)
+    try:
+        source = open_source(name, commit=data.revision)
+    except InputError:  # a name of something else, or of nothing, which whoever opens it says
+        return data
+    try:
+        return dataclasses.replace(data, revision=source.newest()) if isinstance(source, HubSource) else data
+    except HubUnreachable:
+        if data.fallback is None:
+            raise
+        return data
 
 
 def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | None:
@@ -111,7 +131,8 @@ def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | No
         return None
     pick = partial(read_conversations, data=data, answers=answers)
     name = HUB_CONVERSATIONS.get(name, name)
-    source = open_source(name, holdout=data.holdout, limit=data.documents, pick=pick, key=prompt_key)
+    options: dict[str, Any] = {"holdout": data.holdout, "limit": data.documents, "commit": data.revision}
+    source = open_source(name, pick=pick, key=prompt_key, **options)
     if named or data.source in HUB_CONVERSATIONS:
         return source
     head, _ = peek(chain.from_iterable(source.streams()["train"]()))
@@ -226,128 +247,3 @@ class StoryRequests(WrittenSource):
     def written(self, split: str, start: int) -> Iterator[Conversation]:
         for request in self.requests(split, start):
             yield [Message("user", request.text), Message("assistant", request.story)]
-
-
-class HubUnreachable(UnfinishedError):  # noqa: N818
-    """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
-
-
-@dataclass
-class HubSource(Source):
-    """A data set of the Hugging Face hub, streamed."""
-
-    path: str = ""
-    config: str | None = None
-    # A data set may have splits for several stages, as ultrafeedback has train_sft and train_prefs.
-    stage: str = "sft"
-
-    def describe(self) -> str:
-        return f"{self.name}: {self.path} from the Hugging Face hub, streamed"
-
-    def identity(self) -> list[Any]:
-        return [self.path, self.config]
-
-    def streams(self) -> dict[str, Stream]:
-        return {split: partial(map, self._numbered, [rows]) for split, rows in self._splits().items()}
-
-    def share(self, rank: int, count: int, place: Place, size: int) -> Iterator[tuple[Place, list[Any]]]:
-        if self.limit is not None:
-            # With a limit, the documents must be counted from the first one on, so the files cannot be divided among
-            # the processes: each process reads all rows and keeps its own.
-            yield from super().share(rank, count, place, size)
-            return
-        rows = self._splits()["train"]
-        from datasets import Dataset
-        from datasets.distributed import split_dataset_by_node
-
-        if isinstance(rows, Dataset):
-            rows = rows.to_iterable_dataset()
-        # The first rows are read through an iterator of their own: read from `rows`, they would advance its position,
-        # which is saved.
-        head = [] if self.column else list(rows.take(PEEKED))
-        rows = split_dataset_by_node(rows, rank, count)
-        if place:
-            rows.load_state_dict(place)
-        documents = self.pick(self._numbered(rows), head)
-        while chunk := list(islice(documents, size)):
-            yield place, chunk
-            place = dict(rows.state_dict())
-
-    def _splits(self) -> dict[str, Any]:
-        try:
-            import datasets
-            from huggingface_hub import constants
-        except ImportError:
-            raise HubUnreachable(
-                f"{self.name}: the datasets package is missing; pip install datasets, or use built-in data (stories, "
-                "stories-instruct) or a file"
-            ) from None
-        # Offline, only a data set that was downloaded as a whole can be read, and that is not streamed.
-        offline = constants.HF_HUB_OFFLINE
-        if not offline and (failure := hub_failure(PROBE_SECONDS)):
-            raise self._unreachable(failure)
-        with self._plain_errors():
-            splits = datasets.load_dataset(self.path, self.config, streaming=not offline)
-        found: dict[str, Any] = {}
-        for name, rows in splits.items():
-            bare = name.removesuffix(f"_{self.stage}")
-            found.setdefault(SPLIT_WORDS.get(bare, bare), rows)
-        if len(found) == 1:
-            # The only split of a data set is trained on, whatever its name: some of it will be held out.
-            return {"train": next(iter(found.values()))}
-        if "train" not in found:
-            raise InputError(f"{self.name} has no training split, only {', '.join(found)}; choose other --data")
-        return found
-
-    def _numbered(self, rows: Iterable[Any]) -> Iterator[Row]:
-        with self._plain_errors():
-            yield from ((f"{self.name}, row {at}", row) for at, row in enumerate(rows, 1))
-
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        """Turn the errors of the many libraries below into one message that tells the user what to do."""
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            layers = {base.__module__.partition(".")[0] for base in type(error).__mro__}
-            if isinstance(error, FileNotFoundError):
-                message = f"{self.path}: no such data set on the hub (or a private one), and no such file ({reason})"
-            elif "BuilderConfig" in reason or "Config name" in reason:
-                asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
-                names = re.search(r"\[.*\]", str(error))
-                message = f"{self.path} {asked}: choose one of {names and names[0]} as {self.path}:CONFIG"
-            elif isinstance(error, OSError) or layers & {"httpx", "httpx2", "requests", "aiohttp", "urllib3"}:
-                raise self._unreachable(reason) from error
-            else:
-                message = f"{self.path} cannot be read ({reason}); choose other --data"
-            raise InputError(message) from error
-
-    def _unreachable(self, reason: str) -> HubUnreachable:
-        from huggingface_hub import constants
-
-        return HubUnreachable(
-            f"{self.name}: the Hugging Face hub at {constants.ENDPOINT} cannot be reached ({reason}); check the "
-            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or use built-in data (stories, stories-instruct) or a local file"
-        )
-
-
-def hub_failure(seconds: float) -> str | None:
-    """Return why the Hub does not answer within this many seconds, or None if it does."""
-    from huggingface_hub import constants, get_session
-
-    failure = [f"no answer in {seconds} s"]
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-            failure.clear()
-        except Exception as error:
-            failure[0] = str(error) or type(error).__name__
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return failure[0] if failure else None

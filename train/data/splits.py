@@ -8,6 +8,7 @@ The built-in data decides for itself, in train/data/stories.
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -102,6 +103,10 @@ def files_by_split(files: Sequence[Path], root: Path) -> tuple[dict[str, list[Pa
     return {"train": list(files)}, ""
 
 
+def say_aside(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
 @dataclass
 class Source:
     """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
@@ -109,7 +114,9 @@ class Source:
     `pick` makes documents of rows. If the data brings no validation split, the fraction `holdout` of the documents is
     held out, those with one `key` together. At most `limit` documents are taken of each split that the data brings.
     `rows` counts the rows read in the latest pass; `skipped` counts those left out, by reason, each with file and line
-    of the first. `held_out_by` says what decides which documents are held out.
+    of the first. `held_out_by` says what decides which documents are held out. `commit` is that of a set of the Hub: a
+    branch or tag too, or None for the newest. `say` tells a person of what the source waits for, until it is
+    `abandoned`.
     """
 
     name: str
@@ -121,6 +128,9 @@ class Source:
     rows: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     held_out_by: str = ""
+    commit: str | None = None
+    say: Callable[[str], None] = say_aside
+    abandoned: bool = False
 
     def describe(self) -> str:
         """Describe the source in one line."""

@@ -88,6 +88,12 @@ class StreamLoader(Loader):
     def cursor_of(self, state: dict[str, Any]) -> StreamCursor:
         return StreamCursor(**state["places"][self.processes.rank])
 
+    def close(self) -> None:
+        # The thread that reads may be waiting for the Hub, for an hour.
+        self.source.abandoned = True
+        super().close()
+        self.source.abandoned = False
+
     def batches(self, cursor: StreamCursor) -> Iterator[tuple[Batch, StreamCursor]]:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         room, offset = self.own_tokens, cursor.offset

@@ -1,30 +1,40 @@
-"""The hub, without a network."""
+"""The hub on loopback, which the real datasets and huggingface_hub of this process and of its children ask."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from train.data import sources
+from tests.train.data.hub import Hub
+from train.data import hub as client
 
-Hub = Callable[..., None]
+FILES = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Let the hub hold these splits of one data set, or fail with an error."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources, "hub_failure", lambda seconds: None)
-
-    def publish(path: str, error: Exception | None = None, config: str | None = None, **splits: list[Any]) -> None:
-        def load_dataset(asked: str, name: str | None = None, *, streaming: bool) -> Any:
-            assert (asked, name, streaming) == (path, config, True)
-            if error:
-                raise error
-            streams = {key: datasets.Dataset.from_list(rows).to_iterable_dataset() for key, rows in splits.items()}
-            return datasets.IterableDatasetDict(streams)
-
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
-    yield publish
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    pytest.importorskip("datasets")
+    cache = tmp_path / "cache"
+    with Hub() as server:
+        # The libraries have read these when they were imported; children will.
+        for name, value in (
+            ("huggingface_hub.constants.ENDPOINT", server.url),
+            ("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILES),
+            ("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub")),
+            ("huggingface_hub.constants.HF_HUB_OFFLINE", False),
+            ("datasets.config.HF_ENDPOINT", server.url),
+            ("datasets.config.HF_HUB_OFFLINE", False),
+            ("datasets.config.HF_DATASETS_CACHE", cache / "datasets"),
+        ):
+            monkeypatch.setattr(name, value)
+        for name, value in (("HF_ENDPOINT", server.url), ("HF_HOME", str(cache)), ("HF_HUB_OFFLINE", "0")):
+            monkeypatch.setenv(name, value)
+        # Waiting would take seconds.
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setattr(client, "RETRY_SECONDS", 0.01)
+        for cached in (client.first_failure, client.newest_commit, client.builder_of):
+            cached.cache_clear()
+        yield server
+        for cached in (client.first_failure, client.newest_commit, client.builder_of):
+            cached.cache_clear()
+        server.shutdown()

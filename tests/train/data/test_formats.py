@@ -1,7 +1,7 @@
 """Every format of conversations, told apart by its columns; the Hub's sets by their short names, without a network."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from engine.config import DataConfig
 from engine.errors import InputError
 from engine.tokenizer import Tokenizer
+from tests.train.data.hub import Hub
 from train.data.encoded import Conversations
 from train.data.formats import Conversation
 from train.data.loader import IGNORE_INDEX
@@ -197,28 +198,30 @@ def test_story_instructions_are_read_line_by_line_in_any_order(tmp_path: Path) -
     ],
 )
 def test_hub_sets_are_known_by_short_name_or_by_their_columns(
-    hub: Callable[..., None], name: str, path: str, config: str | None, rows: list[object]
+    hub: Hub, name: str, path: str, config: str | None, rows: list[object]
 ) -> None:
-    hub(path, config=config, train=rows * 3, test=rows)
+    hub.rows(path, config or "", train=rows * 3, test=rows)
     assert (read(name), read(name, "validation"), read(name, "test")) == ([SAID] * 2, [SAID], [SAID])
 
 
-def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_hub(hub: Callable[..., None]) -> None:
-    hub("OpenAssistant/oasst1", train=FOREST, validation=FOREST)
+def test_oasst1_ultrafeedback_and_tinystories_instruct_come_as_they_are_on_the_hub(hub: Hub) -> None:
+    hub.rows("OpenAssistant/oasst1", train=FOREST, validation=FOREST)
     assert read("oasst1") == read("oasst1", "validation") == [BEST]
     rows = [{"prompt": "hi", "prompt_id": "1", "messages": TURNS, "chosen": TURNS, "rejected": TURNS}]
-    hub("HuggingFaceH4/ultrafeedback_binarized", train_sft=rows * 3, test_sft=rows, train_prefs=rows, test_prefs=rows)
+    hub.rows(
+        "HuggingFaceH4/ultrafeedback_binarized", train_sft=rows * 3, test_sft=rows, train_prefs=rows, test_prefs=rows
+    )
     assert (len(read("ultrafeedback")), read("ultrafeedback", "test")) == (2, [SAID])
     lines = [{"text": line} for line in [*STORY.split("\n"), "<|endoftext|>"]]
-    hub("roneneldan/TinyStoriesInstruct", train=lines, validation=lines)
+    hub.rows("roneneldan/TinyStoriesInstruct", train=lines, validation=lines)
     assert read("tinystories-instruct")[0][1] == ("assistant", "One day.\nThe end.")
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_empty_answer_is_left_out_counted_and_named(tmp_path: Path, hub: Callable[..., None], known: bool) -> None:
+def test_an_empty_answer_is_left_out_counted_and_named(tmp_path: Path, hub: Hub, known: bool) -> None:
     # The first row among them: what the file holds is not decided by one row.
     rows = [{"instruction": "hi", "input": "", "output": output} for output in (None, "hello", " ", "hello", "hello")]
-    hub("tatsu-lab/alpaca", train=rows)
+    hub.rows("tatsu-lab/alpaca", train=rows)
     name = "alpaca" if known else write(tmp_path / "a.jsonl", rows)
     source = open_conversations(DataConfig(source=name))
     assert source is not None
@@ -351,7 +354,9 @@ def test_chat_rows_that_datasets_wrote_as_json_text_are_read(tmp_path: Path) -> 
     assert read(str(tmp_path / "a.parquet")) == read(str(tmp_path / "a.jsonl")) == [SAID]
 
 
-def test_without_the_hub_the_error_says_what_to_do(hub: Callable[..., None]) -> None:
-    hub("databricks/databricks-dolly-15k", ConnectionError("Couldn't reach the Hub"))
-    with pytest.raises(InputError, match=r"databricks-dolly-15k: .* cannot be reached .*stories-instruct"):
+def test_without_the_hub_the_error_says_what_to_do(hub: Hub) -> None:
+    with (
+        hub.away(),
+        pytest.raises(InputError, match=r"databricks-dolly-15k: .* cannot be reached .*stories-instruct"),
+    ):
         read("dolly")

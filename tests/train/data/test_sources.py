@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from train.data import sources
+from tests.train.data.hub import Hub, lines
+from train.data import hub as client
 from train.data.sources import HubUnreachable, open_source
 from train.data.splits import SPLITS, is_held_out
 
-Hub = Callable[..., None]
+CONFIGS = (
+    b"---\nconfigs:\n- {config_name: small, data_files: small/*}\n- {config_name: large, data_files: large/*}\n---\n"
+)
 
 
 def read(name: Path | str, split: str = "train", **options: Any) -> list[str]:
@@ -421,51 +424,27 @@ def test_files_are_read_without_the_datasets_package(tmp_path: Path, monkeypatch
         read(tmp_path / "a.parquet")
 
 
-# The hub, without a network.
+# The hub.
 
 
 def test_a_hub_set_uses_its_own_splits(hub: Hub) -> None:
-    hub("roneneldan/TinyStories", train=[{"text": "a"}, {"text": "b"}], validation=[{"text": "c"}])
+    hub.rows("roneneldan/TinyStories", train=[{"text": "a"}, {"text": "b"}], validation=[{"text": "c"}])
     assert (read("tinystories"), read("tinystories", "validation")) == (["a", "b"], ["c"])
     with pytest.raises(InputError, match="tinystories has no test split"):
         read("tinystories", "test")
 
 
 def test_a_hub_set_without_validation_is_held_out_from(hub: Hub) -> None:
-    hub("stanford-crfm/DSIR-filtered-pile-50M", train=[{"contents": str(n), "metadata": {}} for n in range(100)])
+    hub.rows("stanford-crfm/DSIR-filtered-pile-50M", train=[{"contents": str(n), "metadata": {}} for n in range(100)])
     assert (len(read("dsir-pile")), len(read("dsir-pile", "validation"))) == (98, 2)
     assert len(read("dsir-pile", limit=10)) == 9
 
 
 def test_any_hub_set_can_be_named_with_config_and_column(hub: Hub) -> None:
-    hub("owner/name", config="small", only=[{"question": "q", "answer": "a"}])
+    hub.publish("owner/name", {"README.md": CONFIGS, "small/only.jsonl": lines([{"question": "q", "answer": "a"}])})
     assert read("owner/name:small", column="answer") == ["a"]
     with pytest.raises(InputError, match=r"owner/name:small, row 1: no column 'x'; there are question, answer"):
         read("owner/name:small", column="x")
-
-
-@pytest.mark.parametrize(
-    ("suffix", "error", "message"),
-    [
-        ("", ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
-         r"comes in several configs: choose one of \['a', 'b'\] as owner/name:CONFIG"),
-        (":c", ValueError("BuilderConfig 'c' not found. Available: ['a', 'b']"),
-         r"has no config 'c': choose one of \['a', 'b'\]"),
-        ("", FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub"), "no such data set on the hub"),
-        ("", RuntimeError("Dataset scripts are no longer supported"), "cannot be read .*no longer supported"),
-    ],
-)  # fmt: skip
-def test_what_the_hub_refuses_is_said_plainly(hub: Hub, suffix: str, error: Exception, message: str) -> None:
-    hub("owner/name", error, config=suffix[1:] or None)
-    with pytest.raises(InputError, match=message) as caught:
-        read(f"owner/name{suffix}")
-    assert not isinstance(caught.value, HubUnreachable)
-
-
-def test_a_network_that_fails_is_told_apart(hub: Hub) -> None:
-    hub("roneneldan/TinyStories", ConnectionError("Couldn't reach the Hub"))
-    with pytest.raises(HubUnreachable, match=r"cannot be reached .*HF_ENDPOINT .*built-in data .* or a local file"):
-        open_source("tinystories").documents("train")
 
 
 def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +455,9 @@ def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(60)
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
+    client.first_failure.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(HubUnreachable, match=r"tinystories: .* cannot be reached \(no answer in 0.1 s\)"):
         open_source("tinystories").documents("train")
+    client.first_failure.cache_clear()

@@ -12,7 +12,7 @@ import torch
 from engine.errors import InputError
 from engine.processes import Processes
 from engine.tokenizer import Tokenizer, train_tokenizer
-from tests.train.data.conftest import Hub
+from tests.train.data.hub import Hub, parquet_file
 from train.data import sources, stream
 from train.data.loader import Batch, PackedLoader
 from train.data.shards import prepare
@@ -42,27 +42,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK_DOCUMENTS", 7)
 
 
-def write_files(folder: Path, files: int) -> None:
-    """The texts, and an empty one in every file, as so many parquet files: what a set of the hub consists of."""
-    from pyarrow import Table, parquet
-
-    for number in range(files):
-        rows = [{"text": text} for text in [*TEXTS[number::files], ""]]
-        parquet.write_table(Table.from_pylist(rows), folder / f"{number}.parquet", row_group_size=10)
-
-
 @pytest.fixture(params=["files", "hub, a file for every rank", "hub, one file", "hub, limited"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Source:
-    datasets = pytest.importorskip("datasets")
-    write_files(tmp_path, 4 if request.param == "hub, a file for every rank" else 1)
+def source(request: pytest.FixtureRequest, tmp_path: Path, hub: Hub) -> Source:
+    """The texts, and an empty one in every file, as so many parquet files: what a set of the hub consists of."""
+    count = 4 if request.param == "hub, a file for every rank" else 1
+    rows = [[{"text": text} for text in [*TEXTS[number::count], ""]] for number in range(count)]
+    files = {f"{number}.parquet": parquet_file(each) for number, each in enumerate(rows)}
     if request.param == "files":
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
         return open_source(str(tmp_path))
-    load = datasets.load_dataset
-
-    def load_dataset(asked: str, name: str | None = None, *, streaming: bool) -> Any:
-        return load("parquet", data_files=sorted(map(str, tmp_path.glob("*.parquet"))), streaming=streaming)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub.publish("owner/name", files)
     return open_source("owner/name", limit=100 if request.param == "hub, limited" else None)
 
 
