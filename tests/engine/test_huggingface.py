@@ -82,7 +82,8 @@ def run(request: pytest.FixtureRequest, tokenizer: Tokenizer, small_config: Mode
 
 
 def test_an_exported_model_computes_the_same_in_transformers(run: Run, tmp_path: Path) -> None:
-    export(run, tmp_path / "out")
+    files = export(run, tmp_path / "out")
+    assert len({path.stat().st_mode for path in files}) == 1
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model, _ = run.load_model(CPU)
