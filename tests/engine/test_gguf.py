@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from engine import checkpoint
-from engine.chat_template import JINJA, Message, answer_ends, answer_prompt
+from engine.chat_template import PLAIN_JINJA, Message, answer_ends, answer_prompt
 from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
@@ -108,7 +108,7 @@ def test_a_chat_model_takes_its_template_along_and_a_base_model_none(
 ) -> None:
     assert export(run_of(tokenizer, tmp_path / "run", chat=chat), tmp_path / "out.gguf", "1", "fp16", ignore) is chat
     settings, _ = read(tmp_path / "out.gguf")
-    assert settings.get("tokenizer.chat_template") == (JINJA if chat else None)
+    assert settings.get("tokenizer.chat_template") == (PLAIN_JINJA if chat else None)
     assert settings["tokenizer.ggml.eot_token_id"] == tokenizer.special["<|end|>" if chat else "<|endoftext|>"]
     ends = {name: settings[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")}
     assert ends == {"bos": tokenizer.eod, "eos": tokenizer.eod, "padding": tokenizer.eod, "unknown": 0}

@@ -172,6 +172,18 @@ def test_the_chat_template_marks_what_is_learnt(run: Run, tmp_path: Path) -> Non
     assert marked["input_ids"] == ids and [bool(mark) for mark in marked["assistant_masks"]] == learn
 
 
+def test_the_template_without_marks_is_read_by_any_jinja(run: Run, tmp_path: Path) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    export(run, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [dataclasses.asdict(message) for message in CONVERSATION]
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    plain = jinja2.Environment().from_string(PLAIN_JINJA)
+    assert plain.render(messages=messages, add_generation_prompt=True) == expected
+    with pytest.raises(jinja2.TemplateSyntaxError, match="generation"):
+        jinja2.Environment().from_string(JINJA)
+
+
 @pytest.mark.parametrize("template", [JINJA, PLAIN_JINJA, OLD_JINJA, "{{ messages[0].content }}"])
 def test_a_chat_model_is_known_by_its_template(run: Run, template: str, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
