@@ -122,7 +122,7 @@ def main() -> int:
         for name, (script, packages) in chosen.items():
             if "_URL" in script.read_text() and "BASE_URL" not in environment:
                 for model in ("base", "chat"):
-                    port, _ = servers.enter_context(serving(runs / model, ["--name", model]))
+                    port, _ = servers.enter_context(serving(runs / model, ["--name", model, "--precision", "fp32"]))
                     environment[f"{model.upper()}_URL"] = f"http://127.0.0.1:{port}"
             python = venv(folder / "venvs" / name, packages)
             print(f"trying {name}", flush=True)
