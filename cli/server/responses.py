@@ -45,6 +45,12 @@ class ResponseItem(Fields):
 
 
 def _as_items(value: Any) -> Any:
+    if isinstance(value, list) and any(
+        isinstance(each, dict) and each.get("type") == "item_reference" for each in value
+    ):
+        raise ValueError(
+            "an item_reference is to what was stored, and this server stores nothing: send the item itself"
+        )
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 

@@ -104,6 +104,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "form": ({"text": {"format": {"type": "json_object"}}}, "text"),
     "reasoning": ({"reasoning": {"effort": "high"}}, "reasoning"),
     "call": ({"input": [*INPUT, CALL]}, "input[2].type"),
+    "reference": ({"input": [*INPUT, {"type": "item_reference", "id": "msg_1"}]}, "input"),
     "picture": ({"input": [PICTURE]}, "input[0].content"),
     "nothing": ({"input": []}, "input"),
     "long": ({"input": "the bear " * 40}, "input"),
