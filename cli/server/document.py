@@ -194,12 +194,15 @@ class About(Reply):
 
 @dataclass(frozen=True)
 class Operation:
-    """What a path takes and gives; None is plain text. `refuses`: the statuses of refusals, beside 401."""
+    """What a path takes and gives; None is plain text. `refuses`: the statuses of refusals, beside 401. `ill`: what
+    stands in place of 200 where the model has failed.
+    """
 
     about: str
     gives: type[BaseModel] | None
     asks: type[Options] | None = None
     refuses: tuple[int, ...] = ()
+    ill: tuple[int, ...] = ()
 
     def responses(self, *, locked: bool) -> dict[int | str, dict[str, Any]]:
         """Return what FastAPI has to know of its answers; `locked`: it asks for a key."""
@@ -209,7 +212,8 @@ class Operation:
         given: dict[str, Any] = {"description": "The answer", "content": text if self.asks or not self.gives else {}}
         given |= {"model": self.gives} if self.gives else {}
         refusals = (*self.refuses, *([401] if locked else []))
-        return {200: given, **{status: {"model": Refusal, "description": "A refusal"} for status in refusals}}
+        told: dict[int | str, Any] = {status: {**given, "description": "It is ill"} for status in self.ill}
+        return {200: given, **told, **{status: {"model": Refusal, "description": "A refusal"} for status in refusals}}
 
 
 POST = (400, 404, 408, 413, 429, 500, 503)
@@ -220,7 +224,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/models": Operation("Name the model that is served.", Models),
     "/v1/models/{name:path}": Operation("Tell about a model.", Model, refuses=(404,)),
     "/metrics": Operation("Tell what was counted, in Prometheus' text format.", None),
-    "/health": Operation("Tell whether the model works; 503 once it has failed.", Health),
+    "/health": Operation("Tell whether the model works; 503 once it has failed.", Health, ill=(503,)),
     "/page.json": Operation("Tell what the page has to know.", About),
 }
 

@@ -125,6 +125,8 @@ def test_when_the_model_fails_nobody_waits_for_ever(
         waiting.join()
         assert answers[0].status_code == 500 and answers[0].json()["error"]["type"] == "server_error"
         assert server.http.get("/health").status_code == 503
+        health = server.http.get("/openapi.json").json()["paths"]["/health"]["get"]
+        assert health["responses"].keys() == {"200", "503"}
         assert server.post("completions", LONG).status_code == 503
     assert "RuntimeError" in caplog.text and LONG["prompt"] not in caplog.text
 
