@@ -94,6 +94,7 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         "```",
         f"gpt import {shlex.quote(place)} --out runs/model",
         "gpt chat runs/model" if recipe.chat else 'gpt generate runs/model "Once upon a time"',
+        "gpt export runs/model --gguf --out model.gguf  # for llama.cpp, Ollama and LM Studio",
         "```",
         "",
     ]

@@ -173,4 +173,4 @@ for number, (what, (changes, saving)) in enumerate(VARIANTS.items()):
             Path(SCRATCH, f"{number}", "config.json").read_text()
         ).keys()
         files = len([*Path(SCRATCH, f"{number}").glob("*.safetensors")])
-        say(f"{files} of weights, {' and '.join(rotary)}, largest difference {max(far, returned):.1e}")
+        say(f"safetensors files: {files}, {' and '.join(rotary)}, largest difference {max(far, returned):.1e}")

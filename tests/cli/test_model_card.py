@@ -101,7 +101,12 @@ def test_a_card_tells_how_the_model_came_to_be(runs: tuple[Run, Run], tmp_path: 
 
 def test_a_base_model_and_an_imported_one_have_cards(runs: tuple[Run, Run], tmp_path: Path) -> None:
     text = model_card(runs[0], tmp_path / "out")
-    assert 'tokenizer("Once upon a time"' in text and "gpt generate runs/model" in text and "conversational" not in text
+    assert (
+        'tokenizer("Once upon a time"' in text
+        and "gpt generate runs/model" in text
+        and "--gguf" in text
+        and "conversational" not in text
+    )
     runs[0].write_recipe(dataclasses.replace(runs[0].read_recipe(), data=DataConfig(source=IMPORTED)))
     runs[0].metrics.unlink()
     text = model_card(runs[0], tmp_path / "out")
