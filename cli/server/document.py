@@ -255,7 +255,10 @@ def page(document: Mapping[str, Any]) -> str:
                 f"<h2><code><b>{method.upper()}</b> {escape(path)}</code></h2><p>{escape(operation['summary'])}</p>"
             ]
             answer = operation["responses"]["200"]["content"]
-            given = [f"{kind} ({_spell(content['schema'])})" for kind, content in answer.items()]
+            given = [
+                f"{kind} ({_spell(content['schema'])})" if "$ref" in content["schema"] else kind
+                for kind, content in answer.items()
+            ]
             refused = ", ".join(status for status in operation["responses"] if status != "200")
             lines.append(f"<p>Gives {' or '.join(given)}.{f' Refuses with {refused}.' if refused else ''}</p>")
             if asked := operation.get("requestBody"):

@@ -19,7 +19,10 @@ PATHS: dict[str, type[Options]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
 }
-OTHER_PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/models/x", "/page.json", "/nothing", "/%2e%2e/%00", "//x")
+OTHER_PATHS = (
+    *("/", "/health", "/metrics", "/v1/models", "/v1/models/x", "/page.json", "/docs", "/openapi.json"),
+    *("/nothing", "/%2e%2e/%00", "//x"),
+)
 TYPES = ("application/json", "application/json; charset=utf-8", "text/plain", "", "multipart/form-data")
 
 
