@@ -178,10 +178,12 @@ def test_every_option_and_setting_that_a_message_names_is_one() -> None:
     }
     groups = {name.partition(".")[0] for name, _, _ in settings(Recipe) if "." in name}
     names = {name for name, _, _ in settings(Recipe)}
-    # Of git, pytest and llama.cpp; names of files and of attributes; a method of transformers.
+    # Of git, pip, pytest and llama.cpp; names of files and of attributes; a method of transformers.
     apart = {
         "--always",
         "--dirty",
+        "--quiet",
+        "--disable-pip-version-check",
         "--tb",
         "--continue-on-collection-errors",
         "--output-format",
