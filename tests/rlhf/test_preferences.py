@@ -1,7 +1,6 @@
 """Preferences: read in every format, counted where they are left out, packed such that pairs stay whole."""
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -23,6 +22,7 @@ from rlhf.preferences import (
     read_preferences,
     write_answer,
 )
+from tests.train.data.hub import Hub
 from train.data.loader import IGNORE_INDEX
 from train.data.rows import Skipped
 from train.data.stories import SPLITS, is_held_out_pair, score_story, story_requests
@@ -81,15 +81,16 @@ def test_what_is_no_preference_is_left_out_or_named() -> None:
         list(read_preferences([("row 3", {"text": "a"})]))
 
 
-def test_hub_sets_by_their_short_names(hub: Callable[..., None]) -> None:
+def test_hub_sets_by_their_short_names(hub: Hub) -> None:
     row = {"prompt": "2 + 2?", "chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]}
-    other = {"messages": [user("a"), assistant("b")]}
-    hub("HuggingFaceH4/ultrafeedback_binarized", train_sft=[other], train_prefs=[row] * 60, test_prefs=[row] * 2)
+    row["messages"] = row["chosen"]
+    other = row | {"prompt": "a", "messages": [user("a"), assistant("b")]}
+    hub.rows("HuggingFaceH4/ultrafeedback_binarized", train_sft=[other], train_prefs=[row] * 60, test_prefs=[row] * 2)
     source = open_preferences(DataConfig(source="ultrafeedback_binarized"))
     assert list(source.documents("test")) == [SUM] * 2
     assert next(source.documents("train")) == SUM
     text = "\n\nHuman: 2 + 2?\n\nAssistant: "
-    hub("Anthropic/hh-rlhf", train=[{"chosen": text + "4", "rejected": text + "5"}] * 60)
+    hub.rows("Anthropic/hh-rlhf", train=[{"chosen": text + "4", "rejected": text + "5"}] * 60)
     held_out = open_preferences(DataConfig(source="hh-rlhf"))
     assert next(held_out.documents("validation")) == SUM
     assert held_out.held_out_by == "one in 50 of the documents by their number: all have one prompt"

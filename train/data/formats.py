@@ -43,7 +43,8 @@ def read_texts(
 ) -> Iterator[str | Skipped]:
     """Read the text of every row, from the column asked for or the one that the first rows, `head`, suggest."""
     if head is None:
-        head, rows = peek(rows)
+        # A column that is named needs no look ahead, which at the Hub may cost a request for each file.
+        head, rows = ([], rows) if column else peek(rows)
     for where, row in rows:
         text = row
         if not isinstance(row, str | Mapping):

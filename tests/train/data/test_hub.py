@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cli.main import app
 from engine.config import Recipe, override
 from engine.errors import InputError, UnfinishedError
 from engine.run import Run
@@ -156,6 +158,20 @@ def test_a_branch_is_pinned_to_its_commit_and_an_unknown_one_refused(hub: Hub) -
     assert open_source("owner/name", commit=old).fingerprint() != open_source("owner/name", commit=new).fingerprint()
     with pytest.raises(InputError, match=r"owner/name has no commit other; choose another with --set data.revision"):
         pinned(DataConfig("owner/name", revision="other"))
+
+
+def test_an_interrupted_preparation_goes_on_with_its_commit(hub: Hub, prepared: Path, tmp_path: Path) -> None:
+    command = ["data", "prepare", "owner/name", "--out", str(tmp_path / "out"), "--tokenizer", str(prepared)]
+    commit = publish(hub, files=2)
+    app(command, standalone_mode=False)
+    # The set is opened once, with eleven requests; two passes read its two files, and the first one looks at them.
+    assert hub.count() <= 11 + 3 * 2
+    expected = (tmp_path / "out/validation/index.json").read_bytes()
+    shutil.rmtree(tmp_path / "out/validation")
+    publish(hub, mark="New. ")
+    client.newest_commit.cache_clear()
+    app(command, standalone_mode=False)
+    assert (tmp_path / "out/validation/index.json").read_bytes() == expected and commit.encode() in expected
 
 
 def test_offline_a_downloaded_set_is_read_in_its_commit_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
