@@ -214,6 +214,7 @@ def _save_rest(writing: Path, step: int, tensors: Tensors, values: Values, ident
     manifest = Manifest(max(FORMATS), step, files, dict(identity))
     (writing / MANIFEST).write_text(records.dumps(asdict(manifest)))
     for file in writing.iterdir():
+        disk.share_as(file, writing / MANIFEST)
         disk.sync(file)
     disk.sync(writing)
 

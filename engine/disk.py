@@ -114,6 +114,12 @@ def require_writable(path: Path) -> None:
         raise DiskError(f"cannot write {path}: {error.strerror}") from None
 
 
+def share_as(path: Path, other: Path) -> None:
+    """Let everybody read a file who may read the other. What safetensors writes, its owner alone may read."""
+    if path.stat().st_mode != (mode := other.stat().st_mode):
+        path.chmod(mode)
+
+
 def sync(path: Path) -> None:
     """Make the operating system write a file's content, or a folder's list of names, to disk now."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -6,7 +6,6 @@ keep all query heads together, then all keys, then all values; GPT-NeoX keeps th
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -96,8 +95,7 @@ def export(
         if card:
             (out / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         save_file(their_tensors(model), out / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets nobody else read what it writes; this is to be shared.
-        shutil.copymode(out / "config.json", out / "model.safetensors")
+        disk.share_as(out / "model.safetensors", out / "config.json")
     return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))
 
 

@@ -47,6 +47,8 @@ def test_what_was_saved_comes_back_and_the_newest_is_the_latest(tmp_path: Path) 
     (folder / "notes.txt").write_text("not a checkpoint")
     assert [each.step for each in checkpoint.checkpoints(folder)] == [90, 100, 123_456_789]
     check(checkpoint.latest(folder), 123_456_789)
+    # Whoever may read the manifest may read the weights.
+    assert len({file.stat().st_mode for file in (folder / "step-00000100").iterdir()}) == 1
 
 
 class Crash(BaseException):

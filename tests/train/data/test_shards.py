@@ -243,7 +243,14 @@ def test_an_index_of_another_kind_is_refused_with_its_place(
     del index["sha256"]
     shard = index["shards"][0]
     kept = [("max_tokens", None), ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 10**30), ("source", "x")]
-    kept += [("source", ""), ("shard_tokens", 0), ("shard_tokens", -1), ("shard_tokens", 10**30)]
+    kept += [
+        ("source", ""),
+        ("commit", ""),
+        ("commit", "x"),
+        ("shard_tokens", 0),
+        ("shard_tokens", -1),
+        ("shard_tokens", 10**30),
+    ]
     for name in index:
         if (name, value) in kept and type(value) is not bool:
             continue
