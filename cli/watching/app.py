@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from cli import server
 from cli.server.guard import Guard, carries
-from cli.watching.files import Watched
+from cli.watching.files import Watched, as_text
 from engine.errors import InputError
 
 PAGE = Path(__file__).parent / "page"
@@ -34,7 +34,7 @@ def create_app(folder: Path, *, key: str | None, hosts: Collection[str] | None) 
             raise HTTPException(404, "There is no such run any more.") from None
         except (InputError, OSError) as error:
             # A folder that goes while it is read, say.
-            raise HTTPException(503, str(error)) from None
+            raise HTTPException(503, as_text(error)) from None
 
     # What is read from disks is read in threads: these are no coroutines.
     def runs() -> Response:

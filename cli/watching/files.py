@@ -37,6 +37,7 @@ SHOWN = (
 # A run that is alive is stalled when it has been silent for so many of its usual times between lines and seconds.
 SILENT_LINES, SILENT_SECONDS = 20, 60.0
 
+STEP = re.compile(r"^## Step ([0-9]{1,3}(?:,[0-9]{3}){0,5})\n", re.MULTILINE)
 # What is larger is no number to draw, as is what is not finite.
 MOST = 1e300
 
@@ -53,7 +54,8 @@ class BestOfN:
 class Watched:
     """The runs in a folder and below, each by a name of our own: no request names a path.
 
-    Of a run's files only those are read that lie in the folder, wherever links lead.
+    A run may be a link. Its metrics, samples and best of n are read only where they lie in it or in the folder, wherever
+    links of theirs lead.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,12 +102,12 @@ class Watched:
         except InputError:
             curves = {}
         return {
-            "name": _text(path.relative_to(self.folder)) if path != self.folder else _text(path.absolute().name),
+            "name": as_text(path.relative_to(self.folder)) if path != self.folder else as_text(path.absolute().name),
             "kind": listed.kind,
-            "base": listed.base and _text(listed.base),
+            "base": listed.base and as_text(listed.base),
             "parameters": parameters,
             "state": listed.state,
-            "damage": _text(listed.damage),
+            "damage": as_text(listed.damage),
             "step": listed.step,
             "steps": listed.steps,
             "validated": listed.validated,
@@ -126,7 +128,8 @@ class Watched:
 
     def _file(self, run: Path, name: str) -> Path | None:
         path = (run / name).resolve()
-        return path if path.is_relative_to(self.root) and path.is_file() else None
+        inside = path.is_relative_to(self.root) or path.is_relative_to(run.resolve())
+        return path if inside and path.is_file() else None
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return all settings of a run. Raises KeyError where there is none, InputError where it is damaged."""
@@ -139,7 +142,11 @@ class Watched:
             return []
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - SAMPLES_BYTES))
-            parts = re.split(r"^## Step ([\d,]+)\n", file.read(SAMPLES_BYTES).decode(errors="replace"), flags=re.M)
+            parts = re.split(
+                r"^## Step ([0-9]{1,3}(?:,[0-9]{3}){0,5})\n",
+                file.read(SAMPLES_BYTES).decode(errors="replace"),
+                flags=re.M,
+            )
         # A run that was resumed may have come by the same step before.
         found = {int(step.replace(",", "")): text for step, text in zip(parts[1::2], parts[2::2], strict=True)}
         return [{"step": step, "texts": found[step].strip().split("\n\n---\n\n")} for step in sorted(found)]
@@ -187,7 +194,7 @@ class Watched:
             }
 
 
-def _text(name: object) -> str:
+def as_text(name: object) -> str:
     """Return a path or a message as a text that UTF-8 can spell."""
     return os.fsencode(str(name)).decode(errors="replace")
 

@@ -179,9 +179,7 @@ def test_samples_settings_and_the_best_of_n(runs: Path, ask: Ask) -> None:
 
 
 def test_nothing_outside_of_the_folder_is_read(runs: Path, client: TestClient, ask: Ask, tmp_path: Path) -> None:
-    secret = make_run(tmp_path / "secret", 3)
-    (runs / "linked").symlink_to(secret)
-    run = make_run(runs / "a", 1)
+    secret, run = make_run(tmp_path / "secret", 3), make_run(runs / "a", 1)
     for name in ("metrics.jsonl", "samples.md"):
         (run / name).unlink()
         (run / name).symlink_to(secret / name)
@@ -196,11 +194,14 @@ def test_nothing_outside_of_the_folder_is_read(runs: Path, client: TestClient, a
         "/app.py",
     ):
         assert client.get(path).status_code == 404, path
-    # Inside of the folder a link may lead where it wants.
+    # Inside of the folder a link may lead where it wants, and a run may be one.
     (run / "metrics.jsonl").unlink()
     make_run(runs / "b", 2)
     (run / "metrics.jsonl").symlink_to(runs / "b" / "metrics.jsonl")
     assert ask(f"/metrics/{found['id']}")["train"]["step"] == [1, 2]
+    (runs / "linked").symlink_to(secret)
+    linked = named(ask)["linked"]
+    assert (linked["step"], ask(f"/metrics/{linked['id']}")["train"]["step"]) == (3, [1, 2, 3])
 
 
 def test_odd_names_are_runs_like_others(runs: Path, ask: Ask) -> None:
@@ -210,6 +211,17 @@ def test_odd_names_are_runs_like_others(runs: Path, ask: Ask) -> None:
     found = ask("/runs.json")["runs"]
     assert {run["name"] for run in found} == {name.replace("\udcff", "\ufffd") for name in odd}
     assert all(ask(f"/metrics/{run['id']}")["train"]["step"] == [1] for run in found)
+
+
+def test_damage_is_told_whatever_the_name_and_what_looks_like_a_step(runs: Path, client: TestClient, ask: Ask) -> None:
+    run = make_run(runs / "x\udcff", 5)
+    (run / "config.json").write_text('{"recipe": 3}')
+    with open(run / "samples.md", "a") as file:
+        file.write("## Step ,\n\nA line of the model's.\n")
+    (found,) = ask("/runs.json")["runs"]
+    refused = client.get(f"/settings/{found['id']}")
+    assert refused.status_code == 503 and "x\ufffd/config.json is damaged" in refused.json()["detail"]
+    assert [each["step"] for each in ask(f"/samples/{found['id']}")] == [5]
 
 
 def test_who_may_ask(runs: Path, client: TestClient, gpt: Gpt) -> None:
