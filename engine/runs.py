@@ -18,6 +18,8 @@ from engine.run import Run, run_folders
 
 # The newest lines of metrics.jsonl stand in its last bytes; a long run's file has hundreds of megabytes.
 TAIL_BYTES = 1 << 16
+# What plans more is no line of ours.
+MOST_STEPS = 1e15
 
 State = Literal["running", "done", "stopped", "damaged"]
 
@@ -72,9 +74,9 @@ def read_listed(path: Path) -> Listed:
             found = replace(found, loss=loss, validated=True)
     with _noting(damage):
         trained, evaluated = _last_lines(run.metrics)
-        if trained.progress:
+        if trained.progress and (steps := trained.step / trained.progress) < MOST_STEPS:
             # A checkpoint may be newer than the line, since not every step is logged.
-            found = replace(found, step=max(found.step, trained.step), steps=round(trained.step / trained.progress))
+            found = replace(found, step=max(found.step, trained.step), steps=round(steps))
             found = replace(found, state="done" if trained.progress >= 1 else found.state)
         if evaluated.validation_loss is not None or not found.validated:
             validated = evaluated.validation_loss is not None
@@ -142,7 +144,9 @@ def _last_lines(path: Path) -> tuple[Line, Line]:
             lines = file.read().split(b"\n")
         for text in reversed(lines):
             with contextlib.suppress(ValueError):  # a line cut in two, or damaged
-                line = records.conform(records.parse(text.decode()), Line, ValueError)
+                # The loss of a step that was skipped may be NaN, which other programs do not take as JSON.
+                record = records.parse(text.decode(), parse_constant=lambda name: None)
+                line = records.conform(record, Line, ValueError)
                 found.setdefault("step" if line.progress is not None else "evaluation", line)
             if len(found) == 2:
                 break

@@ -60,15 +60,17 @@ def test_each_run_is_told_by_kind_base_step_loss_and_state(tmp_path: Path) -> No
 
 
 def test_a_damaged_run_is_a_row_that_says_what_is_wrong(tmp_path: Path) -> None:
-    cut, short, odd, rest = (make(tmp_path / name) for name in ("cut", "short", "odd", "rest"))
+    cut, short, odd, rest, wild = (make(tmp_path / name) for name in ("cut", "short", "odd", "rest", "wild"))
     cut.config.write_text(cut.config.read_text()[:-40])
     next(short.checkpoints.glob("*/model.safetensors")).write_bytes(b"")
     odd.metrics.write_bytes(b'\xff\n[1]\n{"step": "x"}\n' + b"x" * (TAIL_BYTES + 1) + b'\n{"step": 12, "loss": 3')
     rest.config.unlink()
+    wild.metrics.write_text('{"step": 3, "progress": 1e-320}\n{"step": 11, "validation_loss": NaN}\n')
     found = {each.path.name: each for each in list_runs(tmp_path)}
     assert [found[name].state for name in ("cut", "short", "odd", "rest")] == ["damaged"] * 2 + ["stopped", "damaged"]
     assert "config.json is damaged" in found["cut"].damage and found["cut"].loss == 2.5 and found["cut"].step == 10
     assert "model.safetensors is missing, cut short or changed" in found["short"].damage
+    assert (found["wild"].loss, found["wild"].step, found["wild"].steps) == (2.5, 10, None)
     assert found["odd"].loss == 2.5 and "no config.json" in found["rest"].damage
 
 
