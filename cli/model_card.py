@@ -101,12 +101,14 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
     return "\n".join(lines)
 
 
-def history(run: Run, step: int | None) -> Iterator[dict[str, Any]]:
+def history(run: Run, step: int | None, later: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
     """Yield what each stage did that led to this step of a run, the first one first, as far back as runs are there."""
-    recipe = run.read_recipe()
+    recipe, place = run.read_recipe(), run.path.resolve()
+    if place in later:  # it has taken the name of what it began with
+        raise InputError(f"{place} began with itself")
     if recipe.base is not None:
         try:
-            yield from history(Run(Path(recipe.base)), recipe.base_step)
+            yield from history(Run(Path(recipe.base)), recipe.base_step, (*later, place))
         except InputError:
             nothing = dict.fromkeys(("set", "steps", "tokens", "measured"), "")
             yield nothing | {"kind": "before", "shown": "not known: that run is gone"}
@@ -116,7 +118,7 @@ def history(run: Run, step: int | None) -> Iterator[dict[str, Any]]:
     name, hub = recipe.data.source, None
     if name == IMPORTED:
         shown = "not known: trained elsewhere"
-    elif name.startswith(WRITTEN):
+    elif name.partition(":")[0] in WRITTEN:
         shown = f"{name}: written by a program, not by people"
     elif hub := re.fullmatch(rf"({HUB_NAME})(:[\w.-]+)?", ON_HUB.get(name, name)):
         shown = f"[{hub[0]}](https://huggingface.co/datasets/{hub[1]})"

@@ -95,6 +95,10 @@ def test_a_card_tells_how_the_model_came_to_be(runs: tuple[Run, Run], tmp_path: 
     assert "| finetune | chats.jsonl: of whoever trained it | 2 | 1,024 | loss 2.5000 |" in model_card(
         runs[1], tmp_path / "out", "2"
     )
+    # A finetuned run was renamed to what it began with.
+    runs[0].write_recipe(dataclasses.replace(runs[0].read_recipe(), base=str(runs[0].path)))
+    text = model_card(runs[0], tmp_path / "out")
+    assert "| before | not known: that run is gone |" in text and text.count("| finetune |") == 1
     runs[0].config.unlink()
     assert "| before | not known: that run is gone |" in model_card(runs[1], tmp_path / "out")
 
@@ -111,6 +115,16 @@ def test_a_base_model_and_an_imported_one_have_cards(runs: tuple[Run, Run], tmp_
     runs[0].metrics.unlink()
     text = model_card(runs[0], tmp_path / "out")
     assert "| import | not known: trained elsewhere | 0 | 0 | not measured |" in text and "datasets:" not in text
+
+
+def test_a_set_of_the_hub_is_not_taken_for_what_a_program_wrote(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    recipe = runs[0].read_recipe()
+    for name, shown in (
+        ("stories-of-mine/tales", "[stories-of-mine/tales](https://huggingface.co/datasets/stories-of-mine/tales)"),
+        ("stories-instruct:brief", "stories-instruct:brief: written by a program, not by people"),
+    ):
+        runs[0].write_recipe(dataclasses.replace(recipe, data=DataConfig(source=name)))
+        assert f"| {shown} |" in model_card(runs[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize("bad", ["My own", "mit\ntags: x", ""])
