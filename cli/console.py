@@ -235,7 +235,8 @@ class _Drawn:
             row = Table.grid(padding=(0, 1))
             share = "" if bar.total is None else f"{100 * min(bar.done / (bar.total or 1), 1):3.0f}%"
             drawn = ProgressBar(bar.total or 1, bar.done, width=min(24, width // 3), pulse=bar.total is None)
-            row.add_row(f"{bar.what:{longest}}", drawn, share, Text(bar.said) if width >= ONE_LINE_WIDTH else "")
+            # A name may hold what rich takes for a style.
+            row.add_row(Text(f"{bar.what:{longest}}"), drawn, share, Text(bar.said) if width >= ONE_LINE_WIDTH else "")
             yield from terminal.render(row, options)
             if width < ONE_LINE_WIDTH and bar.said:
                 yield from terminal.render(Text(bar.said), options)

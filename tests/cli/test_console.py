@@ -147,3 +147,12 @@ os._exit(7) if os.isatty(2) else print("never seen")
         # Whatever ends a process, its terminal has a cursor.
         assert b"training" in seen and b"\x1b[?25l" not in seen
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("width", [0, 1, 160])
+def test_any_name_is_shown_on_any_terminal(width: int) -> None:
+    console, written = on_terminal(width)
+    with console, progress.listener.get()("writing [/x]", None, ""):
+        console.log(METRICS)
+        console.log({**METRICS, "step": 1300, "loss": float("nan")})
+    assert "writing [/x]" in written.getvalue() or width < 20
