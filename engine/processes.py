@@ -233,11 +233,12 @@ class Coordinator:
     """The clock and the stop signal that all processes agree on.
 
     A single process goes by its own clock, at any moment. Several must decide alike although their clocks differ: for
-    them time stands still between two calls of `agree`, and a signal counts from the next call on.
+    them time stands still between two calls of `agree`, and a signal counts from the next call on. `give_up` is called
+    where a single process is asked to stop, which may be waiting for something.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
+    def __init__(self, processes: Processes, give_up: Callable[[], object] = lambda: None) -> None:
+        self.processes, self.give_up = processes, give_up
         self.agreed_time = 0.0
         # The signal that this process was sent, and the one that asks all of them to stop.
         self.own_signal = 0
@@ -255,6 +256,7 @@ class Coordinator:
         self.own_signal = number
         if self.processes.count == 1:
             self.stop = signal.Signals(number)
+            self.give_up()
 
     def now(self) -> float:
         """Return the time in seconds since some moment."""

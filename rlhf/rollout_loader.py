@@ -192,6 +192,9 @@ class RolloutLoader:
     def close(self) -> None:
         pass
 
+    def give_up(self) -> None:
+        pass
+
     def __next__(self) -> RolloutBatch:
         if not self.order:
             self.held = self._round()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.errors import DiskError, InputError
+from engine.errors import DiskError, InputError, UnfinishedError
 from engine.model import GPT
 from engine.processes import Coordinator, peak_memory
 from engine.run import Run
@@ -87,7 +87,7 @@ class Loop:
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
         self.parts = self.layout.parts  # each micro-batch is cut into this many, when memory is short
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.coordinator = Coordinator(self.processes)
+        self.coordinator = Coordinator(self.processes, stage.batches.give_up)
         # Seconds of training before the last resume; seconds spent in evaluations; and seconds that this process worked
         # in the current step before the gradients are reduced, where it waits for the others.
         self.earlier_seconds = self.evaluation_seconds = self.busy_seconds = 0.0
@@ -152,7 +152,8 @@ class Loop:
         self.coordinator.agree()
         self.began = self.last_save = self.coordinator.now()
         while (before := self.progress) < 1 and self.coordinator.stop is None:
-            self._train_step(before)
+            if not self._train_step(before):
+                break
             self.on_step(self.step)
             after = self.progress
             evaluate = after < 1 and self.coordinator.stop is None and self._evaluation_due(before, after)
@@ -187,11 +188,19 @@ class Loop:
             return self.step % self.recipe.loop.save_every == 0
         return self.coordinator.now() - self.last_save > 60 * self.recipe.loop.save_minutes
 
-    def _train_step(self, progress: float) -> None:
+    def _train_step(self, progress: float) -> bool:
+        """Train on the next batch. Return False, with nothing done, where the data is given up for a stop."""
         begin, batches = time.perf_counter(), self.stage.batches
         self.processes.step = self.step + 1
         before = batches.tokens
-        taken = [next(batches) for _ in range(self.accumulation)]
+        place = batches.state_dict() if self.recipe.data.stream and self.processes.count == 1 else None
+        try:
+            taken = [next(batches) for _ in range(self.accumulation)]
+        except UnfinishedError:
+            if place is None or self.coordinator.stop is None:
+                raise
+            batches.load_state_dict(place)
+            return False
         tokens = batches.tokens - before
         # The targets are counted before the batches travel to the GPU. There the count would be a result of the GPU,
         # and the CPU would have to wait for it before it could start the first kernel of the step.
@@ -211,6 +220,7 @@ class Loop:
             self._log_step()
         if not self.announced and (self.step == 10 or self.seconds > 60):
             self._announce_long_run()
+        return True
 
     def _gradients(self, batches: list[Batch], learnt: float) -> tuple[float, float]:
         """Leave the gradient of the mean loss in the parameters. Return that loss and the gradient's norm."""

@@ -117,6 +117,8 @@ class HubSource(Source):
 
         def stopped(reason: str) -> None:
             nonlocal since
+            if self.abandoned:
+                raise ConnectionError(reason)  # which ends the libraries' own retries, too
             if not since:
                 since = time.monotonic()
                 self.say(f"{self.name}: the Hugging Face hub does not answer ({reason}); waiting for it")

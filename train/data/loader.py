@@ -144,6 +144,9 @@ class Batches(Protocol):
 
     def close(self) -> None: ...
 
+    def give_up(self) -> None:
+        """Wait for nothing more: a batch that would take long raises UnfinishedError. Signal handlers may call it."""
+
 
 class Loader(Batches, Iterator[Batch]):
     """The base class of data loaders: a thread reads `prefetch` batches ahead, and a resume continues to the bit.
@@ -181,6 +184,9 @@ class Loader(Batches, Iterator[Batch]):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool, self._ahead = None, deque()
+
+    def give_up(self) -> None:
+        pass  # what is read from a disk comes soon
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from that state. Raises InputError if it belongs to other data or to another order of it."""

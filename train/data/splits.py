@@ -116,7 +116,7 @@ class Source:
     `rows` counts the rows read in the latest pass; `skipped` counts those left out, by reason, each with file and line
     of the first. `held_out_by` says what decides which documents are held out. `commit` is that of a set of the Hub: a
     branch or tag too, or None for the newest. `say` tells a person of what the source waits for, until it is
-    `abandoned`.
+    `abandoned`: then reading it raises UnfinishedError instead of waiting.
     """
 
     name: str

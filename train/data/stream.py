@@ -88,9 +88,12 @@ class StreamLoader(Loader):
     def cursor_of(self, state: dict[str, Any]) -> StreamCursor:
         return StreamCursor(**state["places"][self.processes.rank])
 
-    def close(self) -> None:
+    def give_up(self) -> None:
         # The thread that reads may be waiting for the Hub, for an hour.
         self.source.abandoned = True
+
+    def close(self) -> None:
+        self.give_up()
         super().close()
         self.source.abandoned = False
 
