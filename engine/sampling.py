@@ -68,8 +68,9 @@ def begin_past(sampling: Sampling, prompt: Sequence[int], vocab: int, generated:
     """Return the past of a prompt, on the CPU. Its last `generated` tokens were generated."""
     past, tokens = Past(torch.zeros(vocab, dtype=torch.uint8), torch.zeros(vocab)), torch.tensor(prompt)
     past.seen[tokens] = 1
-    for token, bias in sampling.logit_bias:
-        past.added[token] = bias
+    if sampling.logit_bias:
+        biased, biases = zip(*sampling.logit_bias, strict=True)
+        past.added[list(biased)] = torch.tensor(biases)
     for token in tokens[len(prompt) - generated :]:
         past.note(token[None], sampling)
     return past

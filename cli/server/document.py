@@ -28,6 +28,7 @@ BOUNDS = {
     "maxLength": "at most",
     "minItems": "at least",
     "maxItems": "at most",
+    "maxProperties": "at most",
 }
 # Each of a stream's.
 EVENT = {

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 MESSAGES = 1024
 CHOICES = 64
 STOP_CHARACTERS = 256
+BIASES = 1024
 
 ANY = object()
 # Names of all fields that OpenAI has and this server has not.
@@ -173,7 +174,9 @@ class Options(Fields):
     )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logits of tokens that were written.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, as often as they were written.")
-    logit_bias: dict[TokenId, Bias] = Field({}, description="What is added to the logits of tokens, by their ids.")
+    logit_bias: dict[TokenId, Bias] = Field(
+        {}, max_length=BIASES, description="What is added to the logits of tokens, by their ids."
+    )
     stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     # These are beyond OpenAI's.

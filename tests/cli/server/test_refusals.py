@@ -50,6 +50,7 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "penalty": ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
     "bias": ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
     "biased nothing": ({"logit_bias": {"1000000": 1}}, "logit_bias", "invalid_value"),
+    "biased at length": ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "invalid_value"),
     "biased word": ({"logit_bias": {"fox": 1}}, "logit_bias.fox", "invalid_value"),
     "best of": ({"best_of": 3}, "best_of", "unsupported_parameter"),
     "suffix": ({"suffix": "the end"}, "suffix", "unsupported_parameter"),
