@@ -103,6 +103,15 @@ def test_tokens_arrive_one_after_another(page: Any, server: PageServer) -> None:
     assert "seed" not in request
 
 
+def test_an_answer_that_comes_at_once_is_as_fast_as_the_wait_for_it(page: Any, server: PageServer) -> None:
+    server.hold_after = 0
+    say(page, "A story, please.")
+    page.wait_for_timeout(300)
+    server.go.set()
+    speed = re.search(r"([\d.]+) tokens/s", finished(page).inner_text())
+    assert speed and float(speed[1]) <= 5 / 0.3
+
+
 @pytest.mark.parametrize("how", ["Stop", "Escape"])
 def test_stopping_keeps_what_came_and_ends_the_request(page: Any, server: PageServer, how: str) -> None:
     server.hold_after = 2

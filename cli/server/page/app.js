@@ -99,7 +99,7 @@ async function generate(before = current.messages, start = {}, rest = []) {
   const spaced = (info.chat ? begun : store.textOf(conversation.messages)).endsWith(" ");
   const attempts = view.attempts(conversation, settings.length, (info.context - settings.length) * density);
   const controller = (running = new AbortController());
-  const clock = { pieces: 0 };
+  const clock = { pieces: 0, asked: performance.now() };
   let frame = 0;
   const paint = () => ((frame = 0), current === conversation && following(() => view.paint(message)));
   draw();
@@ -118,7 +118,6 @@ async function generate(before = current.messages, start = {}, rest = []) {
       if (message.tokens) thoughts.record(message, piece, choice);
       if (piece) {
         clock.last = performance.now();
-        clock.first ??= clock.last;
         clock.pieces++;
         message.content += piece;
         frame ||= requestAnimationFrame(paint);
@@ -164,11 +163,15 @@ function unlock(then) {
   $("locked").showModal();
 }
 
-/** Tokens and their speed; where the server could not say how many, the pieces that came are about as many. */
-function told({ pieces, usage, first, last }) {
+/** Tokens and their speed; where the server could not say how many, the pieces that came are about as many.
+
+ The time is from the request on: the pieces of a short answer may all come at once.
+ */
+function told({ pieces, usage, asked, last }) {
   if (!pieces) return "";
   const tokens = usage?.completion_tokens ?? pieces;
-  const rate = pieces > 1 ? ` · ${(((tokens - 1) * 1000) / Math.max(1, last - first)).toFixed(1)} tokens/s` : "";
+  const speed = (tokens * 1000) / Math.max(1, last - asked);
+  const rate = ` · ${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`;
   const held = usage ? ` · context ${usage.total_tokens} of ${info.context}` : "";
   return `${usage ? "" : "about "}${tokens} tokens${rate}${held}`;
 }
