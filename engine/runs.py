@@ -74,7 +74,7 @@ def read_listed(path: Path) -> Listed:
             found = replace(found, loss=loss, validated=True)
     with _noting(damage):
         trained, evaluated = _last_lines(run.metrics)
-        if trained.progress and (steps := trained.step / trained.progress) < MOST_STEPS:
+        if trained.progress and (steps := trained.step / min(1.0, trained.progress)) < MOST_STEPS:
             # A checkpoint may be newer than the line, since not every step is logged.
             found = replace(found, step=max(found.step, trained.step), steps=round(steps))
             found = replace(found, state="done" if trained.progress >= 1 else found.state)

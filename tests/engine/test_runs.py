@@ -33,7 +33,7 @@ def make(path: Path, recipe: Recipe = RECIPE, step: int = 10, loss: float | None
 
 def test_each_run_is_told_by_kind_base_step_loss_and_state(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    base = make(runs / "base", step=20, progress=1.0)
+    base = make(runs / "base", step=20, progress=1.08)  # minutes are over only after the last step
     tuned = override(override(RECIPE, "base", str(base.path)), "chat", True)
     make(runs / "base-chat", tuned, loss=None)
     make(runs / "demo" / "ppo", override(tuned, "alignment.method", "ppo"), progress=0.25)
