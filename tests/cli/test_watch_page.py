@@ -86,6 +86,17 @@ def test_samples_stand_side_by_side_as_text(page: Any) -> None:
     assert page.locator("#columns b").count() == 0
 
 
+def test_samples_of_two_runs_are_compared_where_a_run_has_those_of_one_checkpoint(page: Any, runs: Path) -> None:
+    for name in ("first", "second"):
+        file = runs / name / "samples.md"
+        file.write_text(file.read_text().split("## Step 10")[0].replace("fox", f"{name} fox"))
+    page.reload()
+    shown = page.locator("#columns .sample")
+    expect(shown).to_have_count(4)
+    told = shown.all_text_contents()
+    assert {"first fox", "second fox"} == {re.search(r"\w+ fox", text)[0] for text in told[:2]}
+
+
 def test_a_server_that_goes_and_comes_back_is_said(page: Any, runs: Path) -> None:
     expect(page.get_by_role("status")).to_have_text("up to date")
     page.route("**/*.json", lambda route: route.abort())

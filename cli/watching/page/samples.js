@@ -15,8 +15,10 @@ export async function draw(runs) {
     if (known.get(run.id)?.size !== run.samples)
       known.set(run.id, { size: run.samples, said: await askOr(`samples/${run.id}`, []) });
   }
+  // Unless something else is chosen: the first run's first and newest, or two runs where the first has but one.
+  const second = able.length > 1 && known.get(able[0].id).said.length < 2 ? able[1] : able[0];
   const sides = chosen.map((side, i) => {
-    const run = able.find(({ id }) => id === side.id) ?? able[0];
+    const run = able.find(({ id }) => id === side.id) ?? (i ? second : able[0]);
     const { said } = known.get(run.id);
     const at = said.find(({ step }) => String(step) === side.step) ?? (side.step === "first" ? said[0] : said.at(-1));
     return { i, side, run, said, at };
