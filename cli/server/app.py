@@ -314,6 +314,7 @@ def create_app(
     app.openapi = cache(partial(document.describe, app, served.name))  # type: ignore[method-assign]
     app.add_route("/docs", lambda _: HTMLResponse(document.page(app.openapi())))
     offered = [f"{method} {path.replace('{name:path}', 'NAME')}" for _, method, path, _ in routes]
+    offered += ["GET /docs", "GET /openapi.json"]
     page = StaticFiles(directory=PAGE, html=True)
 
     async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:

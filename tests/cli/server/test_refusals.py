@@ -123,7 +123,8 @@ def test_another_model_is_not_found(server: Live) -> None:
 def test_what_is_not_there_is_not_found_and_what_there_is_is_named(server: Live, path: str) -> None:
     answer = server.http.post(path, json={"model": "small"})
     refused(answer, 404, None, None)
-    assert path in answer.json()["error"]["message"] and "POST /v1/responses" in answer.json()["error"]["message"]
+    told = answer.json()["error"]["message"]
+    assert path in told and "POST /v1/responses" in told and "GET /docs" in told
 
 
 @pytest.mark.parametrize(
