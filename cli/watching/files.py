@@ -54,7 +54,7 @@ class BestOfN:
 class Watched:
     """The runs in a folder and below, each by a name of our own: no request names a path.
 
-    A run may be a link. Its metrics, samples and best of n are read only where they lie in it, or in the folder:
+    A run may be a link. Its metrics, samples and best of n are read only where they lie in it or in the folder,
     wherever links of theirs lead.
     """
 
@@ -142,7 +142,11 @@ class Watched:
             return []
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - SAMPLES_BYTES))
-            parts = STEP.split(file.read(SAMPLES_BYTES).decode(errors="replace"))
+            parts = re.split(
+                r"^## Step ([0-9]{1,3}(?:,[0-9]{3}){0,5})\n",
+                file.read(SAMPLES_BYTES).decode(errors="replace"),
+                flags=re.M,
+            )
         # A run that was resumed may have come by the same step before.
         found = {int(step.replace(",", "")): text for step, text in zip(parts[1::2], parts[2::2], strict=True)}
         return [{"step": step, "texts": found[step].strip().split("\n\n---\n\n")} for step in sorted(found)]
