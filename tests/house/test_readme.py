@@ -1,6 +1,7 @@
 """Every command of the top README does what it says there, made small enough for a test."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -118,6 +119,20 @@ def serve_and_ask(command: str) -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=60)
+
+
+def test_what_was_tried_with_other_tools_is_told_with_the_versions_that_were_tried() -> None:
+    tried = json.loads((ROOT / "bench/results/compatibility.json").read_text())
+    assert {each["version"] for each in tried.values() if each["version"] not in README} == set()
+
+
+@pytest.mark.parametrize(
+    "room", ["cli", "cli/server", "cli/watching", "engine", "train", "train/data", "rlhf", "bench"]
+)
+def test_the_readme_of_a_room_names_its_files(room: str) -> None:
+    told = (ROOT / room / "README.md").read_text()
+    files = [path.name for path in (ROOT / room).glob("*.py") if not path.name.startswith("__")]
+    assert [name for name in files if name not in told] == []
 
 
 def test_every_link_to_a_file_of_the_project_leads_there() -> None:
