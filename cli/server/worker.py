@@ -171,8 +171,7 @@ class Worker:
         self.inbox.put(functools.partial(self._begin, job, requests, read_prompts))
         return job
 
-    def _deliver(self, found: Sequence[tuple[Job, int, Step]], waits: Sequence[float]) -> None:
-        now = time.perf_counter()
+    def _deliver(self, found: Sequence[tuple[Job, int, Step]], waits: Sequence[float], now: float) -> None:
         for wait in waits:
             self.queue_times.add(wait)
         tokens: Counter[tuple[Job, int]] = Counter()
@@ -200,13 +199,14 @@ class Worker:
     def _run(self) -> None:
         try:
             while (steps := self._advance()) is not None:
+                now = time.perf_counter()  # a busy event loop may take two steps over at one moment
                 waits = self._waits() if self.queued else []
                 found = [(*self.owners[step.request], step) for step in steps]
                 for job, index, step in found:
                     if step.finish:
                         self._forget(job, index)
                 if found or waits:
-                    self.loop.call_soon_threadsafe(self._deliver, found, waits)
+                    self.loop.call_soon_threadsafe(self._deliver, found, waits, now)
         except Exception as error:
             log_failure(error)
             self.loop.call_soon_threadsafe(self._fail)
@@ -221,6 +221,7 @@ class Worker:
         except Exception as error:
             log_failure(error)
         # Not before here: the exception holds the memory of the step that failed.
+        self.begun = time.perf_counter()  # the first step may not have begun
         return self.batcher.recover()
 
     def _waits(self) -> list[float]:
