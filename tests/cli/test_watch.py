@@ -142,6 +142,8 @@ def test_only_what_is_new_is_read_and_a_resumed_run_from_its_beginning(runs: Pat
     assert more(third)["train"]["step"] == [1, 2, 3, 4, 5]
     add_steps(run, range(6, 60), noise=0.5)
     assert more(third)["train"]["step"] == [*range(1, 60)]
+    # It is longer than it was when it was first read, and not what it was.
+    assert more(first)["train"]["step"] == [*range(1, 60)]
     (run / "metrics.jsonl").unlink()
     assert more(first)["next"] == 0 and named(ask)["a"]["step"] == 0
 
