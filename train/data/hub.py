@@ -175,6 +175,8 @@ class HubSource(Source):
                 asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
                 names = re.search(r"\[.*\]", str(error))
                 message = f"{self.path} {asked}: choose one of {names and names[0]} as {self.path}:CONFIG"
+            elif "Compression type zstd not supported" in reason:
+                message = f"{self.path} is compressed with zstd: pip install zstandard, and run the command again"
             else:
                 message = f"{self.path} cannot be read ({reason}); choose other --data"
             # A full disk, say, does not spoil what is done.

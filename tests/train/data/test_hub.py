@@ -143,6 +143,22 @@ def test_what_the_hub_refuses_is_said_plainly(hub: Hub, name: str, message: str)
     assert not isinstance(caught.value, HubUnreachable)
 
 
+def test_a_set_in_zstd_names_the_package_that_reads_it_and_is_read_with_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A frame of one block that is stored as it is, in bytes that any version of the format has.
+    text = lines({"contents": f"The fox number {n}"} for n in range(3))
+    header = b"\x28\xb5\x2f\xfd\x20" + bytes([len(text)]) + (len(text) << 3 | 1).to_bytes(3, "little")
+    hub.publish("owner/packed", {"train_00.jsonl.zst": header + text})
+    with monkeypatch.context() as without:
+        without.delitem(pytest.importorskip("fsspec.compression").compr, "zstd", raising=False)
+        with pytest.raises(InputError, match="owner/packed is compressed with zstd: pip install zstandard"):
+            read("owner/packed")
+    pytest.importorskip("zstandard", reason="zstandard is not installed")
+    rows: Iterable[Any] = chain.from_iterable(open_source("owner/packed").streams()["train"]())
+    assert [row["contents"] for _, row in rows] == [f"The fox number {n}" for n in range(3)]
+
+
 def test_a_token_opens_a_gated_set(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.rows("owner/gated", train=[{"text": "a"}])
     hub.gated["owner/gated"] = 401
