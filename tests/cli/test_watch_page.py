@@ -97,6 +97,18 @@ def test_samples_of_two_runs_are_compared_where_a_run_has_those_of_one_checkpoin
     assert {"first fox", "second fox"} == {" ".join(re.findall(r"\w+ fox", text)[:1]) for text in told[:2]}
 
 
+def test_it_has_a_light_and_a_dark_look_and_charts_follow(page: Any) -> None:
+    expect(chart(page, "Loss").locator("canvas")).to_be_visible()
+    light_of = "name => getComputedStyle(document.body)[name].match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    drawn = ""
+    for look, sign in (("light", 1), ("dark", -1)):
+        page.emulate_media(color_scheme=look)
+        assert sign * (page.evaluate(light_of, "backgroundColor") - page.evaluate(light_of, "color")) > 450
+        redrawn = "before => document.querySelector('figure canvas').toDataURL() !== before"
+        page.wait_for_function(redrawn, arg=drawn)
+        drawn = page.evaluate("document.querySelector('figure canvas').toDataURL()")
+
+
 def test_a_server_that_goes_and_comes_back_is_said(page: Any, runs: Path) -> None:
     expect(page.get_by_role("status")).to_have_text("up to date")
     page.route("**/*.json", lambda route: route.abort())
