@@ -82,7 +82,12 @@ def serve(
 def run_server(server: "uvicorn.Server", host: str, port: int, about: str) -> None:
     """Let a server answer until it is told to end; say what it is, and where."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listening:
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        raise InputError(f"cannot listen at --host {host} --port {port} ({reason}); choose another one") from None
+    with listening:
         for number in (signal.SIGINT, signal.SIGTERM):
             # uvicorn has handlers of its own only while it runs.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -239,6 +240,9 @@ def test_who_may_ask(runs: Path, client: TestClient, gpt: Gpt) -> None:
     assert refused.code == 2 and "--host 0.0.0.0 lets others in" in refused.err
     refused = gpt("watch", "nowhere")
     assert refused.code == 2 and "there is no folder nowhere" in refused.err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = gpt("watch", str(runs), "--port", str(taken.getsockname()[1]))
+    assert refused.code == 2 and "Address already in use); choose another one" in refused.err
 
 
 def test_a_training_keeps_the_memory_that_torch_would_take() -> None:
