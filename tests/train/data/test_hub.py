@@ -257,24 +257,21 @@ def test_a_streamed_run_keeps_its_commit_asks_little_and_waits(
     assert not hub.count(f"resolve/(?!{commit})") and not hub.count("api/datasets/owner/name$")
 
 
-def use(url: str, cache: str, last: int, rank: int) -> None:
-    """Ask this hub, and stop after a step."""
+def use(url: str, cache: str, rank: int) -> None:
+    """Ask this hub."""
     os.environ |= {"HF_ENDPOINT": url, "HF_HOME": cache, "HF_HUB_OFFLINE": "0"}
-
-    def stop(self: Loop, step: int) -> None:
-        if step == last:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    Loop.on_step = stop  # type: ignore[method-assign]
 
 
 def test_two_processes_read_one_commit_and_resume_it(hub: Hub, streamed: Recipe, tmp_path: Path) -> None:
     publish(hub)
     trick = partial(use, hub.url, str(tmp_path / "cache"))
-    team.train_on(streamed, tmp_path / "whole", 2, trick=partial(trick, 0))
+    team.train_on(override(streamed, "loop.save_every", 3), tmp_path / "whole", 2, trick=trick)
     # The main process has asked for the commit; each has opened the set once.
     assert hub.count("api/datasets/owner/name$") == 1 and hub.count(r"name\.py") == 2
-    team.train_on(streamed, tmp_path / "stopped", 2, trick=partial(trick, 3))
+    # As if it had been killed after a checkpoint.
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000006")
     publish(hub, mark="New. ")
-    team.train_on(Run(tmp_path / "stopped").read_recipe(), tmp_path / "stopped", 2, trick=partial(trick, 0))
+    team.train_on(Run(tmp_path / "stopped").read_recipe(), tmp_path / "stopped", 2, trick=trick)
+    assert hub.count("api/datasets/owner/name$") == 1 and hub.count(r"name\.py") == 4
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
