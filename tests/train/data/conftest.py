@@ -29,9 +29,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             monkeypatch.setattr(name, value)
         for name, value in (("HF_ENDPOINT", server.url), ("HF_HOME", str(cache)), ("HF_HUB_OFFLINE", "0")):
             monkeypatch.setenv(name, value)
-        # Waiting would take seconds.
+        # Waiting would take seconds. This is everybody's sleep: our own waiting only looks at the clock meanwhile.
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr(client, "RETRY_SECONDS", 0.01)
+        for name in ("RETRY_SECONDS", "MOST_SECONDS"):
+            monkeypatch.setattr(client, name, 0.01)
         for cached in (client.first_failure, client.newest_commit, client.builder_of):
             cached.cache_clear()
         yield server
