@@ -4,6 +4,7 @@ A name is either one of texts (open_source) or one of conversations (open_conver
 Below them are the sources of files, of what the program writes, and of the hub's data sets.
 """
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -101,15 +102,18 @@ def pinned(data: DataConfig) -> DataConfig:
     """Return the data with the commit that its set of the Hub has now: all that is read of it later is of that commit.
 
     Data without a commit, and sets of a Hub that cannot be reached, come back as they are if there is a fallback.
-    Raises InputError where the Hub has no such set, or where this user may not read it.
+    Raises InputError where the Hub has no such set, where this user may not read it, or where other data is to have a
+    revision.
     """
-    name = (HUB_CONVERSATIONS | HUB_PREFERENCES).get(data.source, data.source)
-    try:
+    name, source = (HUB_CONVERSATIONS | HUB_PREFERENCES).get(data.source, data.source), None
+    with contextlib.suppress(InputError):  # a name of something else, or of nothing, which whoever opens it says
         source = open_source(name, commit=data.revision)
-    except InputError:  # a name of something else, or of nothing, which whoever opens it says
+    if not isinstance(source, HubSource):
+        if data.revision is not None:
+            raise InputError(f"data.revision is for data sets of the Hub, which {data.source} is not; leave it out")
         return data
     try:
-        return dataclasses.replace(data, revision=source.newest()) if isinstance(source, HubSource) else data
+        return dataclasses.replace(data, revision=source.newest())
     except HubUnreachable:
         if data.fallback is None:
             raise

@@ -109,7 +109,7 @@ def say_aside(message: str) -> None:
 
 @dataclass
 class Source:
-    """A named stream of documents, in splits. Picklable; opens nothing before documents are asked for.
+    """A named stream of documents, in splits. It opens nothing before documents are asked for.
 
     `pick` makes documents of rows. If the data brings no validation split, the fraction `holdout` of the documents is
     held out, those with one `key` together. At most `limit` documents are taken of each split that the data brings.

@@ -175,6 +175,8 @@ def test_a_branch_is_pinned_to_its_commit_and_an_unknown_one_refused(hub: Hub) -
     assert open_source("owner/name", commit=old).fingerprint() != open_source("owner/name", commit=new).fingerprint()
     with pytest.raises(InputError, match=r"owner/name has no commit other; choose another with --set data.revision"):
         pinned(DataConfig("owner/name", revision="other"))
+    with pytest.raises(InputError, match=r"data.revision is for data sets of the Hub, which stories is not"):
+        pinned(DataConfig("stories", revision="main"))
 
 
 def test_an_interrupted_preparation_goes_on_with_its_commit(hub: Hub, prepared: Path, tmp_path: Path) -> None:
