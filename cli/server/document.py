@@ -195,7 +195,7 @@ class About(Reply):
 
 @dataclass(frozen=True)
 class Operation:
-    """What a path takes and gives; None is plain text. `refuses`: the statuses of refusals, beside 401. `ill`: what
+    """What a path takes and gives; None is plain text. `refuses`: the statuses of refusals, beside 401. `failed`: what
     stands in place of 200 where the model has failed.
     """
 
@@ -203,7 +203,7 @@ class Operation:
     gives: type[BaseModel] | None
     asks: type[Options] | None = None
     refuses: tuple[int, ...] = ()
-    ill: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
 
     def responses(self, *, locked: bool) -> dict[int | str, dict[str, Any]]:
         """Return what FastAPI has to know of its answers; `locked`: it asks for a key."""
@@ -213,7 +213,7 @@ class Operation:
         given: dict[str, Any] = {"description": "The answer", "content": text if self.asks or not self.gives else {}}
         given |= {"model": self.gives} if self.gives else {}
         refusals = (*self.refuses, *([401] if locked else []))
-        told: dict[int | str, Any] = {status: {**given, "description": "It is ill"} for status in self.ill}
+        told: dict[int | str, Any] = {status: {**given, "description": "It has failed"} for status in self.failed}
         return {200: given, **told, **{status: {"model": Refusal, "description": "A refusal"} for status in refusals}}
 
 
@@ -225,7 +225,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/models": Operation("Name the model that is served.", Models),
     "/v1/models/{name:path}": Operation("Tell about a model.", Model, refuses=(404,)),
     "/metrics": Operation("Tell what was counted, in Prometheus' text format.", None),
-    "/health": Operation("Tell whether the model works; 503 once it has failed.", Health, ill=(503,)),
+    "/health": Operation("Tell whether the model works; 503 once it has failed.", Health, failed=(503,)),
     "/page.json": Operation("Tell what the page has to know.", About),
 }
 
