@@ -1,6 +1,8 @@
 """The estimate of memory against what a training step really allocates, by the byte."""
 
 import dataclasses
+import gc
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +73,15 @@ def test_every_moment_names_its_parts() -> None:
     assert list(moments) == ["loss", "backward begins", "backward ends", "optimizer step"]
     assert all(size >= 0 for parts in moments.values() for size in parts.values())
     assert moments["loss"]["logits"] and moments["optimizer step"]["optimizer's work"]
+
+
+def test_what_an_earlier_test_left_in_a_cycle_does_not_lower_a_measured_peak() -> None:
+    def build() -> Step:
+        gc.collect()
+        held = [torch.ones(1000)]
+        return held.clear
+
+    cycle: list[Any] = [torch.ones(1000)]
+    cycle.append(cycle)
+    del cycle
+    assert peak_bytes(build) == 4000
