@@ -105,28 +105,65 @@ class ModelConfig(Settings):
     heads: Annotated[Count, "Attention heads of a block."]
     context: Annotated[Sequences, "Tokens that the model sees at once."]
     rotary_base: Annotated[Positive, "The base of the rotary positions."] = 10_000.0
-    norm_eps: Annotated[float, "above 0 and at most 1", "What LayerNorm adds to the variance."] = 1e-5
+    norm_eps: Annotated[float, "above 0 and at most 1", "What a norm adds to the variance."] = 1e-5
     rotary_share: Annotated[Share, "The share of each head's dimensions that rotate; below 1 in Pythia."] = 1.0
     parallel_residual: Annotated[bool, "Attention and MLP read the same sum, as in GPT-NeoX and Pythia."] = False
     biases: Annotated[bool, "Linear layers add biases, as in GPT-NeoX and Pythia."] = False
     scalar_head: Annotated[bool, "The head gives one number a token, which is a reward, instead of logits."] = False
+    # From here on: what Llama and its relatives have.
+    norm: Annotated[Literal["layer", "rms"], "LayerNorm, or RMSNorm, which subtracts no mean."] = "layer"
+    mlp: Annotated[Literal["gelu", "gated"], "GELU, or one map times the SiLU of another (SwiGLU)."] = "gelu"
+    mlp_width: Annotated[Count | None, "Numbers within the MLP; none is four times the width."] = None
+    key_heads: Annotated[Count | None, "Heads of keys and values, which heads of queries share; none is all."] = None
+    head_width: Annotated[Count | None, "Numbers of a head; none is the width divided by the heads."] = None
+    qkv_biases: Annotated[bool, "Queries, keys and values alone add biases, as in Qwen2."] = False
+    qk_norm: Annotated[bool, "RMSNorm of each head's queries and keys, as in Qwen3."] = False
+    tied: Annotated[bool, "The head is the embedding."] = False
+    rotary_scaling: Annotated[
+        Literal["none", "linear", "llama3"], "How angles are made smaller for long contexts; llama3 keeps fast ones."
+    ] = "none"
+    rotary_factor: Annotated[Positive, "How many times smaller rotary_scaling makes angles."] = 1.0
+    rotary_low: Annotated[Positive, "llama3: slower than so many turns in rotary_original is made smaller."] = 1.0
+    rotary_high: Annotated[Positive, "llama3: faster than so many turns in rotary_original is kept."] = 4.0
+    rotary_original: Annotated[Count, "llama3: the context before it was scaled."] = 8192
+    window: Annotated[Count | None, "Tokens that a block with a sliding window sees, its own counted in."] = None
+    pattern: Annotated[
+        str, "A letter a block, over and over: f full attention, w a window, n full without rotary positions."
+    ] = "f"
+    score_cap: Annotated[Positive | None, "Attention scores s become cap * tanh(s / cap), as in Gemma 2."] = None
+    family: Annotated[
+        Literal["auto", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "smollm3"],
+        "What transformers calls such a model; auto is the first that fits.",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.head_width is None and (self.width % self.heads or (self.width // self.heads) % 2):
             raise InputError(
                 f"model.width {self.width} does not divide into {self.heads} heads of an even size; "
-                f"choose a width that is a multiple of {2 * self.heads}"
+                f"choose a width that is a multiple of {2 * self.heads}, or set model.head_width"
             )
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise InputError(
                 f"model.rotary_share {self.rotary_share} rotates {self.rotary_dim} of a head's {self.head_dim} "
                 "dimensions; it must be an even number, and not 0"
             )
+        if self.heads % self.kv_heads:
+            raise InputError(f"model.key_heads is {self.kv_heads}; it must divide model.heads, {self.heads}")
+        if not self.pattern or not set(self.pattern) <= set("fwn"):
+            raise InputError(f"model.pattern is {self.pattern!r}; it must be of the letters f, w and n")
+        if ("w" in self.pattern) != (self.window is not None):
+            raise InputError(
+                f"model.pattern is {self.pattern!r} and model.window {self.window}; a letter w must come with a window"
+            )
+        if self.norm == "rms" and self.biases:
+            raise InputError("model.biases are those of GPT-NeoX, whose norm must be layer; see model.qkv_biases")
+        if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
+            raise InputError(f"model.rotary_low is {self.rotary_low}; it must be below rotary_high, {self.rotary_high}")
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
 
     @cached_property  # every step asks for it
     def rotary_dim(self) -> int:
@@ -134,27 +171,77 @@ class ModelConfig(Settings):
         return int(self.head_dim * self.rotary_share)
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys, and as many of values."""
+        return self.key_heads or self.heads
+
+    @property
+    def attended(self) -> int:
+        """Numbers of a token that come out of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_rows(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def mlp_columns(self) -> int:
+        """Numbers of a token within the MLP."""
+        return self.mlp_width or 4 * self.width
+
+    def kind_of(self, layer: int) -> str:
+        """Return the letter of a block: see `pattern`."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def window_of(self, layer: int) -> int | None:
+        return self.window if self.kind_of(layer) == "w" else None
+
+    @property
     def outputs(self) -> int:
         """Numbers that the head gives for a token."""
         return 1 if self.scalar_head else self.vocab_size
 
     @property
+    def own_head(self) -> bool:
+        """Return whether the head has weights of its own: a scalar one is never the embedding."""
+        return self.scalar_head or not self.tied
+
+    def maps(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Return the products of a block by name: the outputs of each map that is stacked in it, and their inputs."""
+        keys, hidden = self.kv_heads * self.head_dim, self.mlp_columns
+        return {
+            "attention.qkv": ((self.attended, keys, keys), self.width),
+            "attention.output": ((self.width,), self.attended),
+            "mlp.expand": ((hidden,) * (2 if self.mlp == "gated" else 1), self.width),
+            "mlp.contract": ((self.width,), hidden),
+        }
+
+    @property
     def matmul_parameters(self) -> int:
         """Weights that every token is multiplied with: the blocks and the head, not the embedding."""
-        return 12 * self.blocks * self.width**2 + self.outputs * self.width
+        block = sum(sum(rows) * columns for rows, columns in self.maps().values())
+        return self.blocks * block + self.outputs * self.width
 
     @property
     def parameters(self) -> int:
-        vectors = 2 * self.blocks + 1
-        if self.biases:
-            # The norms have biases, and so have four linear layers with outputs 3 + 1 + 4 + 1 times the width.
-            vectors += vectors + 9 * self.blocks
-        return self.matmul_parameters + (self.vocab_size + vectors) * self.width
+        biases = 0
+        if self.biases or self.qkv_biases:
+            stacked = {name: sum(rows) for name, (rows, _) in self.maps().items()}
+            biases = sum(stacked.values()) if self.biases else stacked["attention.qkv"]
+        norms = (2 * self.blocks + 1) * self.width * (2 if self.biases else 1)
+        heads = 2 * self.head_dim if self.qk_norm else 0
+        tables = (self.vocab_size if self.own_head else 0) * self.width
+        return self.matmul_parameters + tables + norms + self.blocks * (biases + heads)
 
     @property
     def flops_per_token(self) -> int:
         """Count those of a training step: 6 per weight (2 forward, 4 backward), and attention over a full context."""
-        return 6 * self.matmul_parameters + 6 * self.blocks * self.width * self.context
+        windows = [min(self.window_of(layer) or self.context, self.context) for layer in range(self.blocks)]
+        seen = sum(
+            window * (2 * self.context - window) // self.context for window in windows
+        )  # twice what a token sees
+        return 6 * self.matmul_parameters + 6 * self.attended * seen
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ dtype they are stored in (fp32 while training); they are multiplied in `compute_
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,41 @@ from kernels import decode_attention, flash_attention, layer_norm, linear_cross_
 CPU = torch.device("cpu")
 
 
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and signed sine of each position's rotation: fp32 [..., 1, head_dim] for positions [...].
+def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None, eps: float) -> Tensor | tuple[Tensor, Tensor]:
+    summed = x if residual is None else x + residual
+    y = F.rms_norm(summed.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return y if residual is None else (y, summed)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device = CPU) -> Tensor:
+    """Return by how much each pair of a head's dimensions turns from one position to the next: fp32 [rotary_dim / 2].
+
+    Scaled, for a longer context than was learnt: "linear" (Chen et al., arXiv:2306.15595) makes all slower; "llama3"
+    (Grattafiori et al., arXiv:2407.21783, as transformers computes it) only what takes long for one turn.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
+    frequencies = config.rotary_base**-exponents
+    if config.rotary_scaling == "linear":
+        frequencies = frequencies / config.rotary_factor
+    elif config.rotary_scaling == "llama3":
+        turns = config.rotary_original * frequencies / (2 * math.pi)
+        kept = ((turns - config.rotary_low) / (config.rotary_high - config.rotary_low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / config.rotary_factor)
+    return frequencies
+
+
+def rotary_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Return cosine and signed sine of each position's rotation: fp32 [..., 1, rotary_dim] for positions [...].
 
     Rotary position embedding: Su et al., arXiv:2104.09864. The first half of the sine is negated, as in a rotation
     matrix, so that `rotate` can compute x * cos + swapped x * sin.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() * base**-exponents
+    angles = positions[..., None, None].float() * rotary_frequencies(config, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -59,20 +87,21 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        check_room(batch, 2 * config.blocks * config.width * capacity * dtype.itemsize, torch.device(device))
+        heads = 2 * config.kv_heads
+        check_room(batch, config.blocks * heads * capacity * config.head_dim * dtype.itemsize, torch.device(device))
         # A head's keys lie together: attention reads them four times as fast as with the heads of a token together.
         # The keys of all heads come first, then the values.
-        shape = (config.blocks, batch, 2 * config.heads, capacity, config.head_dim)
+        shape = (config.blocks, batch, heads, capacity, config.head_dim)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        # rows[layer] is the layer's memory as a matrix [batch * 2 * heads * capacity, head_dim]: a row holds the key or
-        # the value of one head for one token. starts, [batch, 1, 2 * heads], is the first row of each slot and head.
+        # rows[layer] is the layer's memory as a matrix [batch * 2 * kv_heads * capacity, head_dim]: a row holds the key
+        # or the value of one head for one token. starts, [batch, 1, 2 * kv_heads], is the first row of a slot and head.
         self.rows = list(self.memory.flatten(1, 3))
-        self.starts = torch.arange(batch * 2 * config.heads, device=device).view(batch, 1, -1) * capacity
+        self.starts = torch.arange(batch * heads, device=device).view(batch, 1, -1) * capacity
         # All angles are computed once: for a small model that takes as long as a whole step of decoding.
         positions = torch.arange(capacity, device=device)
-        self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
+        self.cos, self.sin = rotary_angles(positions, config)
         self.seen = self.memory  # the part of it that `read` returns; a `view` has a smaller one
 
     def view(self, first: int, slots: int, reach: int) -> "KVCache":
@@ -131,88 +160,113 @@ class Positions:
             self.cache_rows, self.lengths = cache.rows_of(positions), cache.lengths + tokens.shape[-1]
             self.cos, self.sin = cache.cos[positions], cache.sin[positions]
             return
-        self.cos, self.sin = rotary_angles(positions, config.rotary_dim, config.rotary_base)
+        self.cos, self.sin = rotary_angles(positions, config)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if self.cache is not None:
             self.cache.write(layer, self.cache_rows, torch.cat((k, v), dim=-2))
             keys, values = self.cache.read(layer)
-            return decode_attention(q, keys.transpose(1, 2), values.transpose(1, 2), self.lengths)
+            return decode_attention(q, keys.transpose(1, 2), values.transpose(1, 2), self.lengths, **options)
         if self.cu_seqlens is None:
-            return flash_attention(q, k, v)  # type: ignore[return-value]
+            return flash_attention(q, k, v, **options)  # type: ignore[return-value]
         bounds, longest = self.cu_seqlens, self.max_seqlen
         return flash_attention(  # type: ignore[return-value]
-            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest
+            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest, **options
         )
 
 
 class Linear(nn.Linear):
-    """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in."""
+    """x @ weight.T + bias in the dtype of x, whatever dtype the parameters are kept in.
+
+    One product may hold several maps, whose outputs come one after the other: the optimizer still treats each as a map
+    of its own (see train/optimizer.py).
+    """
+
+    def __init__(self, inputs: int, *outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, sum(outputs), bias=bias)
+        self.outputs = outputs
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module):
     """The fused kernel with its parameters: normalises x, or x + residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, kind: str, width: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.width))
-        self.bias = nn.Parameter(torch.zeros(config.width)) if config.biases else None
-        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.kind, self.eps = kind, eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normalised, x + residual); without a residual, (normalised, x)."""
-        if residual is None:
-            return layer_norm(x, self.weight, self.bias, eps=self.eps), x  # type: ignore[return-value]
-        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)  # type: ignore[return-value]
+        if self.kind == "rms":
+            result = rms_norm(x, self.weight, residual=residual, eps=self.eps)
+        else:
+            result = layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)
+        return result if isinstance(result, tuple) else (result, x)
+
+
+def norm_of(config: ModelConfig) -> Norm:
+    return Norm(config.norm, config.width, config.norm_eps, bias=config.biases)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.heads, self.rotary_dim = config.heads, config.rotary_dim
-        # Query, key and value in one product. The optimizer still treats them as three maps (see train/optimizer.py).
-        self.qkv = Linear(config.width, 3 * config.width, bias=config.biases)
-        self.output = Linear(config.width, config.width, bias=config.biases)
+        self.heads, self.kv_heads, self.rotary_dim = config.heads, config.kv_heads, config.rotary_dim
+        self.rotates = config.kind_of(layer) != "n"
+        self.options = {"window": config.window_of(layer), "softcap": config.score_cap}
+        outputs, width = config.maps()["attention.qkv"]
+        self.qkv = Linear(width, *outputs, bias=config.biases or config.qkv_biases)
+        self.output = Linear(config.attended, config.width, bias=config.biases)
+        norms = (Norm("rms", config.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = norms
 
     def forward(self, x: Tensor, positions: Positions, layer: int) -> Tensor:
-        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=-2)
-        if self.rotary_dim == qk.shape[-1]:
+        both = self.heads + self.kv_heads
+        qk, v = self.qkv(x).unflatten(-1, (both + self.kv_heads, -1)).split((both, self.kv_heads), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+            qk = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0]), dim=-2)
+        if self.rotates and self.rotary_dim == qk.shape[-1]:
             qk = rotate(qk, positions.cos, positions.sin)
-        else:
+        elif self.rotates:
             turning, still = qk.tensor_split([self.rotary_dim], dim=-1)
             qk = torch.cat((rotate(turning, positions.cos, positions.sin), still), dim=-1)
-        q, k = qk.chunk(2, dim=-2)
-        return self.output(positions.attend(layer, q, k, v).flatten(-2))  # type: ignore[no-any-return]
+        q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+        attended = positions.attend(layer, q, k, v, **self.options)
+        return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.expand = Linear(config.width, 4 * config.width, bias=config.biases)
-        self.contract = Linear(4 * config.width, config.width, bias=config.biases)
+        self.activation = silu_mul if config.mlp == "gated" else F.gelu
+        outputs, width = config.maps()["mlp.expand"]
+        self.expand = Linear(width, *outputs, bias=config.biases)
+        self.contract = Linear(config.mlp_columns, width, bias=config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))  # type: ignore[no-any-return]
+        return self.contract(self.activation(self.expand(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    The LayerNorm kernel also does the residual addition, so each addition is left to the norm that follows: a block
+    The norm's kernel also does the residual addition, so each addition is left to the norm that follows: a block
     takes and returns (branch, residual), whose sum is x. With a parallel residual (GPT-NeoX) it computes
     x + attention(norm(x)) + mlp(other norm(x)) at once.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel = config.parallel_residual
-        self.attention_norm = LayerNorm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = LayerNorm(config)
+        self.attention_norm = norm_of(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = norm_of(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -233,10 +287,15 @@ class GPT(nn.Module):
         self.decode_int8 = False  # see engine/native.py
         self.checkpoint_activations = False  # see LoopConfig
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.final_norm = LayerNorm(config)
-        self.head = Linear(config.width, config.outputs, bias=False)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.blocks))
+        self.final_norm = norm_of(config)
+        self.head = Linear(config.width, config.outputs) if config.own_head else None
         self.initialise()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix that gives scores, [V, C]: the head's own, or the embedding."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -276,11 +335,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of every token as the next one: [..., V], fp32."""
-        return linear_scores(hidden, self.head.weight)
+        return linear_scores(hidden, self.head_weight)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         """Return the sum of the cross-entropy over the targets (-100 does not count), in nats. fp32, no dimensions."""
         hidden = self(tokens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return linear_cross_entropy(hidden, self.head.weight, targets, reduction="sum")
+        return linear_cross_entropy(hidden, self.head_weight, targets, reduction="sum")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.decoders import Reading
-from engine.model import GPT, LayerNorm, check_room, rotary_angles
+from engine.model import GPT, Norm, check_room, rotary_angles
 from engine.sampling import begin_past
 from kernels.cpu.pack import pack, strip_size, strips
 from kernels.cpu.sampling import DRAWS, ROW
@@ -184,10 +184,10 @@ def _weights(model: GPT, kind: str) -> Weights:
             for block in matrices
         ])  # fmt: skip
     embedding = model.embedding.weight.detach()
-    cos, sin = rotary_angles(torch.arange(_whole(config.context)), config.rotary_dim, config.rotary_base)
+    cos, sin = rotary_angles(torch.arange(_whole(config.context)), config)
     half = config.rotary_dim // 2
     return Weights(
-        _joined([*(each for block in packed for each in block), pack(model.head.weight, kind)]),
+        _joined([*(each for block in packed for each in block), pack(model.head_weight, kind)]),
         places,
         np.array([strip_size(depth, kind) for depth in depths]),
         np.array([strips(columns) for columns in outputs]),
@@ -200,6 +200,6 @@ def _weights(model: GPT, kind: str) -> Weights:
     )
 
 
-def _norm(norm: LayerNorm) -> Tensor:
+def _norm(norm: Norm) -> Tensor:
     weight = norm.weight.detach().float()
     return torch.stack((weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float()))

@@ -104,7 +104,7 @@ def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardMo
     critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
     critic.take_backbone(base.tensors("model"))
     # It is better to expect nothing at first than to expect anything.
-    critic.head.weight.data.zero_()
+    critic.head_weight.data.zero_()
     critic.compute_dtype = runtime.dtype
     return critic.to(runtime.device)
 

@@ -88,8 +88,9 @@ class RewardModel(GPT):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        # As in Stiennon et al. 2020: rewards begin with a standard deviation near 1.
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.width + 1))
+        if self.head is not None:
+            # As in Stiennon et al. 2020: rewards begin with a standard deviation near 1.
+            nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.width + 1))
         self.register_buffer("mean", torch.zeros(()), persistent=False)
         self.register_buffer("std", torch.ones(()), persistent=False)
 
@@ -128,12 +129,12 @@ class RewardModel(GPT):
 
     def take_backbone(self, weights: dict[str, Tensor]) -> None:
         """Take the weights of a language model, all but its head where this one has a head of its own to score with."""
-        own = {"head.weight": self.head.weight} if self.config.scalar_head else {}
+        own = {"head.weight": self.head_weight} if self.config.scalar_head else {}
         self.load_state_dict({**weights, **own})
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """Return the reward of every hidden state, before normalisation. [..., C] -> fp32 [...]"""
-        return F.linear(hidden.float(), self.head.weight.float())[..., 0]
+        return F.linear(hidden.float(), self.head_weight.float())[..., 0]
 
     def last_rewards(self, batch: Batch) -> Tensor:
         """Return the reward of every packed sequence, at its last token, before normalisation. fp32 [sequences]"""

@@ -103,7 +103,7 @@ def most_slots(model: GPT) -> int:
     if weight.device.type == "cuda":
         most, room = SLOTS, torch.cuda.get_device_properties(weight.device).total_memory // GPU_SHARE
     size = (model.compute_dtype or weight.dtype).itemsize
-    return max(1, min(most, room // (4 * config.blocks * config.width * config.context * size)))
+    return max(1, min(most, room // (4 * config.blocks * config.kv_heads * config.head_dim * config.context * size)))
 
 
 def rollout_log_probs(model: GPT, rollout: Rollout, temperature: float, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def answer_log_probs(model: GPT, batch: Batch, temperature: float = 1.0) -> tupl
     """
     learnt = batch.targets != IGNORE_INDEX
     hidden = model(batch.tokens, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-    return linear_log_probs(hidden[learnt], model.head.weight, batch.targets[learnt], temperature)
+    return linear_log_probs(hidden[learnt], model.head_weight, batch.targets[learnt], temperature)
 
 
 def sequence_log_probs(model: GPT, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import BudgetConfig, OptimizerConfig, ScheduleConfig
+from engine.model import Linear
 from engine.runtime import Runtime
 from train.parallel import exchange_rows, local, share_like
 
@@ -63,7 +64,8 @@ class Muon(torch.optim.Muon):
     State, arguments and arithmetic are those of torch.optim.Muon; only how it is carried out differs. PyTorch's works
     on one matrix at a time, always in bf16: a launch-bound loop on a GPU, and on a CPU without bf16 units about 90
     times slower than fp32 (0.9 against 86 GFLOP/s, measured). Here `dtype` says what to multiply in. A parameter group
-    may say that its matrices are `parts` maps stacked in one (query, key and value, say): each is treated on its own.
+    may say of how many rows each are the maps that are stacked in its matrices (`parts`: query, key and value, say):
+    each is treated on its own.
     """
 
     def __init__(self, params: Iterable[Any], *, dtype: torch.dtype, **options: Any) -> None:
@@ -91,17 +93,29 @@ class Muon(torch.optim.Muon):
 
         # Of a sharded matrix each process holds and updates some rows. But singular values belong to a whole matrix:
         # the processes exchange rows for whole matrices, orthogonalise a few of these each, and exchange them back.
-        like, parts = parameters[0], group.get("parts", 1)
-        rows, columns = like.shape[0] // parts, like.shape[1]
+        like = parameters[0]
         matrices = exchange_rows(torch.stack(updates), like, len(updates))
         iteration = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
-        directions = orthogonalise(matrices.view(len(matrices) * parts, rows, columns), *iteration)
-        directions = exchange_rows(directions.view_as(matrices), like, len(updates), back=True)
+        directions = _orthogonalise_parts(matrices, group.get("parts", (like.shape[0],)), *iteration)
+        directions = exchange_rows(directions, like, len(updates), back=True)
 
-        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         shares = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(shares, list(directions), alpha=-rate)
+        torch._foreach_add_(shares, list(directions), alpha=-group["lr"])
+
+
+def _orthogonalise_parts(matrices: Tensor, parts: tuple[int, ...], *iteration: Any) -> Tensor:
+    """Return the directions of maps of so many rows each, which are stacked in [K, rows, columns].
+
+    A map with more rows than columns takes a longer step, as in torch.optim.Muon.
+    """
+    rows, columns = parts[0], matrices.shape[-1]
+    if len(set(parts)) > 1:
+        return torch.cat(
+            [_orthogonalise_parts(part, (part.shape[1],), *iteration) for part in matrices.split(parts, 1)], 1
+        )
+    directions = orthogonalise(matrices.reshape(-1, rows, columns), *iteration).view_as(matrices)
+    return directions if rows <= columns else directions.mul_((rows / columns) ** 0.5)
 
 
 def orthogonalise(
@@ -151,9 +165,11 @@ class Optimizer:
             torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         ]
         if matrices:
-            stacked = [each for each in matrices if self.names[each].endswith("qkv.weight")]
-            single = [each for each in matrices if not self.names[each].endswith("qkv.weight")]
-            parts = [{"params": stacked, "parts": 3}, {"params": single, "parts": 1}]
+            stacked = {each.weight: each.outputs for each in model.modules() if isinstance(each, Linear)}
+            by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for each in matrices:
+                by_parts.setdefault(stacked[each], []).append(each)
+            parts = [{"params": those, "parts": sizes} for sizes, those in by_parts.items()]
             options = {"lr": config.matrix_rate, "weight_decay": config.weight_decay}
             self.optimizers.append(Muon(parts, dtype=matmul_dtype, **options))
         for optimizer in self.optimizers:

@@ -304,7 +304,7 @@ def test_in_bf16_scores_are_fp32_from_the_last_product_on(
         assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).float().mean() > 0.9
     with torch.no_grad():
         hidden = gpt(torch.tensor([[5, 6, 7]]))[0, -1]
-        exact = hidden.float() @ gpt.head.weight.bfloat16().float().T
+        exact = hidden.float() @ gpt.head_weight.bfloat16().float().T
         torch.testing.assert_close(gpt.logits(hidden), exact, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(seen[0][0].log_softmax(-1), exact.log_softmax(-1), rtol=0, atol=1e-3)
 

@@ -275,7 +275,7 @@ def test_tokens_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tm
     tokens = torch.randint(own, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(logits(model, tokens)[..., : own + 1], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.head.weight[own + 1], theirs.lm_head.weight.mean(0))
+    torch.testing.assert_close(model.head_weight[own + 1], theirs.lm_head.weight.mean(0))
 
 
 def test_weights_in_several_files_and_of_old_and_tied_models_are_read(

@@ -1,5 +1,6 @@
 """The decoder: what may see what, how it begins, and what it computes in."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.model import GPT, KVCache, rotary_angles, rotate
+from engine.model import GPT, KVCache, rotary_angles, rotary_frequencies, rotate
+from tests.engine.relatives import RELATIVES, relative
 
 LENGTHS = [7, 1, 12, 4]
 
@@ -80,7 +82,7 @@ def test_every_earlier_token_of_a_document_can_change_a_later_output(gpt: GPT) -
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 8, dtype=torch.float64)
     scores = torch.empty(40, 40, dtype=torch.float64)
-    cos, sin = rotary_angles(torch.arange(40), 8, 10_000.0)
+    cos, sin = rotary_angles(torch.arange(40), ModelConfig(8, 8, 1, 1, 40))
     rotated_q, rotated_k = rotate(q.expand(40, 1, 8), cos, sin), rotate(k.expand(40, 1, 8), cos, sin)
     scores = torch.einsum("thd,shd->ts", rotated_q, rotated_k)
     for distance in range(-30, 31):
@@ -91,7 +93,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 
 def test_rotary_pairs_halves_as_gpt_neox_does() -> None:
-    cos, sin = rotary_angles(torch.tensor([3]), 4, 100.0)
+    cos, sin = rotary_angles(torch.tensor([3]), ModelConfig(8, 4, 1, 1, 40, rotary_base=100.0))
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 4)
     first, second = 3 * 1.0, 3 / 100**0.5
     expected = [math.cos(first), -math.sin(second), math.sin(first), math.cos(second)]
@@ -192,3 +194,87 @@ def test_a_sequence_longer_than_the_context_is_refused(gpt: GPT) -> None:
 def test_a_cache_that_no_memory_holds_is_refused_before_it_is_made(gpt: GPT) -> None:
     with pytest.raises(InputError, match=r"1,000,000,000 texts at once takes [\d,.]+ GiB; there is room for [\d,]+"):
         KVCache(gpt.config, 10**9, 96, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(params=RELATIVES)
+def kin(request: pytest.FixtureRequest) -> GPT:
+    """A model as others make them, with weights so large that every setting shows."""
+    torch.manual_seed(0)
+    model = GPT(RELATIVES[request.param])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter * 8 if parameter.ndim == 2 else 1 + 0.3 * torch.randn_like(parameter))
+    return model
+
+
+def test_every_kind_of_model_counts_its_parameters(kin: GPT) -> None:
+    assert kin.config.parameters == sum(parameter.numel() for parameter in kin.parameters())
+    maps = [each for name, each in kin.named_parameters() if "blocks" in name and each.ndim == 2]
+    assert kin.config.matmul_parameters == sum(each.numel() for each in (kin.head_weight, *maps))
+
+
+def test_every_kind_of_model_sees_the_same_packed_cached_and_in_double(kin: GPT) -> None:
+    tokens = torch.randint(kin.config.vocab_size, (2, 20))
+    cache = KVCache(kin.config, 2, 24, device="cpu", dtype=torch.float32)
+    ends, parts = torch.tensor([0, 20, 40], dtype=torch.int32), []
+    with torch.no_grad():
+        dense = kin(tokens)
+        for part in tokens.split([11, 1, 3, 5], dim=1):
+            parts.append(kin(part, cache=cache))
+            cache.lengths = cache.lengths + part.shape[1]
+        torch.testing.assert_close(kin(tokens.flatten(), cu_seqlens=ends).view_as(dense), dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(parts, dim=1), dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dense, kin.double()(tokens).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_every_kind_of_model_learns_every_parameter(kin: GPT) -> None:
+    kin.compute_dtype = torch.bfloat16
+    tokens = torch.randint(kin.config.vocab_size, (2, 20))
+    kin.loss(tokens, tokens.roll(-1, 1)).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in kin.parameters())
+
+
+def test_a_block_sees_as_far_as_its_letter_says() -> None:
+    tokens, changed = torch.zeros(2, 1, 12, dtype=torch.int64)
+    changed[0, 0] = 1
+    for pattern, seen in (("w", 3), ("fw", 12), ("f", 12)):
+        model = GPT(relative(blocks=2, window=2 if "w" in pattern else None, pattern=pattern)).double()
+        moved = (model(tokens) - model(changed)).abs().amax(-1)[0]
+        assert (moved > 0).tolist() == [place < seen for place in range(12)], pattern
+
+
+def test_a_block_without_rotation_sees_a_set_and_not_an_order() -> None:
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    for pattern, same in (("n", True), ("f", False)):
+        model = GPT(relative(blocks=1, pattern=pattern)).double()
+        last = [model(tokens[:, order])[0, -1] for order in ([0, 1, 2, 3], [2, 0, 1, 3])]
+        assert torch.allclose(last[0], last[1], rtol=0, atol=1e-12) == same
+
+
+def test_scaled_positions_turn_slower_and_llama3_keeps_the_fast_ones() -> None:
+    config = relative(head_width=64, heads=1)
+    plain = rotary_frequencies(config)
+    linear = rotary_frequencies(dataclasses.replace(config, rotary_scaling="linear", rotary_factor=4.0))
+    torch.testing.assert_close(linear, plain / 4)
+    llama = rotary_frequencies(RELATIVES["llama"]), rotary_frequencies(relative(heads=4))
+    long = dataclasses.replace(config, rotary_scaling="llama3", rotary_factor=8.0, rotary_original=8192)
+    ratio = plain / rotary_frequencies(long)
+    assert ratio[0] == 1 and ratio[-1] == pytest.approx(8) and (ratio.diff() >= 0).all()
+    assert (llama[0] <= llama[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"key_heads": 3}, "key_heads is 3; it must divide"),
+        ({"pattern": "fx"}, "it must be of the letters"),
+        ({"pattern": "w"}, "must come with a window"),
+        ({"window": 4}, "must come with a window"),
+        ({"norm": "rms", "biases": True}, "whose norm must be layer"),
+        ({"rotary_scaling": "llama3", "rotary_low": 4.0}, "must be below rotary_high"),
+        ({"heads": 5}, "or set model.head_width"),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        relative(**settings)

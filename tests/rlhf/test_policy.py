@@ -139,7 +139,7 @@ def test_minibatches_in_parts_are_the_whole_and_measure_the_same(
     critic = RewardModel(dataclasses.replace(small_config, scalar_head=True))
     trainer = PPO(config, critic, 100) if method == "ppo" else GRPO(config)
     with torch.no_grad():
-        gpt.head.weight.mul_(1.5)  # no longer the policy that drew the answers
+        gpt.head_weight.mul_(1.5)  # no longer the policy that drew the answers
     parts = torch.stack([trainer.loss(gpt, part) for part in learnt.split(5)])
     measured = trainer.metrics.take()
     assert measured["approx_kl"] > 0

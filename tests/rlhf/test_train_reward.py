@@ -149,7 +149,7 @@ def test_an_implicit_reward_is_how_much_likelier_an_answer_has_become(
 
     def log_prob(writer: GPT, prompt: list[int], answer: list[int]) -> float:
         with torch.no_grad():
-            scores = writer.head(writer(torch.tensor([*prompt, *answer])[None]))[0].log_softmax(-1)
+            scores = writer.logits(writer(torch.tensor([*prompt, *answer])[None]))[0].log_softmax(-1)
         return sum(float(scores[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))
 
     tokenizer = Tokenizer.load(run.tokenizer)

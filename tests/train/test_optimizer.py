@@ -46,15 +46,16 @@ def test_the_batched_muon_takes_the_steps_of_pytorchs_own(shape: tuple[int, int]
         assert (a - b).abs().max() < 0.02 * 4 * 0.05
 
 
-def test_stacked_maps_are_treated_each_on_its_own() -> None:
+@pytest.mark.parametrize("parts", [(16, 16, 16), (32, 8, 8)])
+def test_stacked_maps_are_treated_each_on_its_own(parts: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    single: list[torch.Tensor] = [nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
+    single: list[torch.Tensor] = [nn.Parameter(torch.randn(rows, 16)) for rows in parts]
     stacked = nn.Parameter(torch.cat([each.detach() for each in single]))
     separate = Muon(single, dtype=torch.float32, lr=0.02)
-    together = Muon([{"params": [stacked], "parts": 3}], dtype=torch.float32, lr=0.02)
+    together = Muon([{"params": [stacked], "parts": parts}], dtype=torch.float32, lr=0.02)
     for _ in range(3):
         stacked.grad = torch.randn(48, 16)
-        for parameter, gradient in zip(single, stacked.grad.split(16), strict=True):
+        for parameter, gradient in zip(single, stacked.grad.split(parts), strict=True):
             parameter.grad = gradient
         separate.step()
         together.step()

@@ -92,7 +92,7 @@ def live(
                 parameter.mul_(10)
         # It never ends a text by itself.
         for piece in tokenizer.special.values():
-            model.head.weight[piece] = 0
+            model.head_weight[piece] = 0
     worker = Worker(Batcher(model, slots=slots, queue=slots + queue), queue=queue, seconds=seconds)
     served = Served("small", chat, tokenizer, CONTEXT, 1_700_000_000)
     app = create_app(served, worker, **{"key": None, "cors": (), "hosts": LOOPBACK, **options})
