@@ -114,7 +114,7 @@ def _orthogonalise_parts(matrices: Tensor, parts: tuple[int, ...], *iteration: A
         return torch.cat(
             [_orthogonalise_parts(part, (part.shape[1],), *iteration) for part in matrices.split(parts, 1)], 1
         )
-    directions = orthogonalise(matrices.reshape(-1, rows, columns), *iteration).view_as(matrices)
+    directions = orthogonalise(matrices.reshape(-1, rows, columns), *iteration).reshape(matrices.shape)
     return directions if rows <= columns else directions.mul_((rows / columns) ** 0.5)
 
 

@@ -18,7 +18,13 @@ def packed(seed: int, tokens: int = 128) -> dict[str, torch.Tensor]:
     return {"tokens": ids, "targets": ids.roll(-1), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
 
 
-@pytest.mark.parametrize("switches", [{}, {"parallel_residual": True, "rotary_share": 0.5, "biases": True}], ids=str)
+# A window in some blocks and none in others: each kind is compiled once.
+WINDOWS = {"norm": "rms", "mlp": "gated", "key_heads": 1, "qk_norm": True, "tied": True, "window": 7, "pattern": "wfn"}
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"parallel_residual": True, "rotary_share": 0.5, "biases": True}, WINDOWS], ids=str
+)
 def test_a_compiled_model_learns_the_same_from_batches_packed_in_many_ways(switches: dict[str, Any]) -> None:
     torch.manual_seed(0)
     # More blocks than torch.compile will compile one function for: they have to share.

@@ -18,6 +18,7 @@ from engine.config import ModelConfig, OptimizerConfig, preset
 from engine.model import GPT
 from engine.planning import Setup, peak_memory, step_memory
 from tests.engine.memory import Step, packed, peak_bytes
+from tests.engine.relatives import RELATIVES
 from train.optimizer import Optimizer
 from train.parallel import Objective, replicate, shard
 
@@ -55,9 +56,9 @@ def optimizer_of(model: nn.Module) -> Optimizer:
     return Optimizer(model, dataclasses.replace(OptimizerConfig(), kind="adamw"), matmul_dtype=torch.float32)
 
 
-def step_of(objective: nn.Module, optimizer: Optimizer, tokens: int) -> Step:
+def step_of(objective: nn.Module, optimizer: Optimizer, tokens: int, model: ModelConfig = MODEL) -> Step:
     def step() -> None:
-        objective(packed(tokens, MODEL.vocab_size, MODEL.context)).backward()
+        objective(packed(tokens, model.vocab_size, model.context)).backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -85,6 +86,19 @@ def test_a_sharded_step_runs_and_a_rank_keeps_what_the_estimate_says(ranks: int)
         assert local_bytes(list(model.parameters())) == state["weights"]
         moments = chain.from_iterable(each.state.values() for each in optimizer.optimizers)
         assert local_bytes([tensor for each in moments for tensor in each.values()]) == state["optimizer"]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_models_of_every_family_take_a_sharded_step(name: str) -> None:
+    with mesh(8) as devices:
+        model = GPT(RELATIVES[name])
+        objective = objective_of(model)
+        shard(objective, devices)
+        optimizer = Optimizer(model, OptimizerConfig(), matmul_dtype=torch.float32)
+        before = {name: whole.to_local().clone() for name, whole in model.named_parameters()}  # type: ignore[attr-defined]
+        step_of(objective, optimizer, 96, RELATIVES[name])()
+        after = {name: whole.to_local() for name, whole in model.named_parameters()}  # type: ignore[attr-defined]
+        assert not [name for name, share in after.items() if share.numel() and torch.equal(share, before[name])]
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -70,6 +70,16 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(
     assert any(line.startswith(f"processes  {count}, {how}: ") for line in told[0]["said"])
 
 
+def test_a_model_with_a_tied_head_and_shared_key_heads_learns_the_same_when_sharded(
+    steady: Recipe, tmp_path: Path
+) -> None:
+    family = {"norm": "rms", "mlp": "gated", "mlp_width": 24, "key_heads": 1, "tied": True, "qk_norm": True}
+    recipe = for_steps(change(steady, {f"model.{name}": value for name, value in family.items()}), 6)
+    for count, folder in ((1, "alone"), (2, "sharded")):
+        train_on(override(recipe, "loop.shard", count > 1), tmp_path / folder, count)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_what_some_processes_saved_any_other_number_goes_on_with(steady: Recipe, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for stage, (count, shard) in enumerate([(1, False), (2, False), (4, True), (2, True), (1, False)], 1):
