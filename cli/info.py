@@ -72,7 +72,7 @@ def info(path: RunArgument) -> None:
     model = recipe.model
     rows = [
         ("run", f"{path} ({recipe.name})"),
-        ("model", f"{model.parameters:,} parameters, {model.blocks} blocks, {model.width} wide, {model.heads} heads"),
+        ("model", f"{model.parameters:,} parameters, {model.shape}"),
         ("context", f"{model.context} tokens, vocabulary {model.vocab_size:,}"),
         ("data", recipe.data.source),
     ]

@@ -54,7 +54,7 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         f"# {name}",
         "",
         f"A {'chat' if recipe.chat else 'language'} model of {model.parameters:,} parameters: GPT-NeoX with "
-        f"{model.blocks} blocks, {model.width} wide, {model.heads} heads, a context of {model.context} tokens and a "
+        f"{model.shape}, a context of {model.context} tokens and a "
         f"vocabulary of {model.vocab_size:,}. "
         + (
             "It answers messages, by the chat template that it brings along."

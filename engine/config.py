@@ -162,6 +162,12 @@ class ModelConfig(Settings):
             raise InputError(f"model.rotary_low is {self.rotary_low}; it must be below rotary_high, {self.rotary_high}")
 
     @property
+    def shape(self) -> str:
+        """The model's shape in words."""
+        keys = "" if self.kv_heads == self.heads else f" that share {self.kv_heads} of keys"
+        return f"{self.blocks} blocks, {self.width} wide, {self.heads} heads{keys}"
+
+    @property
     def head_dim(self) -> int:
         return self.head_width or self.width // self.heads
 

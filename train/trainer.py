@@ -178,8 +178,8 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
     rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
     rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
     return [
-        f"model      {model.parameters / 1e6:,.1f}M parameters: {model.blocks} blocks, {model.width} wide, "
-        f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size:,}",
+        f"model      {model.parameters / 1e6:,.1f}M parameters: {model.shape}, "
+        f"context {model.context}, vocabulary {model.vocab_size:,}",
         f"data       {recipe.data.source}: {stage.amounts.data}",
         f"batch      {stage.amounts.step or rows}",
         f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
