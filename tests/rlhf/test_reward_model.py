@@ -1,5 +1,6 @@
 """Rewards by the program and by a reward model: what is scored, the loss in closed form, and what is measured."""
 
+import dataclasses
 import math
 from itertools import islice
 
@@ -14,6 +15,7 @@ from engine.tokenizer import Tokenizer
 from rlhf.preferences import PairBatch, PairLoader, Pairs, Preference
 from rlhf.prompts import Prompt
 from rlhf.reward_model import ProgramReward, RewardModel, measure_preferences, preference_loss
+from tests.engine.relatives import RELATIVES
 from tests.rlhf.test_preferences import ASKED
 from train.data.stories import story_requests
 
@@ -110,6 +112,18 @@ def test_the_backbone_is_that_of_the_language_model(model: RewardModel, gpt: GPT
     model.take_backbone(gpt.state_dict())
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(tokens), gpt(tokens)) and torch.equal(model.head_weight, head)
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_reward_model_of_every_family_has_a_head_of_its_own_over_the_same_body(name: str) -> None:
+    base = GPT(RELATIVES[name])
+    model = RewardModel(dataclasses.replace(base.config, scalar_head=True))
+    model.take_backbone(base.state_dict())
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(tokens), base(tokens)) and model.head_weight.shape == (1, base.config.width)
+    assert model.config.parameters == sum(parameter.numel() for parameter in model.parameters())
+    model.rewards(model(tokens)).sum().backward()
+    assert model.head_weight.grad is not None and model.embedding.weight.grad is not None
 
 
 def test_ties_count_half() -> None:
