@@ -58,7 +58,8 @@ SPILLS = {
     (90, "decode", 256, "fp32"): "a window and a paged cache in fp32: 8 bytes",
     (90, "decode", 80, "fp32"): "the same",
     (80, "delta", 32, "fp32"): "8 bytes, once, in fp32, which is for checks",
-    (90, "backward", 9000, "fp32"): "LayerNorm wider than 8,192 whose rows are no multiple of 16: 8 or 16 warps spill",
+    (100, "backward", 9000, "fp32"): "RMSNorm so wide in fp32: 8 bytes",
+    (90, "backward", 9000, "fp32"): "a norm wider than 8,192 whose rows are no multiple of 16: 8 or 16 warps spill",
 }
 
 Constants = dict[str, Any]
@@ -145,20 +146,30 @@ def every(kernel: str, tile: "Tile", head_dim: int) -> Iterator[Constants]:
     yield from (each | {"SPLIT": tile.split} for each in sets)
 
 
-def layernorm(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Launch]:
-    """Yield launches with a residual, without and with a bias."""
-    from kernels import layernorm_triton as kernels
+SILU_MUL: dict[str, Constants] = {"forward": {"BACKWARD": False, "dy_ptr": None}, "backward": {"BACKWARD": True}}
 
-    for width in widths:
-        for bias in (False, True):
-            about = {"width": width, "bias": bias}
-            for name, function, kind, options in (
-                ("forward", kernels.forward_kernel, dtype, kernels.forward_options(width)),
-                ("backward", kernels.backward_kernel, dtype, kernels.backward_options(width)),
-                ("sum", kernels.sum_kernel, "fp32", kernels.sum_options(2 * width if bias else width)),
-            ):
-                constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True}
-                yield Launch(name, function, kind, constants, about, options["num_warps"])
+
+def norms(architecture: int, widths: Sequence[int], dtype: str, *, centred: bool = True) -> Iterator[Launch]:
+    """Yield LayerNorm's launches, without and with a bias, or RMSNorm's, which has none; all with a residual."""
+    from kernels import norm_triton as kernels
+
+    for width, bias in itertools.product(widths, (False, True) if centred else (False,)):
+        about = {"width": width} | ({"bias": bias} if centred else {})
+        for name, function, kind, options in (
+            ("forward", kernels.forward_kernel, dtype, kernels.forward_options(width)),
+            ("backward", kernels.backward_kernel, dtype, kernels.backward_options(width)),
+            ("sum", kernels.sum_kernel, "fp32", kernels.sum_options(2 * width if bias else width)),
+        ):
+            constants = {**options, "BIAS": bias, "RESIDUAL": True, "D_SUM": True, "CENTRED": centred}
+            yield Launch(name, function, kind, constants, about, options["num_warps"])
+
+
+def silu_mul(architecture: int, widths: Sequence[int], dtype: str) -> Iterator[Launch]:
+    from kernels.silu_mul_triton import options, silu_mul_kernel
+
+    for width, (name, switches) in itertools.product(widths, SILU_MUL.items()):
+        chosen = options(width)
+        yield Launch(name, silu_mul_kernel, dtype, chosen | switches, {"width": width}, chosen["num_warps"])
 
 
 def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Iterator[Launch]:
@@ -179,7 +190,11 @@ def cross_entropy(architecture: int, vocabs: Sequence[int], dtype: str) -> Itera
 FAMILIES: dict[str, tuple[Callable[[int, Sequence[int], str], Iterator[Launch]], tuple[int, ...]]] = {
     "attention": (partial(attention, options=usual), (32, 64, 128, 256)),
     "cross_entropy": (cross_entropy, (4096, 28000, 128256)),
-    "layernorm": (layernorm, (256, 768, 1024, 2048, 4096, 8192, 9000, 16384)),
+    "layernorm": (norms, (256, 768, 1024, 2048, 4096, 8192, 9000, 16384)),
+    # Heads of Qwen3; the widths of SmolLM2 (135M, 360M, 1.7B), Llama 3.2 1B and 8B, and the widest.
+    "rms_norm": (partial(norms, centred=False), (64, 128, 576, 960, 1024, 2048, 4096, 9000, 16384)),
+    # Their hidden widths, and one that no vector fits.
+    "silu_mul": (silu_mul, (1536, 2560, 8192, 14336, 1001)),
 }
 # Some 1,000 kernels, in minutes: only where they are asked for.
 OPTIONS = {"attention options": (partial(attention, options=every), (32, 64, 128, 256))}

@@ -223,7 +223,7 @@ def _streams(architecture: int, family: str) -> list[dict[str, Any]]:
     """Return what LayerNorm or cross-entropy moves, ours beside Liger's, in bf16 (ours reads and writes bf16 here)."""
     from bench import compile_report, peers
 
-    ours = compile_report.layernorm(architecture, (1024, 4096), "bf16")
+    ours = compile_report.norms(architecture, (1024, 4096), "bf16")
     if family == "cross_entropy":
         ours = compile_report.cross_entropy(architecture, (28000, 128256), "bf16")
     chosen = [each for each in ours if each.about.get("bias", each.kernel == "loss") and not each.about.get("softcap")]

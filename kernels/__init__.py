@@ -1,8 +1,9 @@
-"""Tensors in, tensors out: attention, LayerNorm, cross-entropy. Knows nothing of models."""
+"""Tensors in, tensors out: attention, norms, the gated MLP's activation, cross-entropy. Knows nothing of models."""
 
 from kernels.attention.op import decode_attention, flash_attention
 from kernels.cross_entropy import linear_cross_entropy, linear_log_probs, linear_scores
-from kernels.layernorm import layer_norm
+from kernels.norm import layer_norm, rms_norm
+from kernels.silu_mul import silu_mul
 
 __all__ = [
     "decode_attention",
@@ -11,4 +12,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "linear_scores",
+    "rms_norm",
+    "silu_mul",
 ]

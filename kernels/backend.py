@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,6 +23,34 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return function(*tensors), of which nothing but the tensors is kept for the gradient: it runs again there."""
+    # torch.compile decides for itself what to keep.
+    if torch.compiler.is_compiling() or not wants_gradient(*tensors):
+        return function(*tensors)
+    apply: Any = _Recomputed.apply
+    result: Tensor = apply(function, *tensors)
+    return result
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        leaves = [each.detach().requires_grad_(want) for each, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad():
+            result = ctx.function(*leaves)
+        found = iter(torch.autograd.grad(result, [each for each in leaves if each.requires_grad], gradient))
+        return None, *(next(found) if want else None for want in wanted)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

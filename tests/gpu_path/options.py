@@ -31,8 +31,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ATTENTION_FORWARD = ("attention.forward.forward_kernel",)
 ATTENTION_BACKWARD = tuple(f"attention.backward.{name}_kernel" for name in ("delta", "dq", "dk_dv"))
 DECODE_KERNEL, MERGE_KERNEL = (f"attention.decode.{name}_kernel" for name in ("decode", "merge"))
-NORM_FORWARD = ("layernorm_triton.forward_kernel",)
-NORM_BACKWARD = ("layernorm_triton.backward_kernel", "layernorm_triton.sum_kernel")
+NORM_FORWARD = ("norm_triton.forward_kernel",)
+NORM_BACKWARD = ("norm_triton.backward_kernel", "norm_triton.sum_kernel")
 ROWS_KERNEL = "cross_entropy_triton.rows_kernel"
 
 

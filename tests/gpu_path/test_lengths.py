@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(gpu_path.why_not() is not None, reason=str(gpu_p
 def test_no_kernel_is_compiled_anew_for_another_length() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.gpu_path.lengths"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    forward, backward, norm = "attention.forward.", "attention.backward.", "layernorm_triton."
+    forward, backward, norm = "attention.forward.", "attention.backward.", "norm_triton."
     once = dict.fromkeys((f"{backward}{name}_kernel" for name in ("delta", "dq", "dk_dv")), 1)
     attention = {f"{forward}forward_kernel": 1, **once}
     # With the keys in one part, or in several.

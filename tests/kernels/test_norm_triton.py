@@ -1,4 +1,4 @@
-"""LayerNorm's Triton kernels, on a GPU or interpreted on a CPU, held to float64 by the rule of the torch backend."""
+"""The Triton kernels of both norms, on a GPU or interpreted, held to float64 by the rule of the torch backend."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model import GPT
-from kernels import layer_norm
+from kernels import layer_norm, rms_norm
 from tests.kernels.rule import assert_within_twice
 
 pytest.importorskip("triton")
@@ -48,10 +48,12 @@ def make(
     return {name: tensor.to(DEVICE) for name, tensor in made.items()}
 
 
-def run(tensors: dict[str, Tensor], dtype: torch.dtype | None = None, used: str = "both") -> dict[str, Tensor]:
+def run(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None = None, used: str = "both", norm: Any = layer_norm
+) -> dict[str, Tensor]:
     """The results, and the gradients of a weighted sum of those that are `used`: "y", "sum" or "both"."""
     leaves = {name: each.detach().to(dtype or each.dtype).requires_grad_() for name, each in tensors.items()}
-    out = layer_norm(**leaves)  # type: ignore[arg-type]
+    out = norm(**leaves)
     results = dict(zip(("y", "sum"), out if isinstance(out, tuple) else (out,), strict=False))
     chosen = [each for name, each in results.items() if used in (name, "both")] or [results["y"]]
     directions = [torch.linspace(-2, 5, each.numel(), device=DEVICE).sin().view_as(each).to(each) for each in chosen]
@@ -60,10 +62,12 @@ def run(tensors: dict[str, Tensor], dtype: torch.dtype | None = None, used: str 
     return {name: each.detach() for name, each in found.items() if each is not None}
 
 
-def hold_to_the_rule(tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, used: str = "both") -> None:
-    ours = run(tensors, used=used)
+def hold_to_the_rule(
+    tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, used: str = "both", norm: Any = layer_norm
+) -> None:
+    ours = run(tensors, used=used, norm=norm)
     monkeypatch.setenv("GPT_KERNELS", "torch")
-    plain, exact = run(tensors, used=used), run(tensors, torch.float64, used)
+    plain, exact = run(tensors, used=used, norm=norm), run(tensors, torch.float64, used, norm)
     monkeypatch.setenv("GPT_KERNELS", "triton")
     for name, truth in exact.items():
         assert ours[name].dtype == plain[name].dtype
@@ -95,6 +99,23 @@ def test_results_and_gradients_are_within_twice_the_error_of_plain_pytorch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "residual", "strided", "used"),
+    [
+        (0, 8, True, False, "both"), (20, 64, True, True, "both"), (19, 128, False, True, "y"),
+        (5, 33, True, False, "sum"), (3, 576, True, False, "both"), (2, 9000, True, False, "y"),
+    ],
+)  # fmt: skip
+def test_rms_norm(
+    rows: int, width: int, residual: bool, strided: bool, used: str, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    parameters = torch.float32 if residual else dtype
+    given = make(rows, width, dtype, bias=False, residual=residual, strided=strided, parameters=parameters)
+    hold_to_the_rule(given, monkeypatch, used, rms_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(3, 2048), (3, 4096), (2, 8192), (2, 9000), (3, 16384)])
 def test_wide_rows(rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     hold_to_the_rule(make(rows, width, dtype), monkeypatch)
@@ -115,7 +136,7 @@ def test_more_numbers_than_an_int32_counts() -> None:
 
 
 def test_more_sums_than_are_read_at_once_are_all_added_up() -> None:
-    from kernels.layernorm_triton import sum_kernel, sum_options
+    from kernels.norm_triton import sum_kernel, sum_options
 
     partial, total = torch.randn(700, 40, device=DEVICE), torch.empty(40, device=DEVICE)
     options = sum_options(40)
@@ -129,9 +150,10 @@ def test_a_mean_far_from_zero_costs_no_accuracy(monkeypatch: pytest.MonkeyPatch)
     hold_to_the_rule({**tensors, "x": tensors["x"] + 3000}, monkeypatch)
 
 
-def test_it_gives_the_same_bits_every_time() -> None:
-    tensors = make(70, 64, torch.float16)
-    first, second = run(tensors), run(tensors)
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_it_gives_the_same_bits_every_time(norm: Any) -> None:
+    tensors = make(70, 64, torch.float16, bias=norm is layer_norm)
+    first, second = run(tensors, norm=norm), run(tensors, norm=norm)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -163,27 +185,35 @@ def test_gradients_are_the_finite_differences_of_the_results(name: str) -> None:
     assert slope == pytest.approx((4 * fine - coarse) / 3, rel=2e-4, abs=2e-3)
 
 
-@pytest.mark.parametrize("all_arguments", [True, False])
-def test_the_operators_keep_their_promises_to_pytorch(all_arguments: bool) -> None:
-    from kernels.layernorm_triton import layer_norm_backward, layer_norm_forward
+@pytest.mark.parametrize(("centred", "all_arguments"), [(True, True), (True, False), (False, False)])
+def test_the_operators_keep_their_promises_to_pytorch(centred: bool, all_arguments: bool) -> None:
+    from kernels.norm_triton import norm_backward, norm_forward
 
     tensors = make(5, 20, torch.float32, bias=all_arguments, residual=all_arguments)
     given = [None if tensors.get(name) is None else tensors[name].requires_grad_() for name in NAMES]
     x, weight, bias, residual = given
-    torch.library.opcheck(layer_norm_forward, (x, residual, weight, bias, 1e-5))
+    torch.library.opcheck(norm_forward, (x, residual, weight, bias, 1e-5, centred))
     x, weight = tensors["x"].detach(), tensors["weight"].detach()
-    stats = torch.randn(2, 5, device=DEVICE)
+    stats = torch.randn(1 + centred, 5, device=DEVICE)
     d_sum = torch.randn_like(x) if all_arguments else None
-    torch.library.opcheck(layer_norm_backward, (torch.randn_like(x), d_sum, x, weight, stats, all_arguments))
+    torch.library.opcheck(norm_backward, (torch.randn_like(x), d_sum, x, weight, stats, all_arguments))
 
 
-@pytest.mark.parametrize("used", ["y", "both"])
-@pytest.mark.parametrize("residual", [False, True])
-def test_torch_compile_takes_it_whole(residual: bool, used: str) -> None:
-    leaves = [each.requires_grad_() for each in make(5, 20, torch.float32, residual=residual).values()]
+@pytest.mark.parametrize(
+    ("norm", "residual", "used"),
+    [*((layer_norm, residual, used) for residual in (False, True) for used in ("y", "both")), (rms_norm, True, "both")],
+)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_torch_compile_takes_it_whole(
+    norm: Any, residual: bool, used: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_KERNELS", backend)
+    made = make(5, 20, torch.float32, residual=residual, bias=norm is layer_norm)
+    names, leaves = list(made), [each.requires_grad_() for each in made.values()]
 
-    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = layer_norm(x, weight, bias, residual=residual)
+    def loss(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        x, out = given["x"], norm(**given)
         y, summed = out if isinstance(out, tuple) else (out, x)
         return y.square().sum() + (summed.sin().sum() if used == "both" else 0.0)
 

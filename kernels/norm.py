@@ -1,12 +1,13 @@
-"""layer_norm: the public function, its checks, and the torch backend."""
+"""layer_norm and rms_norm: the public functions, their checks, and the torch backend."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend, wants_gradient
+from kernels.backend import backend, recomputed, wants_gradient
 
 WIDEST = 16384  # what the Triton kernels take, which hold whole rows in registers
 
@@ -22,34 +23,53 @@ def layer_norm(
 
     Results have the dtype of x; sums are fp32 at least. Raises ValueError naming the argument that does not fit.
     """
+    return _norm(x, weight, bias, residual, eps, True)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return x / sqrt(mean(x ** 2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, 1910.07467).
+
+    Shapes, dtypes, `residual` and errors are those of layer_norm. It keeps x and weight for its gradient, no more.
+    """
+    return _norm(x, weight, None, residual, eps, False)
+
+
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, centred: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     _check(x, weight, bias, residual, eps)
     if backend(x.device) == "torch" or x.dtype == torch.float64:
         summed = x if residual is None else x + residual
-        y = _normalise(summed, weight, bias, eps)
+        if centred:
+            y = _normalise(summed, weight, bias, eps, True)
+        else:  # PyTorch has no RMSNorm in one piece on a CPU, and would keep two copies of x in fp32
+            y = recomputed(partial(_normalise, bias=None, eps=eps, centred=False), summed, weight)
     else:
         # Imported here: a machine that runs the torch backend needs no Triton.
-        from kernels.layernorm_triton import LayerNorm, forward, layer_norm_forward
+        from kernels.norm_triton import Norm, forward, norm_forward
 
         if not 1 <= x.shape[-1] <= WIDEST:
             raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
         # Through the dispatcher the operator takes twice as long to reach the GPU (40 us more on a slow CPU), a time
         # that torch.compile takes out.
         if torch.compiler.is_compiling():
-            run: Any = layer_norm_forward
+            run: Any = norm_forward
         else:
-            run = LayerNorm.apply if wants_gradient(x, residual, weight, bias) else forward
-        y, summed, _ = run(x, residual, weight, bias, eps)
+            run = Norm.apply if wants_gradient(x, residual, weight, bias) else forward
+        y, summed, _ = run(x, residual, weight, bias, eps, centred)
     return y if residual is None else (y, summed)
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if weight.dtype == x.dtype and x.element_size() >= 4:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
     # On the CPU PyTorch adds up the gradients of weight and bias in the dtype of x. A bf16 sum stops growing at 256
     # times what is added: of 4,096 rows that all pull one way a thread keeps 256, and of more rows no more.
     wide = torch.float32 if x.device.type == "cpu" and x.element_size() < 4 else x.dtype
-    bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias, eps).to(x.dtype)
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    if centred:
+        return F.layer_norm(x.to(wide), weight.shape, weight, bias, eps).to(x.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight, eps).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:

@@ -1,8 +1,10 @@
-"""LayerNorm in Triton: the three kernels, their launches, and the operators that torch.compile and autograd know.
+"""LayerNorm and RMSNorm in Triton: kernels, their launches, and the operators that torch.compile and autograd know.
 
 With xhat = (x - mean) * rstd and g = dy * weight, both of one row (Ba et al. 2016, arXiv:1607.06450):
 
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd    dw = sum over rows of dy * xhat    db = sum over rows of dy
+
+RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) is the same without the two means, of x and of g: not CENTRED.
 
 Each program of the backward kernel adds up dw and db over its own rows, and a third kernel adds up what the programs
 found. There are no atomics: shape and device settle the order of every sum, so that the bits are equal in every run.
@@ -31,10 +33,10 @@ def forward_kernel(
     bias_ptr,  # [WIDTH], or None
     y_ptr,
     sum_ptr,  # x + residual, where there is a residual
-    stats_ptr,  # fp32 [2, rows]: mean and 1 / standard deviation
+    stats_ptr,  # fp32 [2, rows]: mean and 1 / standard deviation; [1, rows] where not CENTRED: 1 / root mean square
     rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,  # at least WIDTH
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_n = tl.arange(0, BLOCK_N)
@@ -53,16 +55,19 @@ def forward_kernel(
         b_sum = b_x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offsets, b_sum, mask=inside)
         b_x = b_sum.to(tl.float32)
-    # The row is in registers: the variance is taken from x - mean, not from the difference of two large squares.
-    b_mean = tl.sum(b_x, 1) / WIDTH  # [ROWS]
-    b_x = tl.where(column[None, :], b_x - b_mean[:, None], 0.0)
+    if CENTRED:
+        # The row is in registers: the variance is taken from x - mean, not from the difference of two large squares.
+        b_mean = tl.sum(b_x, 1) / WIDTH  # [ROWS]
+        b_x = tl.where(column[None, :], b_x - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / WIDTH + eps)
     b_y = b_x * b_rstd[:, None] * b_weight[None, :]
     if BIAS:
         b_y += b_bias[None, :]
     tl.store(y_ptr + offsets, b_y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(stats_ptr + o_row, b_mean, mask=o_row < rows)
-    tl.store(stats_ptr + rows + o_row, b_rstd, mask=o_row < rows)
+    if CENTRED:
+        tl.store(stats_ptr + o_row, b_mean, mask=o_row < rows)
+        stats_ptr += rows
+    tl.store(stats_ptr + o_row, b_rstd, mask=o_row < rows)
 
 
 @jit
@@ -85,7 +90,7 @@ def backward_kernel(
     partial_ptr,  # fp32 [programs, 1 or 2, WIDTH]: each program's dw, and db where there is a bias
     rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,  # blocks of columns; each has programs of its own
-    STAGES: tl.constexpr, BIAS: tl.constexpr, D_SUM: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, D_SUM: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = o_n < WIDTH
@@ -96,8 +101,10 @@ def backward_kernel(
     # and in which order, depends on the shape alone.
     for row in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         o_row = row + tl.arange(0, ROWS)
-        b_mean = tl.load(stats_ptr + o_row, mask=o_row < rows, other=0.0)
-        b_rstd = tl.load(stats_ptr + rows + o_row, mask=o_row < rows, other=0.0)
+        b_mean = tl.zeros([ROWS], tl.float32)
+        if CENTRED:
+            b_mean = tl.load(stats_ptr + o_row, mask=o_row < rows, other=0.0)
+        b_rstd = tl.load(stats_ptr + (rows if CENTRED else 0) + o_row, mask=o_row < rows, other=0.0)
         b_first = tl.zeros([ROWS], tl.float32)  # sum of g over the row
         b_second = tl.zeros([ROWS], tl.float32)  # sum of g * xhat over the row
         # The columns that belong to other programs count in these two sums only.
@@ -105,7 +112,8 @@ def backward_kernel(
             o_other = (tl.program_id(1) + other) % SPLITS * BLOCK_N + tl.arange(0, BLOCK_N)
             b_other = tl.load(weight_ptr + o_other, mask=o_other < WIDTH, other=0.0).to(tl.float32)
             b_xhat, _, b_g = _load_rows(x_ptr, dy_ptr, b_other, b_mean, b_rstd, o_row, o_other, rows, WIDTH)
-            b_first += tl.sum(b_g, 1)
+            if CENTRED:
+                b_first += tl.sum(b_g, 1)
             b_second += tl.sum(b_g * b_xhat, 1)
         b_xhat, b_dy, b_g = _load_rows(x_ptr, dy_ptr, b_weight, b_mean, b_rstd, o_row, o_n, rows, WIDTH)
         inside = (o_row < rows)[:, None] & column[None, :]
@@ -115,7 +123,8 @@ def backward_kernel(
         b_dw += b_dy * b_xhat
         if BIAS:
             b_db += b_dy
-        b_first = (b_first + tl.sum(b_g, 1)) / WIDTH
+        if CENTRED:
+            b_first = (b_first + tl.sum(b_g, 1)) / WIDTH
         b_second = (b_second + tl.sum(b_g * b_xhat, 1)) / WIDTH
         b_dx = (b_g - b_first[:, None] - b_xhat * b_second[:, None]) * b_rstd[:, None]
         if D_SUM:
@@ -184,13 +193,14 @@ def sum_options(columns: int) -> dict[str, int]:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y like x; x + residual, empty without one; mean and 1 / standard deviation, fp32 [2, rows]."""
+    """Return y like x; x + residual, empty without one; the statistics, fp32 [2, rows], or [1, rows] of RMSNorm."""
     x, weight = x.contiguous(), weight.contiguous()
     residual, bias = (None if each is None else each.contiguous() for each in (residual, bias))
-    y, summed, stats = _empty_results(x, residual)
-    rows, launch = stats.shape[1], forward_launch(x.shape[-1], BIAS=bias is not None, RESIDUAL=residual is not None)
+    y, summed, stats = _empty_results(x, residual, centred)
+    switches = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "CENTRED": len(stats) == 2}
+    rows, launch = stats.shape[1], forward_launch(x.shape[-1], **switches)
     if rows:
         programs = -(-rows // launch.constants["ROWS"])
         launch((programs, 1, 1), (x, residual, weight, bias, y, summed, stats), (), (rows, float(eps)))
@@ -204,7 +214,8 @@ def forward_launch(width: int, **switches: bool) -> Launch:
 
 def _empty_results(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     summed = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    centred = rest[-1]
+    stats = torch.empty(1 + centred, x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), summed, stats
 
 
@@ -215,7 +226,7 @@ def backward(
     d_y, x, weight = d_y.contiguous(), x.contiguous(), weight.contiguous()
     d_sum = None if d_sum is None else d_sum.contiguous()
     rows, width = stats.shape[1], x.shape[-1]
-    launch, total = backward_launches(width, BIAS=bias, D_SUM=d_sum is not None)
+    launch, total = backward_launches(width, BIAS=bias, D_SUM=d_sum is not None, CENTRED=len(stats) == 2)
     options = launch.constants
     # As many programs as run at a time, 16 warps to a multiprocessor. More programs would leave more sums to be added
     # up: these are 4% of the bytes that the pass moves at 16k rows.
@@ -236,18 +247,18 @@ def backward_launches(width: int, **switches: bool) -> tuple[Launch, Launch]:
     return Launch(backward_kernel, **backward_options(width), **switches), Launch(sum_kernel, **sum_options(columns))
 
 
-layer_norm_forward = torch.library.custom_op("gpt::layer_norm_forward", forward, mutates_args=())
-layer_norm_forward.register_fake(_empty_results)
-layer_norm_backward = torch.library.custom_op("gpt::layer_norm_backward", backward, mutates_args=())
+norm_forward = torch.library.custom_op("gpt::norm_forward", forward, mutates_args=())
+norm_forward.register_fake(_empty_results)
+norm_backward = torch.library.custom_op("gpt::norm_backward", backward, mutates_args=())
 
 
-@layer_norm_backward.register_fake
+@norm_backward.register_fake
 def _(d_y: Tensor, d_sum: Tensor | None, x: Tensor, weight: Tensor, stats: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(2 if bias else 1, x.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, bias, _ = inputs
+    x, residual, weight, bias, *_ = inputs
     _, summed, stats = output
     ctx.save_for_backward(x if residual is None else summed, weight, stats)
     ctx.residual, ctx.bias = residual is not None, bias is not None
@@ -256,19 +267,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradient(
-    ctx: Any, d_y: Tensor | None, d_sum: Tensor | None, _: None, run: Any = layer_norm_backward
+    ctx: Any, d_y: Tensor | None, d_sum: Tensor | None, _: None, run: Any = norm_backward
 ) -> tuple[Tensor | None, ...]:
     x, weight, stats = ctx.saved_tensors
     d_y = torch.zeros_like(x) if d_y is None else d_y
     dx, d_parameters = run(d_y, d_sum if ctx.residual else None, x, weight, stats, ctx.bias)
-    return dx, dx if ctx.residual else None, d_parameters[0], d_parameters[1] if ctx.bias else None, None
+    return dx, dx if ctx.residual else None, d_parameters[0], d_parameters[1] if ctx.bias else None, None, None
 
 
-layer_norm_forward.register_autograd(_gradient, setup_context=_save)
+norm_forward.register_autograd(_gradient, setup_context=_save)
 
 
-class LayerNorm(torch.autograd.Function):
-    """layer_norm_forward and its gradient without PyTorch's dispatcher."""
+class Norm(torch.autograd.Function):
+    """norm_forward and its gradient without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
