@@ -17,20 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.runtime import free_memory
-from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, linear_scores
+from kernels import (
+    decode_attention,
+    flash_attention,
+    layer_norm,
+    linear_cross_entropy,
+    linear_scores,
+    rms_norm,
+    silu_mul,
+)
 
 CPU = torch.device("cpu")
-
-
-def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None, eps: float) -> Tensor | tuple[Tensor, Tensor]:
-    summed = x if residual is None else x + residual
-    y = F.rms_norm(summed.float(), weight.shape, weight.float(), eps).to(x.dtype)
-    return y if residual is None else (y, summed)
-
-
-def silu_mul(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device = CPU) -> Tensor:
