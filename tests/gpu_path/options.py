@@ -33,6 +33,7 @@ ATTENTION_BACKWARD = tuple(f"attention.backward.{name}_kernel" for name in ("del
 DECODE_KERNEL, MERGE_KERNEL = (f"attention.decode.{name}_kernel" for name in ("decode", "merge"))
 NORM_FORWARD = ("norm_triton.forward_kernel",)
 NORM_BACKWARD = ("norm_triton.backward_kernel", "norm_triton.sum_kernel")
+SILU_MUL = "silu_mul_triton.silu_mul_kernel"
 ROWS_KERNEL = "cross_entropy_triton.rows_kernel"
 
 

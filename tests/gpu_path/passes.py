@@ -36,6 +36,7 @@ from tests.gpu_path.options import (
     NORM_BACKWARD,
     NORM_FORWARD,
     ROWS_KERNEL,
+    SILU_MUL,
     Launches,
 )
 from train.data.loader import PackedLoader
@@ -43,24 +44,34 @@ from train.loop import Loop
 from train.stage import Amounts, Stage
 
 BLOCKS, CONTEXT, VOCAB = 2, 64, 300
-NORMS = 2 * BLOCKS + 1
 CONFIG = ModelConfig(vocab_size=VOCAB, width=64, blocks=BLOCKS, heads=2, context=CONTEXT)
+# What other families have, all at once.
+KIN = dataclasses.replace(
+    CONFIG, norm="rms", mlp="gated", mlp_width=96, key_heads=1, head_width=64, qk_norm=True, tied=True, window=20,
+    pattern="wn",
+)  # fmt: skip
 
 
-def model(device: str = "cuda", precision: str = "bf16", **options: Any) -> GPT:
+def model(device: str = "cuda", precision: str = "bf16", config: ModelConfig = CONFIG) -> GPT:
     runtime = choose(device, precision)
-    found = GPT(dataclasses.replace(CONFIG, **options)).to(runtime.device)
+    found = GPT(config).to(runtime.device)
     found.compute_dtype = runtime.dtype
     return found
 
 
-def passes(forward: int, backward: int, heads: int) -> Launches:
+def norms(config: ModelConfig) -> int:
+    """Return how often a pass normalises."""
+    return (4 if config.qk_norm else 2) * BLOCKS + 1
+
+
+def passes(forward: int, backward: int, heads: int, config: ModelConfig = CONFIG) -> Launches:
     """Return the launches of a model's passes over whole sequences; the last layer and its loss have `heads`."""
     return {
-        **dict.fromkeys(NORM_FORWARD, forward * NORMS),
-        **dict.fromkeys(NORM_BACKWARD, backward * NORMS),
+        **dict.fromkeys(NORM_FORWARD, forward * norms(config)),
+        **dict.fromkeys(NORM_BACKWARD, backward * norms(config)),
         **dict.fromkeys(ATTENTION_FORWARD, forward * BLOCKS),
         **dict.fromkeys(ATTENTION_BACKWARD, backward * BLOCKS),
+        **({SILU_MUL: (forward + backward) * BLOCKS} if config.mlp == "gated" else {}),
         ROWS_KERNEL: heads,
     }
 
@@ -75,14 +86,20 @@ class Documents:
         return np.zeros(length, np.int64), np.zeros(length, np.int64)
 
 
-def training_step(device: str = "cuda", precision: str = "bf16", optimizer: Any = "muon", **settings: Any) -> Launches:
+def training_step(
+    device: str = "cuda",
+    precision: str = "bf16",
+    optimizer: Any = "muon",
+    config: ModelConfig = CONFIG,
+    **settings: Any,
+) -> Launches:
     """Two steps of the training loop, packed, each in two micro-batches."""
     recipe = dataclasses.replace(
-        preset("nano"), model=CONFIG, budget=BudgetConfig(steps=2), optimizer=OptimizerConfig(kind=optimizer),
+        preset("nano"), model=config, budget=BudgetConfig(steps=2), optimizer=OptimizerConfig(kind=optimizer),
         loop=LoopConfig(batch=8, micro_batch=4, compile=False, **settings),
     )  # fmt: skip
     runtime = dataclasses.replace(choose(device, precision), peak_flops=1.0)
-    trained = model(device, precision)
+    trained = model(device, precision, config)
     trained.checkpoint_activations = recipe.loop.checkpoint_activations
     batches = PackedLoader(Documents(), recipe.tokens_per_pass, CONTEXT, seed=0)
     stage = Stage(
@@ -96,7 +113,7 @@ def training_step(device: str = "cuda", precision: str = "bf16", optimizer: Any 
             loop._train_step(0.0)
         batches.close()
     again = 2 if trained.checkpoint_activations else 1
-    expected = passes(4 * again, 4, 4)
+    expected = passes(4 * again, 4, 4, config)
     # The last norm is not computed twice.
     expected[NORM_FORWARD[0]] -= 4 * (again - 1)
     return expected
@@ -122,9 +139,12 @@ def requests() -> list[Request]:
     ]
 
 
-def batcher(machine: Machine, *, graphs: bool, ahead: bool, device: str = "cuda", precision: str = "bf16") -> Launches:
+def batcher(
+    machine: Machine, *, graphs: bool, ahead: bool, device: str = "cuda", precision: str = "bf16",
+    config: ModelConfig = CONFIG,
+) -> Launches:  # fmt: skip
     """Five requests in three slots, until all are done."""
-    running = Batcher(model(device, precision), slots=3, chunk=16, graphs=graphs, ahead=ahead)
+    running = Batcher(model(device, precision, config), slots=3, chunk=16, graphs=graphs, ahead=ahead)
     for request in requests():
         running.submit(request)
     replays, steps = machine.replays, []
@@ -132,13 +152,14 @@ def batcher(machine: Machine, *, graphs: bool, ahead: bool, device: str = "cuda"
         steps += running.step()
     assert sum(step.finish == "length" for step in steps) == 5 and len(steps) == 5 * 7, steps
     assert (machine.replays > replays) == graphs
-    return decode_launches(machine)
+    return decode_launches(machine, config)
 
 
-def decode_launches(machine: Machine) -> Launches:
+def decode_launches(machine: Machine, config: ModelConfig = CONFIG) -> Launches:
     """Return what a model with a cache launches, whatever the number of passes: of each pass the same."""
     passes = sum(launch.kernel.endswith("decode_kernel") for launch in machine.launches) // BLOCKS
-    return {DECODE_KERNEL: passes * BLOCKS} | dict.fromkeys(NORM_FORWARD, passes * NORMS)
+    activations = {SILU_MUL: passes * BLOCKS} if config.mlp == "gated" else {}
+    return {DECODE_KERNEL: passes * BLOCKS} | dict.fromkeys(NORM_FORWARD, passes * norms(config)) | activations
 
 
 def server(machine: Machine, device: str = "cuda") -> Launches:
@@ -188,6 +209,8 @@ def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
         yield f"training step: {precision}", partial(training_step, precision=precision)
     yield "training step: checkpointed", partial(training_step, checkpoint_activations=True)
     yield "training step: adamw", partial(training_step, optimizer="adamw")
+    yield "training step: of a Llama", partial(training_step, config=KIN, checkpoint_activations=True)
+    yield "batcher: a Llama", partial(batcher, machine, graphs=True, ahead=True, config=KIN)
     yield "dense pass", dense_pass
     for graphs, ahead in product((True, False), repeat=2):
         for precision in ("bf16", "fp16"):
