@@ -21,7 +21,7 @@ from bench.harness import Figures, copy_bandwidth, in_turn, outcome
 from bench.llama_cpp import Clock, llama_cpp
 from engine.batcher import Batcher, Request
 from engine.config import ModelConfig
-from engine.huggingface import their_config, their_tensors
+from engine.families import their_config, their_tensors
 from engine.model import GPT
 from engine.runtime import Runtime, synchronize, wall_seconds
 from engine.sampling import Sampling

@@ -14,7 +14,8 @@ import torch
 from engine import disk
 from engine.chat_template import END, PLAIN_JINJA
 from engine.errors import InputError
-from engine.huggingface import merged, renamed
+from engine.families import renamed
+from engine.huggingface import merged
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime

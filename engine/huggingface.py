@@ -1,12 +1,8 @@
-"""Export to Hugging Face's format and import from it: GPTNeoXForCausalLM with a tokenizer.json, without transformers.
-
-Their model and ours compute the same in the same order. Only names differ, and how query, key and value are stacked: we
-keep all query heads together, then all keys, then all values; GPT-NeoX keeps the three of one head together.
-"""
+"""Export to Hugging Face's format and import from it, without transformers: weights, settings and tokenizers."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,9 @@ from torch import Tensor
 
 from engine import checkpoint, disk
 from engine.chat_template import JINJA, OLD_JINJA, PLAIN_JINJA, text_ends
-from engine.config import IMPORTED, ModelConfig, Recipe, from_dict, override
+from engine.config import IMPORTED, BudgetConfig, DataConfig, Recipe, override
 from engine.errors import InputError
-from engine.model import GPT
+from engine.families import our_config, our_tensors, their_config, their_tensors
 from engine.records import parse
 from engine.run import Run
 from engine.runtime import Runtime
@@ -36,19 +32,6 @@ from engine.tokenizer import (
 
 # An imported tokenizer must give this text back. (One that normalises changes text that is not in Unicode's form NFC.)
 PROBE = " Two  spaces,\n\ttabs; 1234, na\u00efve \u4e2d\u6587 \U0001f642 <|user|> <|endoftext|>"
-
-NAMES = {
-    "embedding": "gpt_neox.embed_in",
-    "blocks": "gpt_neox.layers",
-    "attention_norm": "input_layernorm",
-    "attention.qkv": "attention.query_key_value",
-    "attention.output": "attention.dense",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.expand": "mlp.dense_h_to_4h",
-    "mlp.contract": "mlp.dense_4h_to_h",
-    "final_norm": "gpt_neox.final_layer_norm",
-    "head": "embed_out",
-}
 
 EXPORTED_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config)\.json|model\.safetensors|README\.md"
@@ -100,32 +83,32 @@ def export(
 
 
 def import_(folder: Path, out: Path) -> Recipe:
-    """Make a run, with one checkpoint of step 0, of a GPT-NeoX or Pythia folder: config, safetensors, tokenizer.
+    """Make a run, with one checkpoint of step 0, of a folder of one of the FAMILIES: config, safetensors, tokenizer.
 
     A special token of ours that the tokenizer lacks takes a spare row of the embedding, or else a new one. Raises
     InputError for what the model cannot be, or the folder lacks.
     """
-    values = _read_json(folder / "config.json")
-    # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
-    content = {
-        "name": folder.resolve().name,
-        "model": _our_config(values),
-        "data": {"source": IMPORTED},
-        "budget": {"steps": 1},
-        "chat": _chat_template(folder) in (JINJA, PLAIN_JINJA, OLD_JINJA),
-    }
+    described = folder / "config.json"
     try:
-        recipe: Recipe = from_dict(content)
+        config = our_config(_read_json(described))
     except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
-    tensors = _our_tensors(_read_tensors(folder, tied=bool(values.get("tie_word_embeddings"))), recipe.model)
+        raise InputError(f"{described}: {error}") from None
+    # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
+    recipe = Recipe(
+        name=folder.resolve().name,
+        model=config,
+        data=DataConfig(source=IMPORTED),
+        budget=BudgetConfig(steps=1),
+        chat=_chat_template(folder) in (JINJA, PLAIN_JINJA, OLD_JINJA),
+    )
+    tensors = our_tensors(_read_tensors(folder), recipe.model)
     biases = [name for name in tensors if name.endswith("bias")]
-    if not any(tensors[name].any() for name in biases):
+    if recipe.model.biases and not any(tensors[name].any() for name in biases):
         # Ours had none before they were exported: GPT-NeoX cannot do without those of norms and MLPs.
         recipe = override(recipe, "model.biases", False)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     tokenizer = read_tokenizer(folder / "tokenizer.json", partial(with_special_tokens, rows=recipe.model.vocab_size))
-    for name in ("embedding.weight", "head.weight"):
+    for name in {"embedding.weight", "head.weight"} & tensors.keys():
         # A new token's row is the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
         # embeddings for pretrained language models").
         old = tensors[name]
@@ -137,110 +120,6 @@ def import_(folder: Path, out: Path) -> Recipe:
         tokenizer.save(run.path / tokenizer.file_name)
         checkpoint.save(run.checkpoints, 0, {"model": tensors}, {}, identity=run.identity(recipe))
     return recipe
-
-
-def their_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of a GPT-NeoX model of this shape."""
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.blocks,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context,
-        "hidden_act": "gelu",
-        # As transformers 4 spells it, llama.cpp's converter and others; and as version 5 does, and will alone some day.
-        "rotary_pct": config.rotary_share,
-        "rotary_emb_base": config.rotary_base,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rotary_base,
-            "partial_rotary_factor": config.rotary_share,
-        },
-        "layer_norm_eps": config.norm_eps,
-        "use_parallel_residual": config.parallel_residual,
-        "attention_bias": config.biases,
-        "torch_dtype": "float32",
-        "tie_word_embeddings": False,
-    }
-
-
-def _our_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Return our model's settings, types unchecked. Where config.json is silent it means GPT-NeoX's default."""
-    width = values.get("hidden_size", 0)
-    if not isinstance(width, int):
-        raise InputError(f"config.json has hidden_size {width!r}; it must be a whole number")
-    # Since version 5 transformers gathers what concerns rotary positions.
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"config.json has rope_parameters or rope_scaling {rope!r}; they must be an object, or null")
-    demands = {
-        "model_type": (values.get("model_type"), "gpt_neox"),
-        "hidden_act": (values.get("hidden_act", "gelu"), "gelu"),
-        "intermediate_size": (values.get("intermediate_size", 4 * width), 4 * width),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for name, (found, expected) in demands.items():
-        if found != expected:
-            raise InputError(f"config.json has {name} {found!r}; a model can only be imported with {expected!r}")
-    return {
-        "vocab_size": values.get("vocab_size"),
-        "width": width,
-        "blocks": values.get("num_hidden_layers"),
-        "heads": values.get("num_attention_heads"),
-        "context": values.get("max_position_embeddings", 2048),
-        "rotary_base": rope.get("rope_theta", values.get("rotary_emb_base", 10_000.0)),
-        "norm_eps": values.get("layer_norm_eps", 1e-5),
-        "rotary_share": rope.get("partial_rotary_factor", values.get("rotary_pct", 0.25)),
-        "parallel_residual": values.get("use_parallel_residual", True),
-        "biases": True,
-    }
-
-
-def renamed(name: str, names: Mapping[str, str] = NAMES) -> str:
-    """Return what others call our parameter `name`, GPT-NeoX unless they have `names` of their own."""
-    for ours, theirs in names.items():
-        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
-    return name
-
-
-def their_tensors(model: GPT) -> dict[str, Tensor]:
-    """Return the model's weights by GPT-NeoX's names, and zeros for the biases that it cannot do without."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if "qkv" in name:
-            tensor = _restack(tensor, 3, model.config.heads)
-        tensors[renamed(name)] = tensor.contiguous()
-        if not model.config.biases and ("norm" in name or "mlp" in name):
-            tensors[renamed(name).replace("weight", "bias")] = torch.zeros(len(tensor))
-    return tensors
-
-
-def _our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters of our model of this configuration, in fp32. Attention without biases gets zeros."""
-    tensors = {}
-    with torch.device("meta"):
-        wanted = GPT(config).state_dict()
-    for name, like in wanted.items():
-        their_name, shape = renamed(name), like.shape
-        if "attention." in name and name.endswith("bias"):
-            theirs.setdefault(their_name, torch.zeros(shape))
-        if their_name not in theirs or theirs[their_name].shape != shape:
-            found = tuple(theirs[their_name].shape) if their_name in theirs else "missing"
-            raise InputError(f"the tensor {their_name} is {found}; by config.json it is {tuple(shape)}")
-        tensors[name] = theirs[their_name].float()
-        if not (theirs[their_name].is_floating_point() and tensors[name].isfinite().all()):
-            raise InputError(f"the tensor {their_name} holds NaN, infinity, or no fp32, fp16 or bf16: it is damaged")
-        if "qkv" in name:
-            tensors[name] = _restack(tensors[name], config.heads, 3)
-    return tensors
-
-
-def _restack(tensor: Tensor, outer: int, inner: int) -> Tensor:
-    """Return the outputs of the qkv layer, stacked [outer, inner, D], as [inner, outer, D]."""
-    return tensor.view(outer, inner, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
 def with_special_tokens(model: bytes, rows: int) -> JsonTokenizer:
@@ -347,7 +226,7 @@ def _cuts(tokens: list[str]) -> list[tuple[str, str]]:
     return [cut for cut in cuts if known.issuperset(cut)]
 
 
-def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -361,6 +240,11 @@ def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
             f"{pickled} is a pickle, which may run any code when it is read; where you trust it, convert it with "
             f"transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
+    index = folder / "model.safetensors.index.json"
+    parts = _read_json(index).get("weight_map") if index.exists() else {}
+    named = set(map(str, parts.values())) if isinstance(parts, dict) else {"a weight_map"}
+    if missing := named - {file.name for file in files}:
+        raise InputError(f"{index} names {min(missing)}, which is not there; copy or download the whole folder again")
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -370,9 +254,7 @@ def _read_tensors(folder: Path, *, tied: bool) -> dict[str, Tensor]:
         if twice := next(iter(found.keys() & tensors.keys()), None):
             raise InputError(f"{file} and another file both hold the tensor {twice}; leave one model in {folder}")
         tensors |= found
-    # Tied, both maps are the embedding. transformers 5 calls the head by another name.
-    head = "gpt_neox.embed_in.weight" if tied else "lm_head.weight"
-    return tensors | ({"embed_out.weight": tensors[head]} if head in tensors else {})
+    return tensors
 
 
 def _chat_template(folder: Path) -> str | None:
