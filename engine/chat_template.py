@@ -3,14 +3,17 @@
     <|endoftext|><|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|><|user|>...
 
 A message is encoded as text between special tokens, which text cannot spell: nothing in it can end a turn or begin
-another.
+another. An imported model may have a template of its own (Tokenizer.foreign), a program in Jinja, which transformers
+runs in a sandbox. There, too, no message spells a special token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engine.errors import InputError
-from engine.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, Tokenizer
+from engine.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, Foreign, JsonTokenizer, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
@@ -55,7 +58,12 @@ class Message:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Return a conversation's ids, and which of them to learn: what the assistant says, and that it ends there."""
+    """Return a conversation's ids, and which of them to learn: what the assistant says, and that it ends there.
+
+    Raises InputError where a foreign template refuses the messages, or does not tell what there is to learn.
+    """
+    if tokenizer.foreign:
+        return _Template(tokenizer, messages).learnt()
     ids, learn = [tokenizer.eod], [False]
     encoded = tokenizer.encode_batch([message.content for message in messages])
     for message, text in zip(messages, encoded, strict=True):
@@ -69,11 +77,14 @@ def answer_prompt(tokenizer: Tokenizer, messages: Sequence[Message], *, unfinish
 
     Raises InputError where the last message is not the assistant's, and should be.
     """
+    if unfinished and (not messages or messages[-1].role != "assistant"):
+        raise InputError("the last message must be the assistant's, to be gone on with")
+    if tokenizer.foreign:
+        options = {"add_generation_prompt": not unfinished, "continue_final_message": unfinished}
+        return _Template(tokenizer, messages).ids(**options)
     ids = render(tokenizer, messages)[0]
     if not unfinished:
         return [*ids, tokenizer.special["<|assistant|>"]]
-    if not messages or messages[-1].role != "assistant":
-        raise InputError("the last message must be the assistant's, to be gone on with")
     return ids[:-1]
 
 
@@ -82,9 +93,16 @@ def answer_ends(tokenizer: Tokenizer) -> frozenset[int]:
     return text_ends(tokenizer, chat=True)
 
 
+def answered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to the end of its last answer, as if a model had written that."""
+    if not tokenizer.foreign:
+        return render(tokenizer, messages)[0]
+    return _Template(tokenizer, messages).answered()
+
+
 def text_ends(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
     """Return the ids that end what a run writes: a document, or an answer where it has learnt to chat (recipe.chat)."""
-    return frozenset((tokenizer.special[END], tokenizer.eod) if chat else (tokenizer.eod,))
+    return frozenset(tokenizer.ends if chat else (tokenizer.eod,))
 
 
 def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[Message], int]:
@@ -101,3 +119,126 @@ def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[
         if turns[first].role != "assistant" and len(answer_prompt(tokenizer, kept)) <= room:
             return kept, first
     raise InputError(f"the message does not fit: with the system message it takes more than {room} tokens")
+
+
+# A template may ask for the day. The same conversation must be the same tokens tomorrow, so that it is always this one.
+DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%y": "24", "%Y": "2024"}
+DATED = "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items())
+DAY = "{% macro strftime_now(format) %}{{ format" + DATED + " }}{% endmacro %}\n"
+UNTOLD = "the model's own chat template does not tell which tokens of a conversation are the answers"
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many items both begin with."""
+    pairs = enumerate(zip(one, other, strict=False)) if other[: len(one)] != one else ()
+    return next((number for number, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
+
+
+class TemplateError(InputError):
+    """A chat template does not take these messages, or does not tell what of them is the answers."""
+
+
+def renderer() -> Callable[..., Any]:
+    """Return what renders a chat template of another model. Raises InputError without the transformers package."""
+    try:
+        # It takes more than a second, and no model of ours needs it.
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except ImportError:
+        raise InputError(
+            "this model's own chat template needs the transformers package: pip install -U 'transformers>=4.56'"
+        ) from None
+    return render_jinja_template
+
+
+def learn_template(foreign: Foreign) -> Foreign:
+    """Return it with what its template tells: the header that ends a prompt, and the token that ends an answer first.
+
+    Raises TemplateError where nothing tells a prompt from other text.
+    """
+    tokenizer = JsonTokenizer(foreign.dumps())
+    asked = [Message("user", text) for text in ("a", "7", "7 ", "a\n")]
+    prompt, *others = (answer_prompt(tokenizer, [each]) for each in asked)
+    header = prompt[len(prompt) - min(_shared(prompt[::-1], other[::-1]) for other in others) :]
+    if not header:
+        raise TemplateError("it does not say where an answer begins")
+    whole = _Template(tokenizer, [asked[0], Message("assistant", "b")]).ids()
+    ends = [index for index in whole[len(prompt) :] if index in tokenizer.special.values()][:1]
+    return replace(foreign, header=header, ends=[*dict.fromkeys([*ends, *foreign.ends])])
+
+
+class _Template:
+    """Messages in a foreign template: a text, of which the tokenizer makes ids as transformers does.
+
+    What a message holds becomes no special token: see JsonTokenizer.shield.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+        assert isinstance(tokenizer, JsonTokenizer) and tokenizer.foreign
+        self.jinja, self.messages = renderer(), messages
+        self.tokenizer, self.foreign = tokenizer, tokenizer.foreign
+        template = self.foreign.chat_template
+        self.template = (DAY if "strftime_now" in template else "") + template
+        self.mark = tokenizer.mark(template, *(message.content for message in messages))
+        # An assistant may write what a header holds that is not special, such as <think>.
+        header = [tokenizer.name(index) for index in self.foreign.header if index in tokenizer.added]
+        self.said = [
+            {
+                "role": message.role,
+                "content": tokenizer.shield(message.content, self.mark, () if message.role == "assistant" else header),
+            }
+            for message in messages
+        ]
+
+    def text(self, messages: int | None = None, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the first messages, and where in it marks of `generation` begin and end, if asked for."""
+        try:
+            texts, spans = self.jinja(
+                [self.said[:messages]], chat_template=self.template, **self.foreign.texts, **options
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise TemplateError(f"the model's chat template refuses the conversation: {error}") from None
+        return texts[0], spans[0] if spans else []
+
+    def ids(self, **options: Any) -> list[int]:
+        text, _ = self.text(**options)
+        return [index for index, _, _ in self.tokenizer.read(text, self.mark)]
+
+    def answered(self) -> list[int]:
+        last, (text, _) = len(self.messages) - 1, self.text()
+        if not (span := self.answer(last, text)):
+            raise TemplateError(UNTOLD)
+        prompt = self.tokenizer.read(text[: span[0]], self.mark)
+        # What an answer begins with may be one token with what comes before it; no model writes that.
+        said = [each for each in self.tokenizer.read(text[: span[1]], self.mark) if each[1] >= span[0]]
+        return [index for index, _, _ in prompt + said]
+
+    def learnt(self) -> tuple[list[int], list[bool]]:
+        marked = MARKED.search(self.template) is not None
+        text, spans = self.text(return_assistant_tokens_mask=marked)
+        answers = [n for n, message in enumerate(self.messages) if message.role == "assistant"]
+        wanted = [n for n in answers if self.messages[n].learn]
+        if not marked:
+            spans = [span for n in wanted if (span := self.answer(n, text))]
+        elif len(spans) == len(answers):
+            spans = [span for n, span in zip(answers, spans, strict=True) if n in wanted]
+        if (wanted and not spans) or (marked and wanted != answers and len(spans) != len(wanted)):
+            raise TemplateError(UNTOLD)
+        found = self.tokenizer.read(text, self.mark)
+        learn = [any(start < last and first < end for first, last in spans) for _, start, end in found]
+        return [index for index, _, _ in found], learn
+
+    def answer(self, number: int, whole: str) -> tuple[int, int] | None:
+        """Return where the answer that is this message begins and ends in the text of all, without marks.
+
+        It is what follows the prompt for it, up to its end. None where the text of all shows it in another way, as when
+        a template leaves out what earlier answers thought.
+        """
+        try:
+            (begun, _), (said, _) = self.text(number, add_generation_prompt=True), self.text(number + 1)
+        except TemplateError:
+            return None
+        same = whole[: _shared(said, whole)]
+        ends = "|".join(re.escape(self.tokenizer.name(index)) for index in self.foreign.ends)
+        end = re.compile(ends).search(same, len(begun))
+        return (len(begun), end.end()) if same.startswith(begun) and end else None

@@ -15,11 +15,11 @@ from engine import disk
 from engine.chat_template import END, PLAIN_JINJA
 from engine.errors import InputError
 from engine.families import renamed
-from engine.huggingface import merged
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
 from engine.tokenizer import SPACE_MARK, JsonTokenizer, Tokenizer
+from engine.tokenizer_json import merged
 
 NAMES = {
     "embedding": "token_embd",
@@ -106,7 +106,7 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     from gguf import TokenType
 
     names = [tokenizer.name(index) for index in range(tokenizer.vocab_size)]
-    content = json.loads(tokenizer.model) if isinstance(tokenizer, JsonTokenizer) else None
+    content = json.loads(tokenizer.json) if isinstance(tokenizer, JsonTokenizer) else None
     if content is not None and not content["model"].get("byte_fallback"):
         types = [TokenType.NORMAL] * len(names)
         for added in content["added_tokens"]:

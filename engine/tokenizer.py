@@ -12,12 +12,14 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from engine import records
 from engine.disk import write_atomically
 from engine.errors import InputError
 from engine.progress import listener
@@ -37,6 +39,8 @@ RESERVED = re.compile(f"[{SPACE_MARK}\u2585]")
 BOUNDARY = "\0"
 # It removes text that spells a token of its own, such as <unk> in WikiText. Cut in two, the spelling is learnt as text.
 SPELLED = re.compile("(<unk|<0x[0-9A-F]{2}|" + "|".join(re.escape(token[:-1]) for token in SPECIAL_TOKENS) + ")(?=>)")
+
+FOREIGN = b'{"files": '  # what the file of a Foreign begins with
 
 SAMPLE_BYTES = 24_000_000
 SENTENCE_BYTES = 4192
@@ -61,6 +65,24 @@ def read_tokenizer(path: Path, make: Callable[[bytes], Made]) -> Made:
         raise InputError(f"{path}: {error}") from None
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A tokenizer of another family as a run keeps it: its files, unchanged, and what follows from them."""
+
+    files: dict[str, str]  # their texts, by their names
+    rows: int  # of the model's embedding, which may be more than there are tokens
+    begin: int  # begins a text
+    eod: int  # ends a document
+    ends: list[int]  # each ends an answer; the first is what the chat template writes
+    header: list[int]  # ends a prompt: after it an answer begins
+    chat_template: str
+    texts: dict[str, str]  # of special tokens, by the names that a chat template knows: bos_token, eos_token
+    ids: dict[str, int | list[int] | None]  # what their config.json says of bos, eos and pad
+
+    def dumps(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
 class Tokenizer(ABC):
     """A vocabulary and the way to cut text into it. Get one with `Tokenizer.load` or `train_tokenizer`."""
 
@@ -68,7 +90,9 @@ class Tokenizer(ABC):
     model: bytes  # what the file holds
     processor: Any  # the library's own tokenizer
     vocab_size: int
-    special: dict[str, int]  # the ids of SPECIAL_TOKENS
+    special: dict[str, int]  # the ids of special tokens: SPECIAL_TOKENS, or what a foreign tokenizer has
+    foreign: Foreign | None = None
+    strips = False  # does a text begin with the token of a space that is none of its own?
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Tokenizer":
@@ -89,8 +113,23 @@ class Tokenizer(ABC):
 
     @property
     def eod(self) -> int:
-        """The token that begins and ends a document."""
-        return self.special[END_OF_DOCUMENT]
+        """The token that ends a document, and begins one where `begin` is no other."""
+        return self.foreign.eod if self.foreign else self.special[END_OF_DOCUMENT]
+
+    @property
+    def begin(self) -> int:
+        """The token that begins a document."""
+        return self.foreign.begin if self.foreign else self.eod
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer; the first is the one that the chat template writes."""
+        return self.foreign.ends if self.foreign else [self.special[CHAT_TOKENS[-1]], self.eod]
+
+    @property
+    def header(self) -> list[int]:
+        """The tokens after which an answer begins."""
+        return self.foreign.header if self.foreign else [self.special["<|assistant|>"]]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. None of them is a special token, whatever the text spells."""
@@ -125,7 +164,8 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
-        return self.bytes_of(ids).decode("utf-8", errors="replace")
+        text = self.bytes_of(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips else text
 
 
 def _open(model: bytes) -> Tokenizer:
@@ -197,30 +237,87 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, Hugging Face's kind of file, with our special tokens in it. Needs the `tokenizers` package.
 
-    Two families are known: byte-level BPE, which GPT-2, GPT-NeoX and Pythia have, and BPE over characters with byte
-    tokens for all others, which is ours. What a normaliser changes in a text stays changed.
+    Two families are known: byte-level BPE, which GPT-2, Llama 3 and Qwen have, and BPE over characters with byte tokens
+    for all others, which Llama 2 and Mistral have, and ours. What a normaliser changes in a text stays changed.
+
+    Of a model that begins a text, or chats, in a way of its own, the file holds a Foreign: `tokenizers` refuses a
+    tokenizer.json with anything beside.
     """
 
     file_name = "tokenizer.json"
 
     def __init__(self, model: bytes) -> None:
-        self.model, self.processor = model, open_json(model)
+        self.model = self.json = model
+        if model.startswith(FOREIGN):
+            self.foreign = records.conform(records.parse(model.decode()), Foreign, lambda what: ValueError(what))
+            self.json = self.foreign.files[self.file_name].encode()
+        self.processor = self._open()
         # Text that spells a special token is encoded as text.
         self.processor.encode_special_tokens = True
-        self.vocab_size = self.processor.get_vocab_size()
+        self.vocab_size = self.foreign.rows if self.foreign else self.processor.get_vocab_size()
+        if self.foreign:
+            self.added = self.processor.get_added_tokens_decoder()
+            self.special = {token.content: index for index, token in self.added.items() if token.special}
+            space = self.bytes_of(once := self.encode("a"))[:1] == b" "
+            self.strips = space and self.processor.decode(once) == "a"
+            return
         self.special = {token: self.processor.token_to_id(token) for token in SPECIAL_TOKENS}
         if None in self.special.values():
             raise InputError("this tokenizer.json lacks our special tokens, which `gpt import` adds")
 
+    def _open(self) -> Any:
+        backend = open_json(self.json)
+        if self.foreign:
+            # What ends an answer is no text, even where they forgot to say so.
+            known = backend.get_added_tokens_decoder()
+            ends = {self.begin, self.eod, *self.ends} - {index for index, token in known.items() if token.special}
+            backend.add_special_tokens([backend.id_to_token(index) for index in ends])
+        return backend
+
+    @cached_property
+    def reader(self) -> Any:
+        """The library's tokenizer that recognises special tokens in a text."""
+        return self._open()
+
+    def read(self, text: str, mark: str) -> list[tuple[int, int, int]]:
+        """Return the ids of a text in which special tokens are recognised, each with where it begins and ends there.
+
+        What holds `mark` is none, and the mark itself leaves no token.
+        """
+        _check_unicode(text)
+        found = self.reader.encode(text, add_special_tokens=False)
+        spans = [(index, *span) for index, span in zip(found.ids, found.offsets, strict=True)]
+        kept = [(index, start, end) for index, start, end in spans if text[start:end] != mark]
+        if any(mark in text[start:end] for _, start, end in kept):
+            raise InputError("this tokenizer cannot keep text that spells a special token apart from that token")
+        return kept
+
+    def mark(self, *texts: str) -> str:
+        """Return a character that none of the texts holds. It belongs to no script and is no white space."""
+        return next(mark for mark in map(chr, range(0xF0000, 0x10FFFE)) if not any(mark in text for text in texts))
+
+    def shield(self, text: str, mark: str, more: Iterable[str] = ()) -> str:
+        """Return the text with a mark within everything that spells a special token, or one of `more`."""
+        names = "|".join(map(re.escape, (*self.special, *more)))
+        return re.sub(f"(?=(?:{names}))(?s:.)", rf"\g<0>{mark}", text)
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [each.ids for each in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [each.ids for each in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
+        # A vocabulary that holds a special token as a word, too, gives it for text where nothing cuts the text there.
+        control = frozenset(self.special.values() if self.foreign else ())
+        for number, text in enumerate(texts):
+            if control and not control.isdisjoint(found[number]):
+                mark = self.mark(text)
+                found[number] = [index for index, _, _ in self.read(self.shield(text, mark), mark)]
+        return found
 
     def name(self, index: int) -> str:
-        return str(self.processor.id_to_token(index))
+        return self.processor.id_to_token(index) or f"<|unused-{index}|>"
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        content = json.loads(self.model)
+        # Written anew: what old versions of `tokenizers` left out is there then.
+        content = json.loads(self.processor.to_str())
         spell = json_speller(content)
         spelled = [b""] * self.vocab_size
         for name, index in content["model"]["vocab"].items():
@@ -229,6 +326,8 @@ class JsonTokenizer(Tokenizer):
         # Some of these stand for text: those of GPT-NeoX for runs of spaces.
         for added in content["added_tokens"]:
             spelled[added["id"]] = b"" if added["special"] else added["content"].encode()
+        for index in self.special.values():
+            spelled[index] = b""
         return spelled
 
 

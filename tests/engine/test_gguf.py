@@ -16,12 +16,12 @@ from engine.config import BudgetConfig, ModelConfig, Recipe
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
 from engine.gguf import export, write
-from engine.huggingface import tokenizer_json, with_special_tokens
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import choose
 from engine.sampling import Sampling
 from engine.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer
+from engine.tokenizer_json import tokenizer_json, with_special_tokens
 from tests.engine.test_tokenizer_json import TEXTS, neox_like
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.generate import TextStream
-from engine.huggingface import tokenizer_json, with_special_tokens
 from engine.tokenizer import (
     CHAT_TOKENS,
     END_OF_DOCUMENT,
@@ -21,6 +20,7 @@ from engine.tokenizer import (
     Tokenizer,
     tokenizer_file,
 )
+from engine.tokenizer_json import tokenizer_json, with_special_tokens
 
 tokenizers: Any = pytest.importorskip("tokenizers")
 
