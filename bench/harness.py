@@ -393,7 +393,7 @@ def draw(panels: Sequence[Panel], columns: int, title: str, y_label: str, path: 
 def write_result(name: str, runtime: Runtime, content: Figures, folder: Path = RESULTS) -> Path:
     """Write NAME-DEVICE.json: what ran, on what, from which commit, and when."""
     device = device_name(runtime)
-    path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path = folder / f"{name.replace('/', '-')}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     header = {"device": device, "date": datetime.date.today().isoformat(), "versions": versions()}
     write_atomically(path, json.dumps({**header, **content}, indent=2) + "\n")
     return path

@@ -177,7 +177,7 @@ def hub() -> Iterator[Finding]:
     try:
         from huggingface_hub import constants
 
-        from train.data.hub import hub_failure
+        from engine.hub import hub_failure
 
         place = constants.ENDPOINT
         failure = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_failure(HUB_SECONDS) or ""
@@ -187,7 +187,7 @@ def hub() -> Iterator[Finding]:
         meaning = "built-in stories, local files, and what was downloaded before"
         yield Finding("hub", f"{place} is not reached: {failure.splitlines()[0]}", meaning, "note")
     else:
-        yield Finding("hub", f"{place} answers", "data sets of the hub can be streamed")
+        yield Finding("hub", f"{place} answers", "data sets of the hub can be streamed, and models fetched")
 
 
 def packages() -> Iterator[Finding]:

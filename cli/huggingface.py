@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from cli.console import Console, notice
-from cli.options import CheckpointName, RunArgument
+from cli.options import CheckpointName, Few, RunArgument
 from engine.errors import InputError
 from engine.folders import one_writer
 from engine.progress import listener
@@ -60,20 +60,32 @@ def export_run(
     print(f"           transformers.AutoTokenizer.from_pretrained({str(out)!r})")
 
 
-def import_folder(
-    folder: Annotated[Path, Argument(help="Folder of a GPT-NeoX or Pythia model.", show_default=False)],
+def import_model(
+    model: Annotated[str, Argument(help="A folder, or OWNER/MODEL of the Hugging Face hub.", show_default=False)],
     out: Annotated[Path, Option(help="Folder of the run to make, such as runs/pythia.", show_default=False)],
+    revision: Annotated[str | None, Option(help="Of the Hub: a commit, branch or tag; main unless given.")] = None,
+    context: Annotated[Few | None, Option(help="Tokens to see, at most the model's own; exports say so too.")] = None,
 ) -> None:
     """Make a run of a pretrained model, which other commands then take like one trained here.
 
-    Example: gpt import pythia-160m --out runs/pythia
+    Example: gpt import HuggingFaceTB/SmolLM2-135M-Instruct --out runs/smollm2
+
+    Example: gpt import ./pythia-160m --out runs/pythia
     """
+    from engine.hub import fetch_model
     from engine.huggingface import import_
     from engine.run import RUN_FILES
 
+    folder, hub = Path(model), {}
     with _empty(out, RUN_FILES, "import"):
-        model = import_(folder, out).model
-    print(f"{out}: {model.parameters:,} parameters, context {model.context}, vocabulary {model.vocab_size:,}")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.exists():
+            with Console(stderr=True):
+                folder = fetch_model(model, revision, notice)
+            hub = {"name": model, "revision": folder.name}
+        elif revision is not None:
+            raise InputError(f"--revision is for models of the Hub, which {model} is not; leave it out")
+        found = import_(folder, out, context=context, **hub).model
+    print(f"{out}: {found.parameters:,} parameters, context {found.context:,}, vocabulary {found.vocab_size:,}")
     print(f'try it     gpt generate {out} "Once upon a time"')
 
 

@@ -74,7 +74,7 @@ def info(path: RunArgument) -> None:
         ("run", f"{path} ({recipe.name})"),
         ("model", f"{model.parameters:,} parameters, {model.shape}"),
         ("context", f"{model.context} tokens, vocabulary {model.vocab_size:,}"),
-        ("data", recipe.data.source),
+        ("data", recipe.data.source + (f", commit {recipe.data.revision}" if recipe.data.revision else "")),
     ]
     if recipe.base is not None:
         rows.append(("base", f"{recipe.base}, step {recipe.base_step}"))

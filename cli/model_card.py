@@ -42,7 +42,7 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         "pipeline_tag": "text-generation",
         "tags": ["gpt_neox", "gpt-from-text", *(["conversational"] if recipe.chat else [])],
         "datasets": sorted({stage["set"] for stage in stages if stage["set"]}),
-        "base_model": base_model,
+        "base_model": base_model or (recipe.name if re.fullmatch(HUB_NAME, recipe.name) else ""),
     }
     name, place = " ".join(run.path.resolve().name.split()), out.resolve().name
     lines = [

@@ -46,8 +46,12 @@ def export(
     return sorted(path for path in out.iterdir() if EXPORTED_FILES.fullmatch(path.name))
 
 
-def import_(folder: Path, out: Path) -> Recipe:
+def import_(
+    folder: Path, out: Path, *, name: str = "", revision: str | None = None, context: int | None = None
+) -> Recipe:
     """Make a run, with one checkpoint of step 0, of a folder of one of the FAMILIES: config, safetensors, tokenizer.
+
+    `name` and `revision` are those of a model of the Hub; `context` is how many tokens the run is to see at once.
 
     A special token of ours that the tokenizer lacks takes a spare row of the embedding, or else a new one. Raises
     InputError for what the model cannot be, or the folder lacks.
@@ -58,11 +62,13 @@ def import_(folder: Path, out: Path) -> Recipe:
         config = our_config(values)
     except InputError as error:
         raise InputError(f"{described}: {error}") from None
+    if context is not None and context > config.context:
+        raise InputError(f"--context is {context}; it must be at most the model's own, {config.context}")
     # A run has a whole recipe; data and budget of this one say nothing of how the model came to be.
     recipe = Recipe(
-        name=folder.resolve().name,
-        model=config,
-        data=DataConfig(source=IMPORTED),
+        name=name or folder.resolve().name,
+        model=dataclasses.replace(config, context=context or config.context),
+        data=DataConfig(source=IMPORTED, revision=revision),
         budget=BudgetConfig(steps=1),
     )
     tensors = our_tensors(_read_tensors(folder), recipe.model)

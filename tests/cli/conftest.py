@@ -10,6 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from cli.main import main
+from tests.train.data.conftest import hub
+
+__all__ = ["hub"]  # a fixture here too
 
 SMALL = [
     *("--set", "model.width=16", "--set", "model.blocks=1", "--set", "model.heads=2", "--set", "model.context=32"),

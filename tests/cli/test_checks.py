@@ -62,7 +62,7 @@ def test_a_full_disk_is_broken_and_the_exit_code_says_so(gpt: Gpt, monkeypatch: 
 def test_a_silent_hub_and_missing_packages_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    from train.data import hub
+    from engine import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hub_failure", lambda seconds: f"no answer in {seconds} s")

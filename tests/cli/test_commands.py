@@ -433,7 +433,7 @@ def test_a_run_is_resumed_as_what_it_is(gpt: Gpt, trained: Path) -> None:
 def test_unreachable_hub_falls_back_to_stories_only_where_not_asked_for(
     gpt: Gpt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.data import hub
+    from engine import hub
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     # It is asked once in a process.

@@ -9,6 +9,7 @@ import pytest
 
 from engine.run import Run
 from tests.cli.conftest import SMALL, Gpt
+from tests.train.data.hub import Hub
 
 
 def test_a_run_goes_out_and_comes_back_and_says_the_same(gpt: Gpt, trained: Path) -> None:
@@ -108,3 +109,29 @@ def test_an_imported_tokenizer_serves_wherever_one_is_named(gpt: Gpt, trained: P
     for data in ((), ("--data", "ready-1")):
         measured = gpt("evaluate", "back-tuned", "-n", "1", "--max-tokens", "2", *data)
         assert measured.code == 0 and "words.txt, validation" in measured.out, measured.err
+
+
+def test_a_model_of_the_hub_becomes_a_run_that_says_where_it_is_from(gpt: Gpt, trained: Path, hub: Hub) -> None:
+    assert gpt("export", str(trained), "--out", "hf").code == 0
+    files = {path.name: path.read_bytes() for path in Path("hf").iterdir()}
+    commit = hub.publish("owner/model", files)
+    hub.publish("owner/model", files | {"config.json": b"{}"})
+    named = gpt("import", "owner/model", "--out", "runs/named", "--revision", commit)
+    assert named.code == 0 and gpt("import", "hf", "--out", "runs/local").code == 0, named.err
+    recipes = [Run(Path("runs", name)).read_recipe() for name in ("named", "local")]
+    assert recipes[0].model == recipes[1].model and recipes[0].data.revision == commit
+    info = gpt("info", "runs/named").out
+    assert "runs/named (owner/model)" in info and f"imported, commit {commit}" in info
+    assert "owner/model" in gpt("export", "runs/named", "--out", "again").out + Path("again/README.md").read_text()
+    refused = gpt("import", "owner/other", "--out", "runs/other")
+    assert refused.code == 2 and "no such model on the hub" in refused.err and not Path("runs/other").exists()
+    refused = gpt("import", "hf", "--out", "runs/other", "--revision", "main")
+    assert refused.code == 2 and "--revision is for models of the Hub" in refused.err
+
+
+def test_an_imported_model_may_see_less_than_it_could(gpt: Gpt, trained: Path) -> None:
+    assert gpt("export", str(trained), "--out", "hf").code == 0
+    less = gpt("import", "hf", "--out", "less", "--context", "16")
+    assert less.code == 0 and "context 16," in less.out and Run(Path("less")).read_recipe().model.context == 16
+    more = gpt("import", "hf", "--out", "more", "--context", "33")
+    assert more.code == 2 and "--context is 33; it must be at most the model's own, 32" in more.err

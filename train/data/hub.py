@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,22 +11,14 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from engine.errors import InputError, UnfinishedError
+from engine.hub import PROBE_SECONDS, HubUnreachable, is_passing, overheard, reach, reason_of, refusal
 from train.data.rows import PEEKED, Row
 from train.data.splits import SPLIT_WORDS, Place, Source, Stream
 
-# The seconds that the Hub may take to answer at first. Its own client would try for half a minute or more.
-PROBE_SECONDS = 8
 # A Hub that goes away while it is read is waited for: it is asked again after these seconds, then after twice as
 # many, up to MOST_SECONDS, and given up after PATIENCE_SECONDS.
 RETRY_SECONDS, MOST_SECONDS, PATIENCE_SECONDS = 1.0, 60.0, 3600.0
-# The loggers of the libraries' own retries.
-RETRYING = ("huggingface_hub.utils._http", "datasets.utils.file_utils")
 Value = TypeVar("Value")
-NETWORK = {"httpx", "httpx2", "requests", "aiohttp", "urllib3"}
-
-
-class HubUnreachable(UnfinishedError):  # noqa: N818
-    """The Hugging Face hub did not answer. The data set itself may be fine: a command may fall back to other data."""
 
 
 @dataclass
@@ -154,24 +144,12 @@ class HubSource(Source):
                 "(stories, stories-instruct) or a file"
             ) from None
         except Exception as error:
-            from huggingface_hub import constants
-
-            reason, kinds = reason_of(error), {type(each).__name__ for each in chain_of(error)}
-            log_in = "log in with `hf auth login`, or set HF_TOKEN"
-            if is_passing(error):
-                raise HubUnreachable(
-                    f"{self.name}: the Hugging Face hub at {constants.ENDPOINT} cannot be reached ({reason}); check "
-                    "the network, HF_ENDPOINT and HF_HUB_OFFLINE, or use built-in data (stories, stories-instruct) or "
-                    "a local file"
-                ) from error
-            if "is a gated dataset" in reason:
-                page = f"{constants.ENDPOINT}/datasets/{self.path}"
-                message = f"{self.path} is gated: ask for access at {page}, and {log_in} as who has it"
-            elif "RevisionNotFoundError" in kinds:
-                message = f"{self.path} has no commit {self.commit}; choose another with --set data.revision=COMMIT"
-            elif isinstance(error, FileNotFoundError) or "RepositoryNotFoundError" in kinds:
-                message = f"{self.path}: no such data set on the hub, and no such file; if it is private, {log_in}"
-            elif "BuilderConfig" in reason or "Config name" in reason:
+            reason, commit = reason_of(error), "--set data.revision=COMMIT"
+            instead = "built-in data (stories, stories-instruct) or a local file"
+            where = {"kind": "data set", "page": "datasets/", "option": commit, "instead": instead}
+            if refused := refusal(error, self.name, self.path, self.commit, **where):
+                raise refused from error
+            if "BuilderConfig" in reason or "Config name" in reason:
                 asked = f"has no config {self.config!r}" if self.config else "comes in several configs"
                 names = re.search(r"\[.*\]", str(error))
                 message = f"{self.path} {asked}: choose one of {names and names[0]} as {self.path}:CONFIG"
@@ -181,27 +159,6 @@ class HubSource(Source):
                 message = f"{self.path} cannot be read ({reason}); choose other --data"
             # A full disk, say, does not spoil what is done.
             raise (UnfinishedError if isinstance(error, OSError) else InputError)(message) from error
-
-
-def reach() -> bool:
-    """Return whether the Hub is to be asked at all: not if HF_HUB_OFFLINE is set. Raises ConnectionError of silence."""
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE and (failure := first_failure()):
-        raise ConnectionError(failure)
-    return not constants.HF_HUB_OFFLINE
-
-
-@functools.cache
-def first_failure() -> str | None:
-    """Return why the Hub does not answer when it is first asked, and take over waiting from the libraries."""
-    import datasets
-
-    # They would wait for nine minutes, with a line for each try.
-    for name in dir(datasets.config):
-        if name.startswith("STREAMING_") and name.endswith(("_MAX_RETRIES", "_RETRY_INTERVAL")):
-            setattr(datasets.config, name, int(name.endswith("_MAX_RETRIES")))
-    return hub_failure(PROBE_SECONDS)
 
 
 @functools.cache
@@ -221,6 +178,10 @@ def builder_of(path: str, config: str | None, commit: str | None) -> Any:
     """Return what makes data sets of a commit. It has asked the Hub for all but the rows, once in a process."""
     import datasets
 
+    # The library would wait for nine minutes, with a line for each try: we do the waiting.
+    for name in dir(datasets.config):
+        if name.startswith("STREAMING_") and name.endswith(("_MAX_RETRIES", "_RETRY_INTERVAL")):
+            setattr(datasets.config, name, int(name.endswith("_MAX_RETRIES")))
     reach()
     return datasets.load_dataset_builder(path, config, revision=commit)
 
@@ -234,59 +195,3 @@ def open_set(path: str, config: str | None, commit: str) -> Any:
         raise InputError(f"{path} was downloaded as of commit {builder.hash}, not {commit}; unset HF_HUB_OFFLINE")
     builder.download_and_prepare()
     return builder.as_dataset()
-
-
-@contextlib.contextmanager
-def overheard(stopped: Callable[[str], None]) -> Iterator[None]:
-    """Within the block the libraries do not write of their own retries, but `stopped` is told."""
-
-    def tell(record: logging.LogRecord) -> bool:
-        stopped(record.getMessage().partition(" thrown while")[0].strip("'"))
-        return False
-
-    for name in RETRYING:
-        logging.getLogger(name).addFilter(tell)
-    try:
-        yield
-    finally:
-        for name in RETRYING:
-            logging.getLogger(name).removeFilter(tell)
-
-
-def chain_of(error: BaseException | None) -> list[BaseException]:
-    """Return an error and those that led to it, the first of them last."""
-    return [] if error is None else [error, *chain_of(error.__cause__ or error.__context__)]
-
-
-def is_passing(error: Exception) -> bool:
-    """Return whether an error is of the network, or of a Hub that has too much to do: what time may mend."""
-    for each in chain_of(error):
-        if (response := getattr(each, "response", None)) is not None:
-            return response.status_code in (408, 429) or response.status_code >= 500
-        layers = {base.__module__.partition(".")[0] for base in type(each).__mro__}
-        if isinstance(each, ConnectionError | TimeoutError) or layers & NETWORK:
-            return True
-    return False
-
-
-def reason_of(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def hub_failure(seconds: float) -> str | None:
-    """Return why the Hub does not answer within this many seconds, or None if it does."""
-    from huggingface_hub import constants, get_session
-
-    failure = [f"no answer in {seconds} s"]
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-            failure.clear()
-        except Exception as error:
-            failure[0] = str(error) or type(error).__name__
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return failure[0] if failure else None

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError, meant
+from engine.hub import HubUnreachable
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
-from train.data.hub import HubSource, HubUnreachable
+from train.data.hub import HubSource
 from train.data.rows import CUT_CHARACTERS, EXTENSIONS, Row, find_files, peek, read_rows, sample_hash
 from train.data.shards import is_prepared
 from train.data.splits import (

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.hub import first_failure
 from tests.train.data.hub import Hub
 from train.data import hub as client
 
@@ -33,9 +34,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         for name in ("RETRY_SECONDS", "MOST_SECONDS"):
             monkeypatch.setattr(client, name, 0.01)
-        for cached in (client.first_failure, client.newest_commit, client.builder_of):
+        for cached in (first_failure, client.newest_commit, client.builder_of):
             cached.cache_clear()
         yield server
-        for cached in (client.first_failure, client.newest_commit, client.builder_of):
+        for cached in (first_failure, client.newest_commit, client.builder_of):
             cached.cache_clear()
         server.shutdown()

@@ -19,7 +19,7 @@ BREAK = "break"  # half of the file is sent, then the connection ends
 
 
 class Hub(ThreadingHTTPServer):
-    """Data sets, each with its commits, newest last. `requests` are those that were made, as "METHOD /path"."""
+    """Data sets and models, each with its commits, newest last, and the requests that were made, as "METHOD /path"."""
 
     daemon_threads = True
 
@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.sets: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: dict[str, int] = {}  # data sets that only a token opens, and the status without one
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # of files, as they were asked for
         self.troubles: list[list[Any]] = []
         self.gone = 0.0  # the requests that are still to be hung up on
         super().__init__(("127.0.0.1", 0), Handler)
@@ -99,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, asked: str, body: bytes, broken: bool = False) -> None:
         url = urlsplit(asked.partition(" ")[2])
         found = re.fullmatch(
-            r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(resolve|tree|paths-info|revision)/([^/]+)/?(.*))?", url.path
+            r"/(?:api/)?(?:(?:datasets|models)/)?([^/]+/[^/]+)(?:/(resolve|tree|paths-info|revision)/([^/]+)/?(.*))?",
+            url.path,
         )
         if not found:
             self.send(200 if url.path == "/" else 404)
@@ -120,13 +122,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         files, options = commits[commit], parse_qs(url.query)
         if what == "resolve":
-            self.send_file(files.get(path), commit, broken)
+            self.send_file(path, files.get(path), commit, broken)
         elif what in ("tree", "paths-info"):
             folder = f"{path}/" if path else ""
             folders = {part for each in files for part in accumulate(each.split("/")[:-1], "{}/{}".format)}
-            entries: list[dict[str, Any]] = [
-                {"type": "file", "path": each, "size": len(files[each]), "oid": etag(files[each])} for each in files
-            ]
+            entries = [{"type": "file", "path": each, **about(each, files[each])} for each in files]
             entries += [{"type": "directory", "path": each, "oid": etag(each.encode())} for each in sorted(folders)]
             if what == "tree":
                 deep = options["recursive"] == ["true"]
@@ -140,16 +140,16 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.send(200, json.dumps(entries).encode())
         else:
-            siblings = [{"rfilename": each} for each in files]
+            siblings = [{"rfilename": each, **about(each, files[each])} for each in files]
             gated = "auto" if name in self.server.gated else False
             info = {"id": name, "sha": commit, "private": False, "gated": gated, "siblings": siblings, "tags": []}
             self.send(200, json.dumps(info).encode())
 
-    def send_file(self, content: bytes | None, commit: str, broken: bool) -> None:
+    def send_file(self, path: str, content: bytes | None, commit: str, broken: bool) -> None:
         if content is None:
             self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             return
-        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag(content, path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         status, whole = 200, len(content)
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or whole), whole - 1)
@@ -157,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(416)
                 return
             status, content = 206, content[first : last + 1]
+            self.server.ranges.append(part[0])
             headers["Content-Range"] = f"bytes {first}-{last}/{whole}"
         self.send(status, content, headers, broken)
 
@@ -191,5 +192,16 @@ def parquet_file(rows: list[Any], group: int = 10) -> bytes:
     return file.getvalue()
 
 
-def etag(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+def about(path: str, content: bytes) -> dict[str, Any]:
+    """What the Hub says of a file; what Git LFS keeps is known by its SHA-256."""
+    digest = etag(content, path)
+    large = {"lfs": {"oid": digest, "sha256": digest, "size": len(content), "pointerSize": 100}}
+    return {"size": len(content), "oid": digest[:40]} | (large if is_large(path) else {})
+
+
+def is_large(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin"))
+
+
+def etag(content: bytes, path: str = "") -> str:
+    return (hashlib.sha256 if is_large(path) else hashlib.sha1)(content).hexdigest()

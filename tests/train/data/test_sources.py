@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import hub as engine_hub
 from engine.errors import InputError
 from tests.train.data.hub import Hub, lines
-from train.data import hub as client
 from train.data.sources import HubUnreachable, open_source
 from train.data.splits import SPLITS, is_held_out
 
@@ -455,9 +455,9 @@ def test_a_dead_hub_is_noticed_in_bounded_time(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(60)
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
-    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
-    client.first_failure.cache_clear()
+    monkeypatch.setattr(engine_hub, "PROBE_SECONDS", 0.1)
+    engine_hub.first_failure.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(HubUnreachable, match=r"tinystories: .* cannot be reached \(no answer in 0.1 s\)"):
         open_source("tinystories").documents("train")
-    client.first_failure.cache_clear()
+    engine_hub.first_failure.cache_clear()
