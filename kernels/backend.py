@@ -25,32 +25,50 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return function(*tensors), of which nothing but the tensors is kept for the gradient: it runs again there."""
-    # torch.compile decides for itself what to keep.
-    if torch.compiler.is_compiling() or not wants_gradient(*tensors):
-        return function(*tensors)
-    apply: Any = _Recomputed.apply
-    result: Tensor = apply(function, *tensors)
-    return result
+def direct(operator: Any, function: Any, save: Any, gradient: Any, leaves: int | None = None) -> Any:
+    """Return a function that does what an operator does, without PyTorch's dispatcher.
+
+    Through it an operator takes several times as long to reach the GPU as its launches do, a time that torch.compile
+    takes out: that is given the operator. `save` and `gradient` are what the operator's register_autograd takes; of the
+    arguments only the first so many `leaves` may want a gradient.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+            return gradient(ctx, *upstream)
+
+    def run(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*inputs)
+        return apply(*inputs) if wants_gradient(*inputs[:leaves]) else function(*inputs)
+
+    apply: Any = Direct.apply
+    return run
 
 
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        return function(*tensors)
+def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        leaves = [each.detach().requires_grad_(want) for each, want in zip(ctx.saved_tensors, wanted, strict=True)]
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the same function, which keeps nothing but its tensors for the gradient: there, it runs again."""
+
+    def gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        leaves = [each.detach().requires_grad_() for each in ctx.saved_tensors]
         with torch.enable_grad():
-            result = ctx.function(*leaves)
-        found = iter(torch.autograd.grad(result, [each for each in leaves if each.requires_grad], gradient))
-        return None, *(next(found) if want else None for want in wanted)
+            result = function(*leaves)
+        return torch.autograd.grad(result, leaves, upstream)
+
+    run: Callable[..., Tensor] = direct(function, function, save_inputs, gradient)
+    return run
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -6,13 +6,14 @@ by the next block (the idea of Cut Cross-Entropy, arXiv:2411.09009, and of Liger
 makes the products; what lies between them is a step of cross_entropy_torch or cross_entropy_triton.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import cross_entropy_torch
-from kernels.backend import backend, wants_gradient
+from kernels.backend import backend, direct, wants_gradient
 from kernels.cross_entropy_torch import LogitsGradient, Options, Rows
 
 # A block of logits should stay in cache but be tall enough for an efficient matrix product. Measured on 2 CPU cores:
@@ -45,10 +46,9 @@ def linear_cross_entropy(
     total: Tensor
     # Inside of an operator gradients are always off, so it cannot see whether they will be wanted.
     if reduction != "none" and wants_gradient(hidden, weight):
-        run: Any = summed_loss_op if torch.compiler.is_compiling() else SummedLoss.apply
-        total, _, _ = run(rows, weight, flat, ignore_index, softcap, z_loss)
+        total, _, _ = run_summed_loss(rows, weight, flat, ignore_index, softcap, z_loss)
     else:
-        log_probs, lse, _ = _row_statistics(rows, weight, flat, ignore_index, softcap, 1.0, False)
+        log_probs, lse, _ = run_row_statistics(rows, weight, flat, ignore_index, softcap, 1.0, False)
         losses: Tensor = z_loss * lse.square() - log_probs if z_loss else -log_probs
         if reduction == "none":
             return losses.view(targets.shape)
@@ -71,18 +71,8 @@ def linear_log_probs(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     rows, flat = _flat(hidden, weight, targets, softcap)
-    log_probs, _, entropy = _row_statistics(rows, weight, flat, -100, softcap, temperature, True)
+    log_probs, _, entropy = run_row_statistics(rows, weight, flat, -100, softcap, temperature, True)
     return log_probs.view(targets.shape), entropy.view(targets.shape)
-
-
-def _row_statistics(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling():
-        run: Any = row_statistics_op
-    else:
-        # Through the dispatcher an operator takes longer to reach a GPU, a time that torch.compile takes out.
-        run = RowStatistics.apply if wants_gradient(rows, weight) else row_statistics
-    found: tuple[Tensor, Tensor, Tensor] = run(rows, weight, *rest)
-    return found
 
 
 def linear_scores(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -311,32 +301,7 @@ def _row_gradients(ctx: Any, *upstream: Tensor | None, run: Any = row_gradients_
 
 summed_loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 row_statistics_op.register_autograd(_row_gradients, setup_context=_keep_rows)
-
-
-class SummedLoss(torch.autograd.Function):
-    """summed_loss_op and its gradient without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = summed_loss(*inputs)
-        _keep_gradients(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor | None, *unused: None) -> Any:
-        return _scale_gradients(ctx, d_loss)
-
-
-class RowStatistics(torch.autograd.Function):
-    """row_statistics_op and its gradient without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = row_statistics(*inputs)
-        _keep_rows(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _row_gradients(ctx, *upstream, run=row_gradients)
+run_summed_loss = direct(summed_loss_op, summed_loss, _keep_gradients, _scale_gradients, leaves=2)
+run_row_statistics = direct(
+    row_statistics_op, row_statistics, _keep_rows, partial(_row_gradients, run=row_gradients), leaves=2
+)

@@ -1,13 +1,13 @@
 """layer_norm and rms_norm: the public functions, their checks, and the torch backend."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend, recomputed, wants_gradient
+from kernels.backend import backend, recomputed
 
 WIDEST = 16384  # what the Triton kernels take, which hold whole rows in registers
 
@@ -31,7 +31,7 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return x / sqrt(mean(x ** 2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, 1910.07467).
 
-    Shapes, dtypes, `residual` and errors are those of layer_norm. It keeps x and weight for its gradient, no more.
+    Shapes, dtypes, `residual` and errors are those of layer_norm. It keeps what it normalised for the gradient alone.
     """
     return _norm(x, weight, None, residual, eps, False)
 
@@ -42,23 +42,17 @@ def _norm(
     _check(x, weight, bias, residual, eps)
     if backend(x.device) == "torch" or x.dtype == torch.float64:
         summed = x if residual is None else x + residual
-        if centred:
-            y = _normalise(summed, weight, bias, eps, True)
-        else:  # PyTorch has no RMSNorm in one piece on a CPU, and would keep two copies of x in fp32
-            y = recomputed(partial(_normalise, bias=None, eps=eps, centred=False), summed, weight)
+        if centred or torch.compiler.is_compiling():
+            y = _normalise(summed, weight, bias, eps, centred)
+        else:
+            y = _rms_normalise(eps)(summed, weight)
     else:
         # Imported here: a machine that runs the torch backend needs no Triton.
-        from kernels.norm_triton import Norm, forward, norm_forward
+        from kernels.norm_triton import run_norm
 
         if not 1 <= x.shape[-1] <= WIDEST:
             raise ValueError(f"x is {x.shape[-1]} wide; expected 1 to {WIDEST} (GPT_KERNELS=torch takes any)")
-        # Through the dispatcher the operator takes twice as long to reach the GPU (40 us more on a slow CPU), a time
-        # that torch.compile takes out.
-        if torch.compiler.is_compiling():
-            run: Any = norm_forward
-        else:
-            run = Norm.apply if wants_gradient(x, residual, weight, bias) else forward
-        y, summed, _ = run(x, residual, weight, bias, eps, centred)
+        y, summed, _ = run_norm(x, residual, weight, bias, eps, centred)
     return y if residual is None else (y, summed)
 
 
@@ -70,6 +64,12 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centr
     if centred:
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, eps).to(x.dtype)
     return F.rms_norm(x.to(wide), weight.shape, weight, eps).to(x.dtype)
+
+
+@cache
+def _rms_normalise(eps: float) -> Callable[..., Tensor]:
+    # PyTorch has no RMSNorm in one piece on a CPU: it would keep two copies of x in fp32.
+    return recomputed(partial(_normalise, bias=None, eps=eps, centred=False))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:

@@ -12,16 +12,16 @@ found. There are no atomics: shape and device settle the order of every sum, so 
 Names: b_ is a block in registers, o_ are offsets. Sizes: ROWS rows of WIDTH numbers, in blocks of BLOCK_N columns.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import tiles
+from kernels.backend import direct
 from kernels.jit import Launch, jit, kernel
 
 
@@ -262,6 +262,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     _, summed, stats = output
     ctx.save_for_backward(x if residual is None else summed, weight, stats)
     ctx.residual, ctx.bias = residual is not None, bias is not None
+    ctx.mark_non_differentiable(stats)
     # Nobody uses the sum of a model's last norm: no zeros are made, and read, for its gradient.
     ctx.set_materialize_grads(False)
 
@@ -276,19 +277,4 @@ def _gradient(
 
 
 norm_forward.register_autograd(_gradient, setup_context=_save)
-
-
-class Norm(torch.autograd.Function):
-    """norm_forward and its gradient without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, d_sum: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, d_y, d_sum, None, run=backward)
+run_norm = direct(norm_forward, forward, _save, partial(_gradient, run=backward), leaves=4)

@@ -1,11 +1,10 @@
 """silu_mul, what a gated MLP has between its two matrices: the public function, its checks, and the torch backend."""
 
-from typing import Any
-
+import torch
 import torch.nn.functional as F
-from torch import Tensor, compiler
+from torch import Tensor
 
-from kernels.backend import backend, recomputed, wants_gradient
+from kernels.backend import backend, recomputed
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -16,20 +15,15 @@ def silu_mul(x: Tensor) -> Tensor:
     """
     if x.ndim == 0 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected a floating dtype and [..., an even width]")
-    if backend(x.device) == "torch" or x.element_size() > 4:
-        return recomputed(_plain, x)
+    if backend(x.device) == "torch" or x.dtype == torch.float64:
+        return _plain(x)
     # Imported here: a machine that runs the torch backend needs no Triton.
-    from kernels.silu_mul_triton import SiluMul, forward, silu_mul_forward
+    from kernels.silu_mul_triton import run_silu_mul
 
-    # As for layer_norm, the dispatcher's time is spared where torch.compile does not take it out.
-    if compiler.is_compiling():
-        run: Any = silu_mul_forward
-    else:
-        run = SiluMul.apply if wants_gradient(x) else forward
-    result: Tensor = run(x)
-    return result
+    return run_silu_mul(x)  # type: ignore[no-any-return]
 
 
+@recomputed
 def _plain(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up

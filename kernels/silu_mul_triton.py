@@ -5,15 +5,15 @@ With s = sigmoid(gate), of one number (Shazeer 2020, arXiv:2002.05202):
     y = gate * s * up    d_gate = dy * up * s * (1 + gate * (1 - s))    d_up = dy * gate * s
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.backend import direct, save_inputs
 from kernels.jit import Launch, kernel
 
 
@@ -88,27 +88,9 @@ silu_mul_backward = torch.library.custom_op("gpt::silu_mul_backward", backward, 
 silu_mul_backward.register_fake(_empty_dx)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _gradient(ctx: Any, d_y: Tensor, run: Any = silu_mul_backward) -> tuple[Tensor]:
+    return (run(d_y, *ctx.saved_tensors),)
 
 
-def _gradient(ctx: Any, d_y: Tensor) -> Tensor:
-    dx: Tensor = silu_mul_backward(d_y, *ctx.saved_tensors)
-    return dx
-
-
-silu_mul_forward.register_autograd(_gradient, setup_context=_save)
-
-
-class SiluMul(torch.autograd.Function):
-    """silu_mul_forward and its gradient without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> Tensor:
-        return backward(d_y, *ctx.saved_tensors)
+silu_mul_forward.register_autograd(_gradient, setup_context=save_inputs)
+run_silu_mul = direct(silu_mul_forward, forward, save_inputs, partial(_gradient, run=backward))

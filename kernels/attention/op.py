@@ -4,15 +4,15 @@ A call goes from here to forward.py, backward.py or decode.py, which launch the 
 first three are imported where they are called: a machine that runs the torch backend needs no Triton.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.attention.reference import Call, decode_torch, dense_torch, empty_results, packed_torch
-from kernels.backend import backend, uncompiled, wants_gradient
+from kernels.backend import backend, direct, uncompiled, wants_gradient
 
 DENSE, PACKED = "[batch, length, heads, head_dim]", "[tokens, heads, head_dim] with cu_seqlens"
 
@@ -47,13 +47,7 @@ def flash_attention(
     if _by_triton(q):
         # The kernels read whole rows: the last dimension must be dense, the others may have any stride.
         q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-        # Through the dispatcher an operator takes several times as long to reach the GPU as its launches do, a time
-        # that torch.compile takes out.
-        if torch.compiler.is_compiling():
-            run: Any = attention_forward
-        else:
-            run = FlashAttention.apply if wants_gradient(q, k, v) else _forward
-        out, lse = run(q, k, v, *call)
+        out, lse = _run(q, k, v, *call)
     else:
         out, lse = (packed_torch if packed else dense_torch)(q, k, v, call, return_lse)
     return (out, lse) if return_lse and lse is not None else out
@@ -262,18 +256,4 @@ def _gradient(
 
 
 attention_forward.register_autograd(_gradient, setup_context=_save)
-
-
-class FlashAttention(torch.autograd.Function):
-    """attention_forward and its gradient without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, d_out, d_lse, run=_backward)
+_run = direct(attention_forward, _forward, _save, partial(_gradient, run=_backward), leaves=3)

@@ -68,17 +68,26 @@ def test_short_sequences_have_rows_of_their_own() -> None:
         assert None in [tile.longest for tile in found]
 
 
-def test_no_layernorm_kernel_spills_or_overflows() -> None:
-    from bench.compile_report import report
+def test_no_norm_and_no_activation_spills_or_overflows() -> None:
+    from bench.compile_report import in_processes
 
-    lines = list(report("layernorm", (80, 90), (1024, 4096, 16384)))
-    assert len(lines) == 2 * 3 * 2 * 3
+    lines = list(in_processes(norms_and_activations, (80, 89, 90, 100)))
+    assert len(lines) == 2 * 3 * 2 * 3 + 4 * (3 + 2)
     for line in lines:
         assert line["spilled_bytes"] == 0, line
         assert line["shared_bytes"] <= line["shared_limit"], line
-        # Rows are fetched ahead while others are worked on, except where a row is split.
-        ahead = line["kernel"] == "sum" or (line["kernel"] == "backward" and line["width"] < 16384)
+        # Rows are fetched ahead while others are worked on, except where a row is split; the activation has no loop.
+        ahead = line["kernel"] == "sum" or (line["kernel"] == "backward" and line["width"] not in (1536, 16384))
         assert line["async_copy"] == ahead, line
+
+
+def norms_and_activations(architecture: int) -> list[dict[str, Any]]:
+    from bench.compile_report import compile_family
+
+    sizes: dict[str, tuple[int, ...]] = {"rms_norm": (960,), "silu_mul": (1536,)}
+    if architecture in (80, 90):
+        sizes["layernorm"] = (1024, 4096, 16384)
+    return [line for family, few in sizes.items() for line in compile_family(family, few, "bf16", architecture)]
 
 
 def test_no_cross_entropy_kernel_spills_or_overflows() -> None:

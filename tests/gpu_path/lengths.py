@@ -67,11 +67,13 @@ def paged(length: int, other: int) -> None:
 
 
 def norm(length: int, other: int) -> None:
-    from kernels import layer_norm
+    from kernels import layer_norm, rms_norm, silu_mul
 
     x, weight = tensor(length, WIDTH), torch.ones(WIDTH, requires_grad=True)
     y, summed = layer_norm(x, weight, residual=x)
-    (y + summed).sum().backward()
+    # Heads of a query or key, as in the model.
+    heads: Any = rms_norm(tensor(length, 3 * HEADS, HEAD_DIM)[:, :HEADS], torch.ones(HEAD_DIM, requires_grad=True))
+    ((y + summed).sum() + heads.sum() + silu_mul(x).sum()).backward()
 
 
 def loss(length: int, other: int) -> None:

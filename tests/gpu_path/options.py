@@ -19,6 +19,8 @@ from kernels import (
     linear_cross_entropy,
     linear_log_probs,
     linear_scores,
+    rms_norm,
+    silu_mul,
 )
 from kernels.cross_entropy import block_rows
 from tests.gpu_path.driver import Machine
@@ -169,6 +171,7 @@ def decode(
 
 
 NORM: Options = {
+    "function": (layer_norm, rms_norm),
     "width": (512, 1, 100, 4096, 9000, 16384),
     "dtype": (BF16, FP16, FP32),
     "kept_in": (FP32, None),
@@ -181,19 +184,33 @@ NORM: Options = {
 
 
 def norm(
-    *, width: int, dtype: torch.dtype, kept_in: torch.dtype | None, rows: int, bias: bool, used: str, residual: bool,
-    memory: str,
+    *, function: Any, width: int, dtype: torch.dtype, kept_in: torch.dtype | None, rows: int, bias: bool, used: str,
+    residual: bool, memory: str,
 ) -> Launches:  # fmt: skip
     x = tensor(memory, rows, width, dtype=dtype)
     other = tensor("whole", rows, width, dtype=dtype) if residual else None
     weight = tensor("whole", width, dtype=kept_in or dtype)
-    shift = tensor("whole", width, dtype=kept_in or dtype) if bias else None
-    found = layer_norm(x, weight, shift, residual=other)
+    shift = tensor("whole", width, dtype=kept_in or dtype) if bias and function is layer_norm else None
+    found = function(x, weight, *([] if shift is None else [shift]), residual=other)
     results = list(found) if residual else [found]
     chosen = {"normalised": results[:1], "sum": results[-1:], "both": results}[used]
-    backward(chosen, [x, other, weight, shift])  # type: ignore[arg-type]
+    backward(chosen, [x, other, weight, shift])
     # The sum of nothing is written too.
     return dict.fromkeys((*NORM_FORWARD, *NORM_BACKWARD) if rows else NORM_BACKWARD[1:], 1)
+
+
+ACTIVATION: Options = {
+    "width": (1536, 1, 100, 14336),
+    "dtype": (BF16, FP16, FP32),
+    "rows": (37, 1, 0),
+    "memory": ("whole", "odd", "turned"),
+}
+
+
+def activation(*, width: int, dtype: torch.dtype, rows: int, memory: str) -> Launches:
+    x = tensor(memory, rows, 2 * width, dtype=dtype)
+    backward([silu_mul(x)], [x])
+    return {SILU_MUL: 2} if rows else {}
 
 
 LOSS: Options = {
@@ -296,10 +313,14 @@ def many() -> Launches:
         decode_attention(q[:, None], q[:, None], q[:, None], bounds[1:])
     x, weight = tensor("whole", count, 32), tensor("whole", 32)
     backward([layer_norm(x, weight)], [x, weight])  # type: ignore[list-item]
+    backward([silu_mul(x)], [x])
     loss = linear_cross_entropy(x, tensor("whole", 16, 32), torch.zeros(count, dtype=torch.int64, device="cuda"))
     once = (*ATTENTION_FORWARD, *ATTENTION_BACKWARD, *NORM_FORWARD, *NORM_BACKWARD, DECODE_KERNEL)
     # A block of logits has at most 32 MiB.
-    return dict.fromkeys(once, 1) | {ROWS_KERNEL: -(-count // block_rows(count, 16, loss.itemsize, gpu=True))}
+    return dict.fromkeys(once, 1) | {
+        SILU_MUL: 2,
+        ROWS_KERNEL: -(-count // block_rows(count, 16, loss.itemsize, gpu=True)),
+    }
 
 
 def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
@@ -308,6 +329,7 @@ def calls(machine: Machine) -> Iterator[tuple[str, Callable[[], Launches]]]:
         "attention": (partial(attention, machine), ATTENTION),
         "decode": (decode, DECODE),
         "norm": (norm, NORM),
+        "activation": (activation, ACTIVATION),
         "loss": (loss, LOSS),
         "log_probs": (log_probs, LOG_PROBS),
         "scores": (scores, SCORES),

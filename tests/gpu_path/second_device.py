@@ -18,7 +18,7 @@ def main() -> None:
     for call in (lengths.dense, lengths.packed, lengths.decode, lengths.norm, lengths.loss):
         call(300, 200)
     assert torch.cuda.current_device() == 0
-    assert len(seen) == 10 and all(devices == {1} for devices in seen.values()), seen
+    assert len(seen) == 11 and all(devices == {1} for devices in seen.values()), seen
 
     from engine import runtime
     from engine.config import ModelConfig
