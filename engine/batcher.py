@@ -152,8 +152,6 @@ class Batcher:
         why = cpu.why_not(self.device, dtype)
         if why is None and (ahead or graphs):
             why = "a native step runs neither ahead nor as a graph"
-        if why is None and (model.config.norm, model.config.mlp, model.config.pattern) != ("layer", "gelu", "f"):
-            why = "a native step does not know this model yet"
         if why is not None and model.decode_int8:
             raise InputError(f"--precision int8 cannot be used: {why}")
         if why is None:

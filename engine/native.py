@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.decoders import Reading
-from engine.model import GPT, Norm, check_room, rotary_angles
+from engine.model import GPT, check_room, rotary_angles
 from engine.sampling import begin_past
 from kernels.cpu.pack import pack, strip_size, strips
 from kernels.cpu.sampling import DRAWS, ROW
@@ -24,6 +24,7 @@ from kernels.cpu.tile import LANES, STRIP
 
 # Products of weights with rows, below which threads would wait for one another longer than they work.
 LEAST_WORK = 300_000
+WITHOUT_END = 2**62  # a window that sees everything
 LINE = 128  # bytes of the cache that belong together: two lines, which many CPUs fetch at once
 MATRICES = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
 
@@ -37,25 +38,29 @@ class NativeDecoder:
         self.kind = "int8" if model.decode_int8 else "bf16" if dtype == torch.bfloat16 else "fp32"
         self.members = torch.get_num_threads()
         self.shape = Shape(
-            config.blocks, config.width, config.heads, config.head_dim, config.rotary_dim, config.parallel_residual,
-            float(np.float32(config.norm_eps)),
+            config.blocks, config.width, config.heads, config.kv_heads, config.head_dim, config.parallel_residual,
+            config.norm == "rms", config.mlp == "gated", float(np.float32(config.norm_eps)), config.score_cap or 0.0,
         )  # fmt: skip
         self.work = config.matmul_parameters
-        with torch.inference_mode():
-            self.weights = _weights(model, self.kind)
         self.slots, rows, capacity = slots, slots + most_read, _whole(config.context)
+        with torch.inference_mode():
+            self.weights = _weights(model, self.kind, capacity)
         values_dim = -(-config.head_dim // LANES) * LANES
         # Beside weights in int8, bf16 takes nothing from keys and values that counts.
-        shape, kept = (config.blocks, slots, config.heads), np.dtype(np.float32 if self.kind == "fp32" else np.uint16)
+        shape, kept = (
+            (config.blocks, slots, config.kv_heads),
+            np.dtype(np.float32 if self.kind == "fp32" else np.uint16),
+        )
         dims = config.head_dim + values_dim
-        check_room(slots, config.blocks * config.heads * capacity * dims * kept.itemsize)
+        check_room(slots, config.blocks * config.kv_heads * capacity * dims * kept.itemsize)
         self.cache = Cache(*(_room(*shape, capacity * dim, dtype=kept) for dim in (config.head_dim, values_dim)))
-        width, expanded = _whole(config.width), _whole(4 * config.width)
+        width, expanded = _whole(config.width), _whole(config.mlp_columns) + self.shape.gated * self.members * STRIP
+        queries = max(QUERIES, config.heads // config.kv_heads)
         self.scratch = Scratch(
-            _room(rows, width), _room(self.members, rows, width), _room(rows, _whole(3 * config.width)),
-            _room(rows, width), _room(rows, expanded), _room(self.members, QUERIES, capacity),
-            _room(self.members, QUERIES, values_dim), _room(slots, _whole(config.outputs)),
-            _room(self.members, 4, config.outputs),
+            _room(rows, width), _room(self.members, rows, width), _room(rows, _whole(config.qkv_rows)),
+            _room(rows, _whole(config.attended)), _room(rows, expanded), _room(self.members, queries, config.head_dim),
+            _room(self.members, queries, capacity), _room(self.members, queries, values_dim),
+            _room(slots, _whole(config.outputs)), _room(self.members, 4, config.outputs),
         )  # fmt: skip
         self.numbers = np.arange(rows + 1)
         self.rows = Rows(*(np.zeros(rows + 1, np.int64) for _ in Rows._fields))
@@ -165,26 +170,41 @@ def _joined(parts: Sequence[Tensor]) -> NDArray[Any]:
     return found
 
 
-def _weights(model: GPT, kind: str) -> Weights:
-    config, width = model.config, model.config.width
+def _in_turn(rows: Tensor) -> Tensor:
+    """Return the rows of gate and up, [2 M, ...], as strips in turn: one of the gate, and the one that goes with it."""
+    halves = rows.detach().float().view(2, len(rows) // 2, *rows.shape[1:])
+    padding = [0, 0] * (rows.ndim - 1) + [0, -halves.shape[1] % STRIP]
+    padded = F.pad(halves, padding)
+    return padded.view(2, -1, STRIP, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+
+def _weights(model: GPT, kind: str, capacity: int) -> Weights:
+    config = model.config
     matrices: list[list[Any]] = [[block.get_submodule(name) for name in MATRICES] for block in model.blocks]
-    packed = [[pack(each.weight, kind) for each in block] for block in matrices]
+
+    def laid(which: int, rows: Tensor) -> Tensor:
+        return _in_turn(rows) if config.mlp == "gated" and MATRICES[which] == "mlp.expand" else rows.detach()
+
+    packed = [[pack(laid(which, each.weight), kind) for which, each in enumerate(block)] for block in matrices]
     sizes = torch.tensor([[each.numel() for each in block] for block in packed])
     ends = sizes.flatten().cumsum(0)
     places = np.zeros((config.blocks + 1, len(MATRICES)), np.int64)
     places[:-1] = (ends.view(sizes.shape) - sizes).numpy()
     places[-1, 0] = ends[-1]
-    outputs = [3 * width, width, 4 * width, width, config.outputs]
-    depths = [width, width, width, 4 * width, width]
+    outputs = [config.qkv_rows, config.width, config.mlp_columns, config.width, config.outputs]
+    depths = [config.width, config.attended, config.width, config.mlp_columns, config.width]
     norms: list[Any] = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
-    biases = torch.zeros(0, 0, 0)
-    if config.biases:
-        biases = torch.stack([
-            torch.stack([F.pad(each.bias.detach().float(), (0, _whole(4 * width) - len(each.bias))) for each in block])
-            for block in matrices
-        ])  # fmt: skip
+    biases, head_norms = torch.zeros(0, 0, 0), torch.zeros(config.blocks, 2, 2, 0)
+    if any(each.bias is not None for each in matrices[0]):
+        rows = [[laid(which, each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias).float()
+                 for which, each in enumerate(block)] for block in matrices]  # fmt: skip
+        most = max(map(_whole, map(len, rows[0])))
+        biases = torch.stack([torch.stack([F.pad(row, (0, most - len(row))) for row in block]) for block in rows])
+    if config.qk_norm:
+        both = [block.get_submodule(f"attention.{one}_norm") for block in model.blocks for one in "qk"]
+        head_norms = torch.stack([_norm(each) for each in both]).view(config.blocks, 2, 2, -1)
     embedding = model.embedding.weight.detach()
-    cos, sin = rotary_angles(torch.arange(_whole(config.context)), config)
+    cos, sin = rotary_angles(torch.arange(capacity), config)
     half = config.rotary_dim // 2
     return Weights(
         _joined([*(each for block in packed for each in block), pack(model.head_weight, kind)]),
@@ -193,13 +213,16 @@ def _weights(model: GPT, kind: str) -> Weights:
         np.array([strips(columns) for columns in outputs]),
         np.array(depths),
         torch.stack([_norm(norm) for norm in (*norms, model.final_norm)]).numpy(),
+        head_norms.numpy(),
         biases.numpy(),
+        np.array([config.window_of(layer) or WITHOUT_END for layer in range(config.blocks)]),
+        np.array([half * (config.kind_of(layer) != "n") for layer in range(config.blocks)]),
         (embedding.bfloat16().view(torch.uint16) if kind == "bf16" else embedding.float()).numpy(),
         cos[:, 0, :half].contiguous().numpy(),
         sin[:, 0, half:].contiguous().numpy(),  # of which rotary_angles negates the first half
     )
 
 
-def _norm(norm: Norm) -> Tensor:
+def _norm(norm: Any) -> Tensor:
     weight = norm.weight.detach().float()
     return torch.stack((weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float()))

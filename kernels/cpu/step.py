@@ -34,10 +34,13 @@ class Shape(NamedTuple):
     blocks: int
     width: int
     heads: int
+    key_heads: int
     head_dim: int
-    rotary_dim: int
     parallel: bool  # a residual as in GPT-NeoX
+    rms: bool  # the norms subtract no mean
+    gated: bool  # the MLP's strips are in turn of gate and up
     eps: float
+    score_cap: float  # 0 is none
 
 
 class Weights(NamedTuple):
@@ -52,7 +55,10 @@ class Weights(NamedTuple):
     strips: Longs  # [5]
     depths: Longs  # [5]
     norms: Floats  # [2 * blocks + 1, 2, width]: weight and bias, in the order in which they are used
+    head_norms: Floats  # [blocks, 2, 2, head_dim]: of queries and of keys, or [blocks, 2, 2, 0]
     biases: Floats  # [blocks, 4, most columns], or [0, 0, 0]
+    windows: Longs  # [blocks]: how many keys a query sees, its own the last
+    rotated: Longs  # [blocks]: how many pairs of a head's dimensions
     embedding: NDArray[Any]  # [V, width] float32 or uint16
     cos: Floats  # [positions, rotary_dim / 2]
     sin: Floats
@@ -61,8 +67,8 @@ class Weights(NamedTuple):
 class Cache(NamedTuple):
     """Keys as strips of STRIP tokens, [head_dim, STRIP]; values as rows of head_dim, rounded up to whole vectors."""
 
-    keys: NDArray[Any]  # [blocks, slots, heads, capacity * head_dim]
-    values: NDArray[Any]  # [blocks, slots, heads, capacity * values_dim]
+    keys: NDArray[Any]  # [blocks, slots, key_heads, capacity * head_dim]
+    values: NDArray[Any]  # [blocks, slots, key_heads, capacity * values_dim]
 
 
 class Scratch(NamedTuple):
@@ -72,9 +78,10 @@ class Scratch(NamedTuple):
     normed: Floats  # [threads, rows, columns]
     qkv: Floats  # [rows, columns]
     attended: Floats  # [rows, columns]
-    expanded: Floats  # [rows, columns]
-    scores: Floats  # [threads, QUERIES, capacity]
-    mixed: Floats  # [threads, QUERIES, values_dim]
+    expanded: Floats  # [rows, columns]; of a gated MLP with a strip for each thread at the end
+    queries: Floats  # [threads, QUERIES or more, head_dim]
+    scores: Floats  # the same, [.., capacity]
+    mixed: Floats  # the same, [.., values_dim]
     logits: Floats  # [rows wanted at most, columns]
     chances: Floats  # [threads, 4, V], for the choice
 
@@ -117,13 +124,15 @@ def meet(sync, members, goal):
 
 
 @summing
-def norm(x, weight, bias, eps, out):
-    """Write LayerNorm of a row x [width] to out."""
+def norm(x, weight, bias, eps, rms, out):
+    """Write LayerNorm of a row x [width] to out, or RMSNorm, which takes the mean as 0."""
     width = weight.shape[0]
-    total = numba.float32(0)
-    for i in range(width):
-        total += x[i]
-    mean = total / numba.float32(width)
+    mean = numba.float32(0)
+    if not rms:
+        total = numba.float32(0)
+        for i in range(width):
+            total += x[i]
+        mean = total / numba.float32(width)
     squares = numba.float32(0)
     for i in range(width):
         squares += (x[i] - mean) * (x[i] - mean)
@@ -170,6 +179,15 @@ def gelu_all(x):
 
 
 @native
+def gate_all(gate, up):
+    """Multiply silu(gate) = gate / (1 + exp(-gate)) with up, in place of gate (Shazeer, arXiv:2002.05202)."""
+    for i in range(len(gate)):
+        x = gate[i]
+        small = exp(-abs(x))
+        gate[i] = (x if x >= 0 else x * small) / (numba.float32(1) + small) * up[i]
+
+
+@native
 def store(source, target, apart):
     # An assignment to a slice takes Numba two seconds more to compile.
     for i in range(len(source)):
@@ -201,60 +219,105 @@ def softmax(scores, length, scale):
 
 
 @summing
-def attend(shape, weights, cache, scratch, rows, layer, head, group, member):
-    """Write the keys and values of a group of rows, and attend from them, in one head."""
-    dim, slot = shape.head_dim, rows.slots[rows.groups[group]]
-    first, last = rows.groups[group], rows.groups[group + 1]
-    keys, values = cache.keys[layer, slot, head], cache.values[layer, slot, head]
-    scores, mixed = scratch.scores[member], scratch.mixed[member]
-    apart, values_dim, at = scratch.qkv.shape[1], mixed.shape[1], head * dim
-    for row in range(first, last):
-        position = rows.positions[row]
-        q = scratch.qkv[row, at : at + dim]
-        k = scratch.qkv[row, shape.width + at : shape.width + at + dim]
-        v = scratch.qkv[row, 2 * shape.width + at : 2 * shape.width + at + dim]
-        rotate(q, weights.cos[position], weights.sin[position])
-        rotate(k, weights.cos[position], weights.sin[position])
-        store(k, keys[position // STRIP * STRIP * dim + position % STRIP :], STRIP)
-        store(v, values[position * values_dim :], 1)
-    scale = numba.float32(1.0 / np.sqrt(numba.float64(dim)))
-    for begin in range(first, last, QUERIES):
-        end = min(begin + QUERIES, last)
-        reach = rows.positions[end - 1] + 1
-        for strip in range((reach + STRIP - 1) // STRIP):
-            key = strip * STRIP
-            multiply(scratch.qkv, begin * apart + at, apart, keys, key * dim, STRIP, dim,
-                     scores, key, scores.shape[1], end - begin, STRIP, 0)  # fmt: skip
-        for row in range(begin, end):
-            total = softmax(scores[row - begin, :reach], rows.positions[row] + 1, scale)
-            # The sum is put into the probabilities: they are fewer than the products with the values.
-            inverse, own = numba.float32(1) / total, scores[row - begin, : rows.positions[row] + 1]
-            for i in range(own.shape[0]):
-                own[i] *= inverse
-        multiply(scores, 0, scores.shape[1], values, 0, values_dim, reach,
-                 mixed, 0, values_dim, end - begin, values_dim, 0)  # fmt: skip
-        for row in range(begin, end):
-            store(mixed[row - begin, :dim], scratch.attended[row, at : at + dim], 1)
+def turned(x, weight, bias, eps, cos, sin, out):
+    """Write a query or a key to out, normalised and rotated; without weights or angles it is not."""
+    if weight.shape[0]:
+        norm(x, weight, bias, eps, True, out)
+    else:
+        store(x, out, 1)
+    rotate(out, cos, sin)
 
 
 @summing
-def product(weights, layer, which, x, rows, out, member, members):
+def attend(shape, weights, cache, scratch, rows, layer, head, sharing, group, member):
+    """Write the keys and values of a group of rows, and attend from them, in `sharing` heads that have the same.
+
+    Who takes others of the heads that have the same writes the same.
+    """
+    dim, slot = shape.head_dim, rows.slots[rows.groups[group]]
+    first, last = rows.groups[group], rows.groups[group + 1]
+    key_head = head * shape.key_heads // shape.heads
+    keys, values = cache.keys[layer, slot, key_head], cache.values[layer, slot, key_head]
+    queries, scores, mixed = scratch.queries[member], scratch.scores[member], scratch.mixed[member]
+    values_dim, window, rotated = mixed.shape[1], weights.windows[layer], weights.rotated[layer]
+    q_norm, k_norm = weights.head_norms[layer, 0], weights.head_norms[layer, 1]
+    k_at = (shape.heads + key_head) * dim
+    v_at = k_at + shape.key_heads * dim
+    for row in range(first, last):
+        position = rows.positions[row]
+        cos, sin = weights.cos[position, :rotated], weights.sin[position, :rotated]
+        turned(scratch.qkv[row, k_at : k_at + dim], k_norm[0], k_norm[1], shape.eps, cos, sin, queries[0])
+        store(queries[0], keys[position // STRIP * STRIP * dim + position % STRIP :], STRIP)
+        store(scratch.qkv[row, v_at : v_at + dim], values[position * values_dim :], 1)
+    scale = numba.float32(1.0 / np.sqrt(numba.float64(dim)))
+    together = max(1, QUERIES // sharing)
+    for begin in range(first, last, together):
+        end = min(begin + together, last)
+        count, reach = (end - begin) * sharing, rows.positions[end - 1] + 1
+        # The strip where the first window begins.
+        low = max(0, rows.positions[begin] + 1 - window) // STRIP * STRIP
+        # The queries of a row lie together: one reading of a key serves them all.
+        query = 0
+        for row in range(begin, end):
+            cos, sin = weights.cos[rows.positions[row], :rotated], weights.sin[rows.positions[row], :rotated]
+            for at in range(head * dim, (head + sharing) * dim, dim):
+                q = scratch.qkv[row, at : at + dim]
+                turned(q, q_norm[0], q_norm[1], shape.eps, cos, sin, queries[query])
+                query += 1
+        for key in range(low, reach, STRIP):
+            multiply(queries, 0, dim, keys, key * dim, STRIP, dim,
+                     scores, key - low, scores.shape[1], count, STRIP, 0)  # fmt: skip
+        for row in range(begin, end):
+            seen = rows.positions[row] + 1 - low
+            start = max(0, seen - window)
+            for query in range((row - begin) * sharing, (row - begin + 1) * sharing):
+                own, factor = scores[query, start : reach - low], scale
+                for i in range(start):
+                    scores[query, i] = 0
+                if shape.score_cap:
+                    factor = numba.float32(1)
+                    for i in range(own.shape[0]):
+                        own[i] = shape.score_cap * np.tanh(own[i] * scale / shape.score_cap)
+                total = softmax(own, seen - start, factor)
+                # The sum is put into the probabilities: they are fewer than the products with the values.
+                inverse, own = numba.float32(1) / total, own[: seen - start]
+                for i in range(own.shape[0]):
+                    own[i] *= inverse
+        multiply(scores, 0, scores.shape[1], values, low * values_dim, values_dim, reach - low,
+                 mixed, 0, values_dim, count, values_dim, 0)  # fmt: skip
+        query = 0
+        for row in range(begin, end):
+            for at in range(head * dim, (head + sharing) * dim, dim):
+                store(mixed[query, :dim], scratch.attended[row, at : at + dim], 1)
+                query += 1
+
+
+@summing
+def product(shape, weights, layer, which, x, rows, out, member, members):
     """Multiply rows by this member's strips of a matrix. What writes to the residual stream is added to it."""
     first, last = share(weights.strips[which], member, members)
     begin, size, depth = weights.places[layer, which % HEAD], weights.strip_sizes[which], weights.depths[which]
     add = numba.int64(which == OUTPUT) + numba.int64(which == CONTRACT)
-    if which < HEAD and weights.biases.shape[0]:
-        bias = weights.biases[layer, which]
-        for row in range(rows):
-            for i in range(first * STRIP, last * STRIP):
-                out[row, i] = bias[i] + (out[row, i] if add else numba.float32(0))
-        add = numba.int64(1)
+    biased, gated = which < HEAD and weights.biases.shape[0] > 0, which == EXPAND and shape.gated
+    if gated:
+        first, last = 2 * first, 2 * last
     for strip in range(first, last):
+        at = strip * STRIP
+        if gated:  # what is in `up` is soon multiplied: it stays in the cache of a core
+            at = out.shape[1] - (member + 1) * STRIP if strip % 2 else strip // 2 * STRIP
+        if biased:
+            bias = weights.biases[layer, which, strip * STRIP : (strip + 1) * STRIP]
+            for row in range(rows):
+                for i in range(STRIP):
+                    out[row, at + i] = bias[i] + (out[row, at + i] if add else numba.float32(0))
         multiply(x, 0, x.shape[1], weights.packed, begin + strip * size, STRIP, depth,
-                 out, strip * STRIP, out.shape[1], rows, STRIP, add)  # fmt: skip
+                 out, at, out.shape[1], rows, STRIP, add + numba.int64(biased))  # fmt: skip
         if which == EXPAND:
             for row in range(rows):
-                gelu_all(out[row, strip * STRIP : (strip + 1) * STRIP])
+                if not gated:
+                    gelu_all(out[row, at : at + STRIP])
+                elif strip % 2:
+                    gate_all(out[row, strip // 2 * STRIP : (strip // 2 + 1) * STRIP], out[row, at : at + STRIP])
 
 
 @summing
@@ -264,7 +327,7 @@ def normalise(shape, weights, which, scratch, count, member, members, sync, goal
     first, last = share(count, member, members) if shared else (0, count)
     normed = scratch.normed[0 if shared else member]
     for row in range(first, last):
-        norm(scratch.x[row], weights.norms[which, 0], weights.norms[which, 1], shape.eps, normed[row])
+        norm(scratch.x[row], weights.norms[which, 0], weights.norms[which, 1], shape.eps, shape.rms, normed[row])
     if shared:
         goal = meet(sync, members, goal)
     return normed, goal
@@ -285,6 +348,12 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
         if sync[ABANDONED] == start:
             return 0
     goal, at = sync[REST] + members, shape.blocks * 2
+    # Where there are more members than heads with keys, those that have the same are not all read together.
+    units = shape.key_heads
+    while groups * units < members and units < shape.heads:
+        units += shape.key_heads
+        while shape.heads % units:
+            units += shape.key_heads
     for turn in range(turns):
         first, last = share(count, member, members)
         for row in range(first, last):
@@ -293,28 +362,28 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
         goal = meet(sync, members, goal)
         for layer in range(shape.blocks):
             normed, goal = normalise(shape, weights, 2 * layer, scratch, count, member, members, sync, goal)
-            product(weights, layer, QKV, normed, count, scratch.qkv, member, members)
+            product(shape, weights, layer, QKV, normed, count, scratch.qkv, member, members)
             goal = meet(sync, members, goal)
-            first, last = share(groups * shape.heads, member, members)
+            first, last = share(groups * units, member, members)
             for unit in range(first, last):
-                group, head = unit // shape.heads, unit % shape.heads
-                attend(shape, weights, cache, scratch, rows, layer, head, group, member)
+                head, group = unit % units * (shape.heads // units), unit // units
+                attend(shape, weights, cache, scratch, rows, layer, head, shape.heads // units, group, member)
             goal = meet(sync, members, goal)
             if not shape.parallel:
-                product(weights, layer, OUTPUT, scratch.attended, count, scratch.x, member, members)
+                product(shape, weights, layer, OUTPUT, scratch.attended, count, scratch.x, member, members)
                 goal = meet(sync, members, goal)
             normed, goal = normalise(shape, weights, 2 * layer + 1, scratch, count, member, members, sync, goal)
-            product(weights, layer, EXPAND, normed, count, scratch.expanded, member, members)
+            product(shape, weights, layer, EXPAND, normed, count, scratch.expanded, member, members)
             goal = meet(sync, members, goal)
             if shape.parallel:
-                product(weights, layer, OUTPUT, scratch.attended, count, scratch.x, member, members)
-            product(weights, layer, CONTRACT, scratch.expanded, count, scratch.x, member, members)
+                product(shape, weights, layer, OUTPUT, scratch.attended, count, scratch.x, member, members)
+            product(shape, weights, layer, CONTRACT, scratch.expanded, count, scratch.x, member, members)
             goal = meet(sync, members, goal)
         normed = scratch.normed[member]
         for nth in range(wanted):
             x = scratch.x[choice.wanted[nth]]
-            norm(x, weights.norms[at, 0], weights.norms[at, 1], shape.eps, normed[nth])
-        product(weights, shape.blocks, HEAD, normed, wanted, scratch.logits, member, members)
+            norm(x, weights.norms[at, 0], weights.norms[at, 1], shape.eps, shape.rms, normed[nth])
+        product(shape, weights, shape.blocks, HEAD, normed, wanted, scratch.logits, member, members)
         goal = meet(sync, members, goal)
         first, last = share(wanted, member, members)
         for nth in range(first, last):

@@ -1,8 +1,8 @@
 """A model's steps in one compiled function: right, and the same whoever runs beside, in one turn or many."""
 
-import dataclasses
 import random
 import threading
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,11 +22,23 @@ from kernels import cpu
 from kernels.cpu import step as compiled
 
 OURS = ModelConfig(vocab_size=333, width=48, blocks=2, heads=3, context=150)
+LLAMA = replace(OURS, norm="rms", mlp="gated", mlp_width=100)
 MODELS = {
     "ours": OURS,
-    "wide": dataclasses.replace(OURS, width=160, heads=2, vocab_size=64),
-    "GPT-NeoX": dataclasses.replace(OURS, biases=True, parallel_residual=True, rotary_share=0.5),
-}
+    "wide": replace(OURS, width=160, heads=2, vocab_size=64),
+    "GPT-NeoX": replace(OURS, biases=True, parallel_residual=True, rotary_share=0.5),
+    # A head for several of queries, and none of whose sizes is a whole number of strips or vectors.
+    "Llama": replace(LLAMA, heads=4, key_heads=2, rotary_scaling="llama3", rotary_factor=8.0, rotary_original=64),
+    "SmolLM2": replace(LLAMA, heads=9, key_heads=3, head_width=16, tied=True),
+    "Qwen2": replace(LLAMA, heads=14, key_heads=2, head_width=8, qkv_biases=True, tied=True, rotary_base=1e6),
+    "Qwen3": replace(LLAMA, heads=4, key_heads=1, head_width=20, qk_norm=True),
+    "Mistral": replace(LLAMA, heads=6, key_heads=3, window=70, pattern="w"),
+    "all": replace(
+        LLAMA, heads=6, key_heads=3, blocks=4, window=9, pattern="fwn", score_cap=3.0, rotary_scaling="linear",
+        rotary_factor=2.0, rotary_share=0.5,
+    ),
+    "shared by 30": replace(LLAMA, heads=30, key_heads=1, head_width=2, mlp="gelu", norm="layer"),
+}  # fmt: skip
 GREEDY = Sampling(temperature=0)
 
 
@@ -78,11 +90,12 @@ def test_scores_are_as_near_to_float64_as_those_of_torch(name: str, kind: str) -
     assert worst <= {"fp32": 2 * torchs + 1e-6, "bf16": 2 * torchs, "int8": 0.03 * float(exact.abs().max())}[kind]
 
 
+@pytest.mark.parametrize("name", ["ours", "Qwen3"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 def test_a_row_has_the_same_bits_alone_among_others_in_many_turns_and_by_two_threads(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(OURS)
+    model = model_of(MODELS[name])
     model.decode_int8, model.compute_dtype = kind == "int8", torch.bfloat16 if kind == "bf16" else None
     draws = random.Random(0)
     prompts = [[draws.randrange(333) for _ in range(draws.randrange(1, 90))] for _ in range(9)]
@@ -102,7 +115,8 @@ def test_a_row_has_the_same_bits_alone_among_others_in_many_turns_and_by_two_thr
     together = run(list(range(9)), 1, 1)
     assert run(list(range(9)), 8, 2) == together
     for each in (0, 4, 8):
-        assert run([each], 12, 1) == {each: together[each]}
+        # Two threads share the heads of queries that have the same head of keys.
+        assert run([each], 12, 1) == run([each], 12, 2) == {each: together[each]}
 
 
 def test_turns_end_where_a_row_stops() -> None:
