@@ -34,10 +34,15 @@ class Completion:
 
 
 class TextStream:
-    """It turns ids into text as they come: whole characters only, and never a part of a stop string."""
+    """It turns ids into text as they come: whole characters only, and never a part of a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    Where a text begins, `after` the header of an answer or without text before, a space that is none of it is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, [each for each in stop if each]
+        begins = not tokenizer.bytes_of(after) or list(after[-len(tokenizer.header) :]) == tokenizer.header
+        self.strips = tokenizer.strips and begins
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""
         self.stopped = False
@@ -48,6 +53,8 @@ class TextStream:
             return ""
         # A character that the end cuts in half stays in the decoder: half of one is never text.
         text = self.decoder.decode(self.tokenizer.token_bytes[token])
+        if self.strips and text:
+            text, self.strips = text.removeprefix(" "), False
         if not self.stop:
             return text
         self.held += text
@@ -84,7 +91,7 @@ def stream(
     ends = frozenset([tokenizer.eod]) if stop_ids is None else stop_ids
     most = model.config.context if max_tokens is None else max_tokens
     batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
-    texts = [TextStream(tokenizer, stop) for _ in prompts]
+    texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
     for index, prompt in enumerate(prompts):
         try:
             batcher.submit(Request(prompt, sampling.of_row(index), most, ends))  # its number is the prompt's
@@ -117,4 +124,4 @@ def generate(
 
 def document_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids that begin a document with this text."""
-    return [tokenizer.eod, *tokenizer.encode(text)]
+    return [tokenizer.begin, *tokenizer.encode(text)]

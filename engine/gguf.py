@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine import disk
-from engine.chat_template import END, PLAIN_JINJA
+from engine.chat_template import PLAIN_JINJA
 from engine.errors import InputError
 from engine.families import renamed
 from engine.model import GPT
@@ -85,9 +85,9 @@ def write(
     else:
         _add_vocabulary(writer, tokenizer)
         # What ends a turn of a chat ends nothing in a model that has never seen one.
-        writer.add_eot_token_id(tokenizer.special[END] if chat else tokenizer.eod)
+        writer.add_eot_token_id(tokenizer.ends[0] if chat else tokenizer.eod)
     if chat:
-        writer.add_chat_template(PLAIN_JINJA)
+        writer.add_chat_template(tokenizer.foreign.chat_template if tokenizer and tokenizer.foreign else PLAIN_JINJA)
     tensors = {renamed(name, NAMES): tensor for name, tensor in model.state_dict().items()}
     if not config.biases:
         for name in [name for name in tensors if name.startswith(("blk", "output_norm"))]:

@@ -162,9 +162,9 @@ class Tokenizer(ABC):
         """Return the bytes that the ids spell. Special tokens spell nothing."""
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """Return the text that the ids spell. Bytes that are no UTF-8 (a model may write any) become U+FFFD."""
-        text = self.bytes_of(ids).decode("utf-8", errors="replace")
+        text = self.bytes_of(ids).decode("utf-8", errors)
         return text.removeprefix(" ") if self.strips else text
 
 

@@ -63,12 +63,14 @@ def _import(
     template = _template(folder, config.get("chat_template"), say)
 
     backend = open_json(model)
+    if (most := max(backend.get_vocab().values(), default=0)) >= rows:
+        raise InputError(f"it has {backend.get_vocab_size()} tokens with ids up to {most}, for a model of {rows}")
     plain, marked = (backend.encode("a", add_special_tokens=add).ids for add in (False, True))
     begin = marked[0] if marked[:1] != plain[:1] else None
     if (adds := config.get("add_bos_token")) is not None:
         begin = backend.token_to_id(texts.get("bos_token", "")) if adds else None
     ends = (values | held["generation_config.json"]).get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = [each for each in (ends if isinstance(ends, list) else [ends]) if each in range(most + 1)]
     # A chat model may have a token that ends an answer as its eos, and beside it one that ends a document.
     closing = (END_OF_DOCUMENT, "<|end_of_text|>", texts.get("eos_token", ""))
     eod = next((index for name in closing if (index := backend.token_to_id(name)) is not None), None)
@@ -84,24 +86,16 @@ def _import(
         foreign = Foreign(files, rows, start, eod, [*dict.fromkeys([*ends, eod])], [], template, texts, ids)
         renderer()
         try:
-            return _checked(learn_template(foreign), rows), True
+            return _probed(JsonTokenizer(learn_template(foreign).dumps())), True
         except TemplateError as error:
             say(f"{folder}: its chat template is not used: {error}")
     if eod is None or begin is None:
         return with_special_tokens(model, rows), template in OURS
     backend.add_special_tokens(list(CHAT_TOKENS))
     header, end = (backend.token_to_id(name) for name in CHAT_TOKENS[2:])
-    files["tokenizer.json"], most = backend.to_str(), max(backend.get_vocab().values())
-    foreign = Foreign(files, max(rows, most + 1), begin, eod, [end, eod], [header], ours[0], texts, ids)
-    return _checked(foreign, rows), template in ours
-
-
-def _checked(foreign: Foreign, rows: int) -> JsonTokenizer:
-    """Return the tokenizer. Raises InputError where it has tokens that the model has no row for, or changes a text."""
-    tokenizer = JsonTokenizer(foreign.dumps())
-    if (most := max(tokenizer.processor.get_vocab().values())) >= rows:
-        raise InputError(f"it has ids up to {most}, for a model of {rows}")
-    return _probed(tokenizer)
+    files["tokenizer.json"], rows = backend.to_str(), max(rows, *(index + 1 for index in backend.get_vocab().values()))
+    foreign = Foreign(files, rows, begin, eod, [end, eod], [header], ours[0], texts, ids)
+    return _probed(JsonTokenizer(foreign.dumps())), template in ours
 
 
 def _probed(tokenizer: JsonTokenizer) -> JsonTokenizer:
@@ -119,11 +113,11 @@ def _template(folder: Path, inside: Any, say: Callable[[str], None]) -> str | No
         return alone.read_text(encoding="utf-8", errors="replace")
     if (alone := folder / "chat_template.json").exists():
         inside = read_json(alone).get("chat_template")
-    if isinstance(inside, list) and inside:
-        named = {str(each["name"]): each["template"] for each in inside}
-        name = "default" if "default" in named else next(iter(named))
+    if isinstance(inside, list):
+        named = {str(each["name"]): each["template"] for each in inside if {"name", "template"} <= {*each}}
+        name = "default" if "default" in named else next(iter(named), "")
         say(f"{folder}: of its chat templates {', '.join(named)} it is {name} that is used")
-        inside = named[name]
+        inside = named.get(name)
     return inside if isinstance(inside, str) else None
 
 

@@ -114,7 +114,7 @@ class DPO:
 
     def __init__(self, config: AlignmentConfig, reference: GPT, tokenizer: Tokenizer) -> None:
         self.config, self.reference = config, reference
-        self.assistant = tokenizer.special["<|assistant|>"]
+        self.header = tokenizer.header
         self.metrics = RunningMetrics()
 
     def loss(self, policy: GPT, batch: PairBatch) -> Tensor:
@@ -139,7 +139,7 @@ class DPO:
         bounds = batch.cu_seqlens[: 2 * batch.pairs + 1]
         # Padding behind the last pair is cut off.
         pairs = PairBatch(batch.tokens[: int(bounds[-1])], batch.targets, bounds, batch.max_seqlen)
-        answers = target_answers(pairs, self.assistant)
+        answers = target_answers(pairs, self.header)
         chosen, rejected = sequence_log_probs(policy, answers).view(-1, 2).unbind(1)
         with torch.no_grad():
             was_chosen, was_rejected = sequence_log_probs(self.reference, answers).view(-1, 2).unbind(1)

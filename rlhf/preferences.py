@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from engine.chat_template import Message, render, trim
+from engine.chat_template import Message, answer_prompt, answered, trim
 from engine.config import DataConfig, Recipe
 from engine.errors import InputError
 from engine.runtime import Runtime
@@ -234,7 +234,7 @@ class Pairs(Encoded):
         chosen, rejected = self._render(prompt, answers)
         if max(len(chosen), len(rejected)) > self.context:
             # The prompt gets the room that the longer answer leaves; the two share it, and so are cut alike.
-            room = self.context - 1 - max(len(ids) for ids in self.tokenizer.encode_batch([*answers]))
+            room = self.context - max(len(chosen), len(rejected)) + len(answer_prompt(self.tokenizer, prompt))
             try:
                 kept, _ = trim(self.tokenizer, prompt, room)
             except InputError:
@@ -248,7 +248,7 @@ class Pairs(Encoded):
         self.systems += prompt[0].role == "system"
 
     def _render(self, prompt: Sequence[Message], answers: tuple[str, str]) -> list[list[int]]:
-        return [render(self.tokenizer, [*prompt, Message("assistant", answer)])[0] for answer in answers]
+        return [answered(self.tokenizer, [*prompt, Message("assistant", answer)]) for answer in answers]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -265,8 +265,8 @@ class Pairs(Encoded):
     def prompt(self, number: int) -> list[int]:
         """Return the ids after which the two answers begin."""
         ids, _ = self.pair(number)
-        begin = self.tokenizer.special["<|assistant|>"]
-        return ids[: len(ids) - ids[::-1].index(begin)]
+        header = self.tokenizer.header
+        return ids[: max(at for at in range(1, len(ids)) if ids[max(at - len(header), 0) : at] == header)]
 
     def amounts(self, held_out: "Pairs") -> Amounts:
         """Say how many pairs there are, and how many of them are learnt in a number of steps."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import records
-from engine.chat_template import END, Message, answer_ends, render
+from engine.chat_template import Message, answer_ends, answered
 from engine.checkpoint import EVALUATION, Checkpoint, checkpoints
 from engine.config import DataConfig, ModelConfig, OptimizerConfig, Recipe, RewardConfig, override
 from engine.disk import write_atomically
@@ -99,8 +99,8 @@ class RewardModel(GPT):
         """Make one that has not learnt yet. An implicit one needs the base of its run; raises InputError without it."""
         if not recipe.reward.implicit:
             return RewardModel(recipe.model)
-        assistant = Tokenizer.load(run.tokenizer).special["<|assistant|>"]
-        return ImplicitRewardModel(recipe.model, load_reference(recipe, runtime), assistant, recipe.reward.beta)
+        header = Tokenizer.load(run.tokenizer).header
+        return ImplicitRewardModel(recipe.model, load_reference(recipe, runtime), header, recipe.reward.beta)
 
     @staticmethod
     def load(run: Run, runtime: Runtime, which: str = "latest") -> "RewardModel":
@@ -175,14 +175,14 @@ class ImplicitRewardModel(RewardModel):
     what was asked for, which need not first be gathered in the last state.
     """
 
-    def __init__(self, config: ModelConfig, reference: GPT, assistant: int, beta: float) -> None:
+    def __init__(self, config: ModelConfig, reference: GPT, header: Sequence[int], beta: float) -> None:
         super().__init__(config)
-        self.assistant, self.beta = assistant, beta
+        self.header, self.beta = header, beta
         self._reference = (reference,)  # in a tuple it is no part of this module: neither trained nor saved
 
     def last_rewards(self, batch: Batch) -> Tensor:
         """Return the reward of the last answer of every packed conversation, before normalisation. fp32 [sequences]"""
-        answers = target_answers(batch, self.assistant)
+        answers = target_answers(batch, self.header)
         with torch.no_grad():
             before = sequence_log_probs(self._reference[0], answers)
         return self.beta * (sequence_log_probs(self, answers) - before)
@@ -249,7 +249,7 @@ def open_scorer(run: Run, runtime: Runtime) -> Scorer:
         for case, text in zip(cases, texts, strict=True):
             if isinstance(case.prompt, str):
                 raise InputError("a reward model scores answers in conversations: use it with --data stories-instruct")
-            ids, _ = render(tokenizer, [*case.prompt, Message("assistant", text)])
+            ids = answered(tokenizer, [*case.prompt, Message("assistant", text)])
             sequences.append([*ids[:-1][: context - 1], ids[-1]])
         return model.score(sequences).tolist()
 
@@ -334,7 +334,7 @@ def own_answers(recipe: Recipe, run: Run, held_out: Pairs, runtime: Runtime) -> 
         prompts = [held_out.prompt(number) for number in range(min(ANSWERS, len(held_out)))]
         prompts = (prompts * -(-ANSWERS // len(prompts)))[:ANSWERS]
         said = generate(model, tokenizer, prompts, Sampling(seed=0), stop_ids=answer_ends(tokenizer))
-        end = [tokenizer.special[END]]
+        end = tokenizer.ends[:1]
         answers = [
             [*prompt, *answer.ids, *(end if answer.finish == "stop" else [])]
             for prompt, answer in zip(prompts, said, strict=True)

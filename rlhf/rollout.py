@@ -159,16 +159,17 @@ def pack_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[in
     return pack(sequences, context)
 
 
-def target_answers(batch: Batch, assistant: int) -> Batch:
+def target_answers(batch: Batch, header: Sequence[int]) -> Batch:
     """Make the last answers of packed conversations, whole ones, the only targets.
 
-    The answer begins at the last token `assistant`, which no text spells.
+    An answer begins after the last `header`, which no text spells.
     """
     bounds, tokens = batch.cu_seqlens, batch.tokens
     positions = torch.arange(len(tokens), device=tokens.device)
     sequence = torch.bucketize(positions, bounds[1:], right=True)
     begins = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=tokens.device)
-    begins = begins.scatter_reduce(0, sequence, positions * (tokens == assistant), "amax")
+    found = torch.stack([tokens.roll(before) == each for before, each in enumerate(reversed(header))]).all(0)
+    begins = begins.scatter_reduce(0, sequence, positions * found, "amax")
     targets = tokens.roll(-1).masked_fill(positions < begins[sequence], IGNORE_INDEX)
     targets[bounds[1:].long() - 1] = IGNORE_INDEX
     return replace(batch, targets=targets)

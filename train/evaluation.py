@@ -165,7 +165,7 @@ def make_case(document: Document, facts: AskedFacts | None, tokenizer: Tokenizer
         first = next((n for n, message in enumerate(document) if message.role == "assistant" and message.learn), 0)
         return Case(document[:first], document[first].content, facts) if first else None
     # Room for the end, and for halves that take a token more than the whole. Of a character cut in two nothing is left.
-    text = tokenizer.bytes_of(tokenizer.encode(document)[: context - 4]).decode(errors="ignore")
+    text = tokenizer.decode(tokenizer.encode(document)[: context - 4], errors="ignore")
     cut = WORD_BEGINS.search(text, len(text) // 2)
     return Case(text[: cut.start()], text[cut.start() :], facts) if cut else None
 

@@ -115,7 +115,7 @@ def prepare_documents(recipe: Recipe, run: Run, console: Console) -> tuple[Recip
         raise InputError(f"{folder} has another tokenizer than {run.path} began with; choose other --data")
     train, validation = (TokenShards(folder, split, tokenizer.fingerprint) for split in SPLITS_USED)
     for each in (train, validation):
-        each.check(tokenizer.eod)
+        each.check(tokenizer.begin)
     return recipe, tokenizer, train, validation
 
 

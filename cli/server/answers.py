@@ -42,8 +42,9 @@ class Choice:
         unread: int | None = None,
         *,
         closing: bool = False,
+        after: Sequence[int] = (),
     ) -> None:
-        self.stream, self.closing = TextStream(tokenizer, stop), closing
+        self.stream, self.closing = TextStream(tokenizer, stop, after), closing
         self.echo, self.unread, self.length, self.tokens = echo, unread, len(echo), 0
         self.finish: str | None = None
         self.held: list[Token] = []  # behind text that a stop string may yet take back

@@ -99,7 +99,7 @@ class Server:
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         said = [(each.role, each.content) for each in asked.messages]
         prompt = self._conversation("messages", said, unfinished=asked.continue_final_message)
-        choices = [Choice(self.served.tokenizer, asked.stop) for _ in range(asked.n)]
+        choices = [Choice(self.served.tokenizer, asked.stop, after=prompt) for _ in range(asked.n)]
         limit = asked.max_tokens or asked.max_completion_tokens
         return await self._answer(http, ChatAnswer, asked, [prompt], choices, limit, top)
 
@@ -112,7 +112,7 @@ class Server:
             )
         said = [("system", asked.instructions)] if asked.instructions else []
         prompt = self._conversation("input", [*said, *((each.role, each.content) for each in asked.input)])
-        choices = [Choice(self.served.tokenizer, asked.stop)]
+        choices = [Choice(self.served.tokenizer, asked.stop, after=prompt)]
         return await self._answer(http, ResponseAnswer, asked, [prompt], choices, asked.max_output_tokens, top)
 
     def _conversation(self, param: str, said: Sequence[tuple[str, str]], *, unfinished: bool = False) -> list[int]:
@@ -136,7 +136,8 @@ class Server:
             echo = "" if not asked.echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             # The token that begins every document is no part of a text.
             unread = int(isinstance(prompt, str)) if asked.echo and asked.logprobs is not None else None
-            choices += [Choice(tokenizer, asked.stop, echo, unread, closing=True) for _ in range(asked.n)]
+            after = prompts[-1]
+            choices += [Choice(tokenizer, asked.stop, echo, unread, closing=True, after=after) for _ in range(asked.n)]
         return await self._answer(http, CompletionAnswer, asked, prompts, choices, asked.max_tokens, asked.logprobs)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:

@@ -8,11 +8,12 @@ import dataclasses
 import hashlib
 from array import array
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 
-from engine.chat_template import END, render
+from engine.chat_template import render
 from engine.config import Recipe
 from engine.errors import InputError
 from engine.progress import listener
@@ -135,8 +136,8 @@ class Documents(Encoded):
     """Encoded texts, whole: each learns all of its tokens, and that it ends."""
 
     def add(self, document: str, where: str = "") -> None:
-        ids, eod = self.tokenizer.encode(document), self.tokenizer.eod
-        self._append([eod, *ids], [*ids, eod])
+        ids = self.tokenizer.encode(document)
+        self._append([self.tokenizer.begin, *ids], [*ids, self.tokenizer.eod])
 
 
 class Conversations(Encoded):
@@ -152,17 +153,18 @@ class Conversations(Encoded):
         if not has_answer(document):
             raise InputError(f"{where}: the assistant says nothing, so nothing would be learnt; fix it or leave it out")
         ids, learn = render(self.tokenizer, document)
-        end = self.tokenizer.special[END]
-        ends = [at for at, token in enumerate(ids) if token == end]
+        ends = [at for at, (one, after) in enumerate(pairwise([*learn, False])) if one and not after]
         answers = [n for n, message in enumerate(document) if message.role == "assistant" and message.learn]
-        fitting = [n for n in answers if ends[n] <= self.context]
+        fitting = [end for end in ends if end <= self.context]
         if not fitting:
             self.dropped += 1
             return
-        last = ends[fitting[-1]]
-        self.cut += len(fitting) < len(answers)
+        last, lost = fitting[-1], len(ends) - len(fitting)
+        self.cut += lost > 0
         self.answers += len(fitting)
-        self.turns += sum(message.role != "system" for message in document[: fitting[-1] + 1])
+        self.turns += sum(
+            message.role != "system" for message in document[: answers[max(-1 - lost, -len(answers))] + 1]
+        )
         self.systems += document[0].role == "system"
         self.prompts.add(hash_of(prompt_key(document)))
         targets = zip(ids[1 : last + 1], learn[1 : last + 1], strict=True)

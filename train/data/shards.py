@@ -143,7 +143,7 @@ def _write_shards(
 
     with closing(encode_documents(chunks, tokenizer, index["dtype"], workers, done)) as encoded:
         for _, documents in groupby(deal(), key=itemgetter(0)):
-            path, last = place / f"{len(shards):05d}", np.array([tokenizer.eod], index["dtype"])
+            path, last = place / f"{len(shards):05d}", np.array([tokenizer.begin], index["dtype"])
             shards.append(_write_shard(path, ((ids, size) for _, ids, size in documents), last))
             write_atomically(place / UNFINISHED, records.dumps(index))
             sync(place)

@@ -26,8 +26,8 @@ GROUP = 16
 class Chunk(NamedTuple):
     """Encoded documents.
 
-    `tokens` are those of all documents, with an eod before each. `lengths` are the tokens of each document, its eod
-    included, and `sizes` its UTF-8 bytes.
+    `tokens` are those of all documents, with an eod before each, or a token that begins and one that ends it. `lengths`
+    are the tokens of each document with these, and `sizes` its UTF-8 bytes.
     """
 
     tokens: np.ndarray
@@ -120,8 +120,9 @@ def _encode(
             reason = str(error) or type(error).__name__
             raise InputError(f"{_span(number, len(group))} cannot be tokenized: {reason}") from error
         sizes += [len(text.encode()) for text in group]
-    lengths = np.array([len(document) + 1 for document in ids], np.int64)
-    stream = chain.from_iterable(chain((tokenizer.eod,), document) for document in ids)
+    begin, end = (tokenizer.begin,), () if tokenizer.begin == tokenizer.eod else (tokenizer.eod,)
+    lengths = np.array([1 + len(document) + len(end) for document in ids], np.int64)
+    stream = chain.from_iterable(chain(begin, document, end) for document in ids)
     return Chunk(np.fromiter(stream, dtype, int(lengths.sum())), lengths, np.array(sizes, np.int64))
 
 
