@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from engine.chat_template import render
+from engine.chat_template import TemplateError, render
 from engine.config import Recipe
 from engine.errors import InputError
 from engine.progress import listener
@@ -50,7 +50,11 @@ class Encoded:
         name = f"{source.name} ({split})"
         with listener.get()(f"tokenizing {split}", max_tokens, "tokens") as told:
             for number, document in enumerate(source.documents(split)):
-                self.add(document, f"{self.what} {number} of {name}")
+                where = f"{self.what} {number} of {name}"
+                try:
+                    self.add(document, where)
+                except TemplateError as error:
+                    raise InputError(f"{where}: {error}") from None
                 told(self.tokens)
                 if max_tokens is not None and self.tokens >= max_tokens:
                     break
