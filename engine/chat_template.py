@@ -8,8 +8,9 @@ runs in a sandbox. There, too, no message spells a special token.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from engine.errors import InputError
@@ -122,49 +123,14 @@ def trim(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[
 
 
 # A template may ask for the day. The same conversation must be the same tokens tomorrow, so that it is always this one.
-DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%y": "24", "%Y": "2024"}
-DATED = "".join(f" | replace('{code}', '{value}')" for code, value in DATE.items())
-DAY = "{% macro strftime_now(format) %}{{ format" + DATED + " }}{% endmacro %}\n"
+DAY = "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
+DAY += " | replace('%Y', '2024') }}{% endmacro %}\n"
 UNTOLD = "the model's own chat template does not tell which tokens of a conversation are the answers"
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many items both begin with."""
-    pairs = enumerate(zip(one, other, strict=False)) if other[: len(one)] != one else ()
-    return next((number for number, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
-
-
 class TemplateError(InputError):
-    """A chat template does not take these messages, or does not tell what of them is the answers."""
-
-
-def renderer() -> Callable[..., Any]:
-    """Return what renders a chat template of another model. Raises InputError without the transformers package."""
-    try:
-        # It takes more than a second, and no model of ours needs it.
-        from transformers.utils.chat_template_utils import render_jinja_template
-    except ImportError:
-        raise InputError(
-            "this model's own chat template needs the transformers package: pip install -U 'transformers>=4.56'"
-        ) from None
-    return render_jinja_template
-
-
-def learn_template(foreign: Foreign) -> Foreign:
-    """Return it with what its template tells: the header that ends a prompt, and the token that ends an answer first.
-
-    Raises TemplateError where nothing tells a prompt from other text.
-    """
-    tokenizer = JsonTokenizer(foreign.dumps())
-    asked = [Message("user", text) for text in ("a", "7", "7 ", "a\n")]
-    prompt, *others = (answer_prompt(tokenizer, [each]) for each in asked)
-    header = prompt[len(prompt) - min(_shared(prompt[::-1], other[::-1]) for other in others) :]
-    if not header:
-        raise TemplateError("it does not say where an answer begins")
-    whole = _Template(tokenizer, [asked[0], Message("assistant", "b")]).ids()
-    ends = [index for index in whole[len(prompt) :] if index in tokenizer.special.values()][:1]
-    return replace(foreign, header=header, ends=[*dict.fromkeys([*ends, *foreign.ends])])
+    """A foreign chat template does not take these messages, or does not tell what of them is the answers."""
 
 
 class _Template:
@@ -175,43 +141,28 @@ class _Template:
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
         assert isinstance(tokenizer, JsonTokenizer) and tokenizer.foreign
-        self.jinja, self.messages = renderer(), messages
-        self.tokenizer, self.foreign = tokenizer, tokenizer.foreign
+        self.tokenizer, self.foreign, self.messages = tokenizer, tokenizer.foreign, messages
         template = self.foreign.chat_template
+        contents, self.mark = tokenizer.shield([message.content for message in messages], template)
+        self.said = [{"role": message.role, "content": text} for message, text in zip(messages, contents, strict=True)]
         self.template = (DAY if "strftime_now" in template else "") + template
-        self.mark = tokenizer.mark(template, *(message.content for message in messages))
-        # An assistant may write what a header holds that is not special, such as <think>.
-        header = [tokenizer.name(index) for index in self.foreign.header if index in tokenizer.added]
-        self.said = [
-            {
-                "role": message.role,
-                "content": tokenizer.shield(message.content, self.mark, () if message.role == "assistant" else header),
-            }
-            for message in messages
-        ]
 
     def text(self, messages: int | None = None, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the first messages, and where in it marks of `generation` begin and end, if asked for."""
         try:
-            texts, spans = self.jinja(
-                [self.said[:messages]], chat_template=self.template, **self.foreign.texts, **options
-            )
+            # It takes more than a second, and no model of ours needs it.
+            from transformers.utils.chat_template_utils import render_jinja_template
+        except ImportError:
+            raise InputError("a chat template needs transformers: pip install -U 'transformers>=4.56'") from None
+        render: Any = render_jinja_template
+        try:
+            texts, spans = render([self.said[:messages]], chat_template=self.template, **self.foreign.texts, **options)
         except Exception as error:  # a template is a program, and may fail in any way
             raise TemplateError(f"the model's chat template refuses the conversation: {error}") from None
         return texts[0], spans[0] if spans else []
 
     def ids(self, **options: Any) -> list[int]:
-        text, _ = self.text(**options)
-        return [index for index, _, _ in self.tokenizer.read(text, self.mark)]
-
-    def answered(self) -> list[int]:
-        last, (text, _) = len(self.messages) - 1, self.text()
-        if not (span := self.answer(last, text)):
-            raise TemplateError(UNTOLD)
-        prompt = self.tokenizer.read(text[: span[0]], self.mark)
-        # What an answer begins with may be one token with what comes before it; no model writes that.
-        said = [each for each in self.tokenizer.read(text[: span[1]], self.mark) if each[1] >= span[0]]
-        return [index for index, _, _ in prompt + said]
+        return [index for index, _, _ in self.tokenizer.read(self.text(**options)[0], self.mark)]
 
     def learnt(self) -> tuple[list[int], list[bool]]:
         marked = MARKED.search(self.template) is not None
@@ -238,7 +189,31 @@ class _Template:
             (begun, _), (said, _) = self.text(number, add_generation_prompt=True), self.text(number + 1)
         except TemplateError:
             return None
-        same = whole[: _shared(said, whole)]
         ends = "|".join(re.escape(self.tokenizer.name(index)) for index in self.foreign.ends)
-        end = re.compile(ends).search(same, len(begun))
-        return (len(begun), end.end()) if same.startswith(begun) and end else None
+        end = re.compile(ends).search(said, len(begun)) if said.startswith(begun) else None
+        return (len(begun), end.end()) if end and whole.startswith(said[: end.end()]) else None
+
+    def answered(self) -> list[int]:
+        text, _ = self.text()
+        if not (span := self.answer(len(self.messages) - 1, text)):
+            raise TemplateError(UNTOLD)
+        prompt = self.tokenizer.read(text[: span[0]], self.mark)
+        # What an answer begins with may be one token with what comes before it; no model writes that.
+        said = [each for each in self.tokenizer.read(text[: span[1]], self.mark) if each[1] >= span[0]]
+        return [index for index, _, _ in prompt + said]
+
+
+def learn_template(foreign: Foreign) -> Foreign:
+    """Return it with what its template tells: the header that ends a prompt, and the token that ends an answer first.
+
+    Raises TemplateError where nothing tells a prompt from other text.
+    """
+    tokenizer, texts = JsonTokenizer(foreign.dumps()), ("a", "7", "7 ", "a\n")
+    prompts = [answer_prompt(tokenizer, [Message("user", text)]) for text in texts]
+    # As far back as all of them are alike.
+    alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*(prompt[::-1] for prompt in prompts), strict=False))
+    if not (header := [tokens[0] for tokens in alike][::-1]):
+        raise TemplateError("it does not say where an answer begins")
+    whole = _Template(tokenizer, [Message("user", "a"), Message("assistant", "b")]).ids()
+    ends = [index for index in whole[len(prompts[0]) :] if index in tokenizer.special.values()][:1]
+    return replace(foreign, header=header, ends=[*dict.fromkeys([*ends, *foreign.ends])])

@@ -92,6 +92,11 @@ class Tokenizer(ABC):
     vocab_size: int
     special: dict[str, int]  # the ids of special tokens: SPECIAL_TOKENS, or what a foreign tokenizer has
     foreign: Foreign | None = None
+    # As in Foreign.
+    begin: int
+    eod: int
+    ends: list[int]
+    header: list[int]
     strips = False  # does a text begin with the token of a space that is none of its own?
 
     @staticmethod
@@ -111,25 +116,10 @@ class Tokenizer(ABC):
         """SHA-256 of the model file: what shards and checkpoints remember it by."""
         return hashlib.sha256(self.model).hexdigest()
 
-    @property
-    def eod(self) -> int:
-        """The token that ends a document, and begins one where `begin` is no other."""
-        return self.foreign.eod if self.foreign else self.special[END_OF_DOCUMENT]
-
-    @property
-    def begin(self) -> int:
-        """The token that begins a document."""
-        return self.foreign.begin if self.foreign else self.eod
-
-    @property
-    def ends(self) -> list[int]:
-        """The tokens that end an answer; the first is the one that the chat template writes."""
-        return self.foreign.ends if self.foreign else [self.special[CHAT_TOKENS[-1]], self.eod]
-
-    @property
-    def header(self) -> list[int]:
-        """The tokens after which an answer begins."""
-        return self.foreign.header if self.foreign else [self.special["<|assistant|>"]]
+    def _name(self, special: dict[str, int]) -> None:
+        self.special, (*_, assistant, end) = special, special.values()
+        self.begin = self.eod = special[END_OF_DOCUMENT]
+        self.header, self.ends = [assistant], [end, self.eod]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. None of them is a special token, whatever the text spells."""
@@ -198,7 +188,7 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError:
             raise InputError("it is not a SentencePiece model") from None
         self.model, self.vocab_size = model, self.processor.vocab_size()
-        self.special = {token: self.processor.piece_to_id(token) for token in SPECIAL_TOKENS}
+        self._name({token: self.processor.piece_to_id(token) for token in SPECIAL_TOKENS})
         self.byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if self.processor.unk_id() in (*self.special.values(), *self.byte_ids):
             raise InputError(
@@ -251,27 +241,30 @@ class JsonTokenizer(Tokenizer):
         if model.startswith(FOREIGN):
             self.foreign = records.conform(records.parse(model.decode()), Foreign, lambda what: ValueError(what))
             self.json = self.foreign.files[self.file_name].encode()
+            self.begin, self.eod = self.foreign.begin, self.foreign.eod
+            self.ends, self.header = self.foreign.ends, self.foreign.header
         self.processor = self._open()
         # Text that spells a special token is encoded as text.
         self.processor.encode_special_tokens = True
         self.vocab_size = self.foreign.rows if self.foreign else self.processor.get_vocab_size()
         if self.foreign:
-            self.added = self.processor.get_added_tokens_decoder()
-            self.special = {token.content: index for index, token in self.added.items() if token.special}
+            added = self.processor.get_added_tokens_decoder().items()
+            self.special = {token.content: index for index, token in added if token.special}
             space = self.bytes_of(once := self.encode("a"))[:1] == b" "
             self.strips = space and self.processor.decode(once) == "a"
             return
-        self.special = {token: self.processor.token_to_id(token) for token in SPECIAL_TOKENS}
+        self._name({token: self.processor.token_to_id(token) for token in SPECIAL_TOKENS})
         if None in self.special.values():
             raise InputError("this tokenizer.json lacks our special tokens, which `gpt import` adds")
 
     def _open(self) -> Any:
         backend = open_json(self.json)
         if self.foreign:
-            # What ends an answer is no text, even where they forgot to say so.
-            known = backend.get_added_tokens_decoder()
-            ends = {self.begin, self.eod, *self.ends} - {index for index, token in known.items() if token.special}
-            backend.add_special_tokens([backend.id_to_token(index) for index in ends])
+            # What begins or ends an answer is no text, even where they forgot to say so.
+            added = backend.get_added_tokens_decoder()
+            control = {self.begin, self.eod, *self.ends, *(added.keys() & self.header)}
+            control -= {index for index, token in added.items() if token.special}
+            backend.add_special_tokens([backend.id_to_token(index) for index in control])
         return backend
 
     @cached_property
@@ -280,11 +273,10 @@ class JsonTokenizer(Tokenizer):
         return self._open()
 
     def read(self, text: str, mark: str) -> list[tuple[int, int, int]]:
-        """Return the ids of a text in which special tokens are recognised, each with where it begins and ends there.
+        """Return the ids of a text, special tokens recognised but where `mark` is in them, and where each is in it.
 
-        What holds `mark` is none, and the mark itself leaves no token.
+        The mark itself, which `shield` has put there, leaves no token.
         """
-        _check_unicode(text)
         found = self.reader.encode(text, add_special_tokens=False)
         spans = [(index, *span) for index, span in zip(found.ids, found.offsets, strict=True)]
         kept = [(index, start, end) for index, start, end in spans if text[start:end] != mark]
@@ -292,23 +284,25 @@ class JsonTokenizer(Tokenizer):
             raise InputError("this tokenizer cannot keep text that spells a special token apart from that token")
         return kept
 
-    def mark(self, *texts: str) -> str:
-        """Return a character that none of the texts holds. It belongs to no script and is no white space."""
-        return next(mark for mark in map(chr, range(0xF0000, 0x10FFFE)) if not any(mark in text for text in texts))
+    def shield(self, texts: Sequence[str], beside: str = "") -> tuple[list[str], str]:
+        """Return the texts with a mark within all that spells a special token, and the mark.
 
-    def shield(self, text: str, mark: str, more: Iterable[str] = ()) -> str:
-        """Return the text with a mark within everything that spells a special token, or one of `more`."""
-        names = "|".join(map(re.escape, (*self.special, *more)))
-        return re.sub(f"(?=(?:{names}))(?s:.)", rf"\g<0>{mark}", text)
+        It is a character that neither they nor `beside` hold, of no script, and no white space.
+        """
+        for text in texts:
+            _check_unicode(text)
+        mark = next(mark for mark in map(chr, range(0xF0000, 0x10FFFE)) if mark not in beside.join(["", *texts, ""]))
+        spelled = re.compile(f"(?=(?:{'|'.join(map(re.escape, self.special))}))(?s:.)")
+        return [spelled.sub(rf"\g<0>{mark}", text) for text in texts], mark
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         found = [each.ids for each in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
         # A vocabulary that holds a special token as a word, too, gives it for text where nothing cuts the text there.
         control = frozenset(self.special.values() if self.foreign else ())
-        for number, text in enumerate(texts):
-            if control and not control.isdisjoint(found[number]):
-                mark = self.mark(text)
-                found[number] = [index for index, _, _ in self.read(self.shield(text, mark), mark)]
+        for number, ids in enumerate(found):
+            if not control.isdisjoint(ids):
+                (text,), mark = self.shield([texts[number]])
+                found[number] = [index for index, _, _ in self.read(text, mark)]
         return found
 
     def name(self, index: int) -> str:

@@ -7,15 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.chat_template import (
-    JINJA,
-    OLD_JINJA,
-    PLAIN_JINJA,
-    TemplateError,
-    learn_template,
-    renderer,
-    text_ends,
-)
+from engine.chat_template import JINJA, OLD_JINJA, PLAIN_JINJA, TemplateError, learn_template, text_ends
 from engine.errors import InputError
 from engine.records import parse
 from engine.tokenizer import (
@@ -66,31 +58,27 @@ def _import(
     if (most := max(backend.get_vocab().values(), default=0)) >= rows:
         raise InputError(f"it has {backend.get_vocab_size()} tokens with ids up to {most}, for a model of {rows}")
     plain, marked = (backend.encode("a", add_special_tokens=add).ids for add in (False, True))
-    begin = marked[0] if marked[:1] != plain[:1] else None
+    bos = marked[0] if marked[:1] != plain[:1] else None
     if (adds := config.get("add_bos_token")) is not None:
-        begin = backend.token_to_id(texts.get("bos_token", "")) if adds else None
-    ends = (values | held["generation_config.json"]).get("eos_token_id")
-    ends = [each for each in (ends if isinstance(ends, list) else [ends]) if each in range(most + 1)]
+        bos = backend.token_to_id(texts.get("bos_token", "")) if adds else None
     # A chat model may have a token that ends an answer as its eos, and beside it one that ends a document.
-    closing = (END_OF_DOCUMENT, "<|end_of_text|>", texts.get("eos_token", ""))
-    eod = next((index for name in closing if (index := backend.token_to_id(name)) is not None), None)
-    if begin is None and eod is not None and eod != backend.token_to_id(END_OF_DOCUMENT):
-        begin = eod
-    elif begin == eod == backend.token_to_id(END_OF_DOCUMENT):
-        begin = None  # as in ours and GPT-NeoX
-    ours = [each if begin is None else each.replace(closing[0], backend.id_to_token(begin)) for each in OURS]
-
+    closing = (backend.token_to_id(name) for name in (END_OF_DOCUMENT, "<|end_of_text|>", texts.get("eos_token", "")))
+    eod = next((index for index in closing if index is not None), None)
+    if eod is None:
+        return with_special_tokens(model, rows), False  # which says what is missing
+    begin = eod if bos is None else bos
+    ours = [each.replace(END_OF_DOCUMENT, backend.id_to_token(begin)) for each in OURS]
     ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if eod is not None and template and template not in (*OURS, *ours):
-        start = eod if begin is None else begin
-        foreign = Foreign(files, rows, start, eod, [*dict.fromkeys([*ends, eod])], [], template, texts, ids)
-        renderer()
+    if template and template not in ours:
+        ends = (values | held["generation_config.json"]).get("eos_token_id")
+        ends = [each for each in (ends if isinstance(ends, list) else [ends]) if each in range(most + 1)]
+        foreign = Foreign(files, rows, begin, eod, [*dict.fromkeys([*ends, eod])], [], template, texts, ids)
         try:
             return _probed(JsonTokenizer(learn_template(foreign).dumps())), True
         except TemplateError as error:
             say(f"{folder}: its chat template is not used: {error}")
-    if eod is None or begin is None:
-        return with_special_tokens(model, rows), template in OURS
+    if begin == backend.token_to_id(END_OF_DOCUMENT):
+        return with_special_tokens(model, rows), template in ours
     backend.add_special_tokens(list(CHAT_TOKENS))
     header, end = (backend.token_to_id(name) for name in CHAT_TOKENS[2:])
     files["tokenizer.json"], rows = backend.to_str(), max(rows, *(index + 1 for index in backend.get_vocab().values()))
@@ -114,7 +102,7 @@ def _template(folder: Path, inside: Any, say: Callable[[str], None]) -> str | No
     if (alone := folder / "chat_template.json").exists():
         inside = read_json(alone).get("chat_template")
     if isinstance(inside, list):
-        named = {str(each["name"]): each["template"] for each in inside if {"name", "template"} <= {*each}}
+        named = {str(each.get("name")): each.get("template") for each in inside if isinstance(each, dict)}
         name = "default" if "default" in named else next(iter(named), "")
         say(f"{folder}: of its chat templates {', '.join(named)} it is {name} that is used")
         inside = named.get(name)
