@@ -271,7 +271,8 @@ def compile_kernel(launch: Launch, architecture: int) -> Any:
         signature[name] = launch.types.get(name, f"*{launch.dtype}" if pointer else "i32")
         parameter = launch.function.params[index]
         known = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-        if known and (signature[name][0] == "*" or name == "columns" or name.startswith("stride")):
+        counts = name in ("columns", "n_cols") or name.startswith("stride") or name.endswith("stride")
+        if known and (signature[name][0] == "*" or counts):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.function, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

@@ -183,7 +183,9 @@ def floor(architecture: int, results: Path) -> dict[str, Any]:
     tuned = [each for path in timed for each in json.loads(path.read_text())["tuned"]]
     found = list(in_processes(partial(lines, architecture, tuple(PRODUCTS)), HEAD_DIMS))
     clocked = list(in_processes(partial(_timed, architecture), tuned))
-    streams = list(in_processes(partial(_streams, architecture), ["layernorm", "cross_entropy"]))
+    streams = list(
+        in_processes(partial(_streams, architecture), ["layernorm", "rms_norm", "silu_mul", "cross_entropy"])
+    )
     trust: dict[str, Any] = {}
     for kernel in PRODUCTS:
         rows = [each for each in clocked if each["kernel"] == kernel and "bound" in each]
@@ -220,14 +222,13 @@ def lines(architecture: int, kernels: Sequence[str], head_dim: int) -> list[dict
 
 
 def _streams(architecture: int, family: str) -> list[dict[str, Any]]:
-    """Return what LayerNorm or cross-entropy moves, ours beside Liger's, in bf16 (ours reads and writes bf16 here)."""
+    """Return what a family beside attention moves, ours beside Liger's, in bf16 (logits, too, which ours has in fp32)."""
     from bench import compile_report, peers
 
-    ours = compile_report.norms(architecture, (1024, 4096), "bf16")
-    if family == "cross_entropy":
-        ours = compile_report.cross_entropy(architecture, (28000, 128256), "bf16")
-    chosen = [each for each in ours if each.about.get("bias", each.kernel == "loss") and not each.about.get("softcap")]
-    found: list[tuple[str, Launch]] = [("ours", each) for each in chosen if each.kernel != "sum"]
+    sizes = {"layernorm": (1024, 4096), "cross_entropy": (28000, 128256), **peers.LLAMA_SIZES}[family]
+    ours = compile_report.FAMILIES[family][0](architecture, sizes, "bf16")
+    chosen = [each for each in ours if each.about.get("bias", True) and not each.about.get("softcap")]
+    found = [("ours", each) for each in chosen if each.kernel in ("forward", "backward", "loss")]
     try:
         found += [("liger", each) for each in peers.liger(architecture, family)]
     except ImportError as error:
@@ -240,7 +241,9 @@ def _streams(architecture: int, family: str) -> list[dict[str, Any]]:
         size = next(constants[name] for name in ("BLOCK_V", "BLOCK_SIZE", "BLOCK_N") if name in constants)
         sass = disassembled(compiled, "nvdisasm", "-c")
         figures = stream(sass, CHIPS[architecture], launch.warps, size * constants.get("ROWS", 1))
-        result.append({"peer": peer, "kernel": launch.kernel, **launch.about, **resources(compiled), **figures})
+        result.append(
+            {"peer": peer, "family": family, "kernel": launch.kernel, **launch.about, **resources(compiled), **figures}
+        )
     return result
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from bench.compile_report import TYPE_OF, Launch
 from kernels.tiles import Tile
 
+# Widths of SmolLM2-135M and 360M, Qwen3-0.6B and Llama 3.2 1B, and of their MLPs.
+LLAMA_SIZES = {"rms_norm": (576, 960, 1024, 2048), "silu_mul": (1536, 2560, 3072, 8192)}
+
 
 def plain(architecture: int, head_dim: int) -> Iterator[Launch]:
     """Yield causal, dense attention in bf16: the plainest, with the tiles of Triton's tutorial."""
@@ -64,7 +67,10 @@ def _launch(peer: str, name: str, function: Any, constants: dict[str, Any], head
 
 
 def liger(architecture: int, family: str) -> Iterator[Launch]:
-    """Yield LayerNorm or cross-entropy with its gradient. Raises ImportError where Liger is not installed."""
+    """Yield a family of compile_report's beside attention. Raises ImportError where Liger is not installed."""
+    if family in ("rms_norm", "silu_mul"):
+        yield from _liger_of_llama(family)
+        return
     if family == "layernorm":
         norms: Any = importlib.import_module("liger_kernel.ops.layer_norm")
         types = dict.fromkeys(("X_ptr", "Y_ptr", "DX_ptr", "DY_ptr"), "*bf16") | {"eps": "fp32"}
@@ -97,3 +103,26 @@ def liger(architecture: int, family: str) -> Iterator[Launch]:
         warps = 8 if architecture >= 100 else 32
         types = {"Y_ptr": "*i64"} | dict.fromkeys(("n_non_ignore", "sum_non_ignore_weight", "weight_sum"), "fp32")
         yield Launch("loss", kernel, "bf16", {**switches, "BLOCK_SIZE": 32768}, {"vocab": vocab}, warps, 3, types)
+
+
+def _liger_of_llama(family: str) -> Iterator[Launch]:
+    """Yield RMSNorm as it is for Llama, or SwiGLU for gate and up in one tensor."""
+    settings = importlib.import_module("liger_kernel.ops.utils").calculate_settings
+    types: dict[str, str] = dict.fromkeys(("X_ptr", "Y_ptr", "dX_ptr", "dY_ptr"), "*bf16") | {"offset": "fp32"}
+    types |= TYPE_OF | dict.fromkeys(("W_ptr", "RSTD_ptr", "dW_ptr"), "*fp32")
+    for width in LLAMA_SIZES[family]:
+        block, warps = settings(width)
+        constants: dict[str, Any] = {"BLOCK_SIZE": block}
+        if family == "silu_mul":
+            module: Any = importlib.import_module("liger_kernel.ops.swiglu")
+            functions = [getattr(module, f"_swiglu_fused_gate_up_{way}_kernel") for way in ("forward", "backward")]
+            constants |= {"ffn_size": width}
+        else:
+            import triton.language as tl
+
+            module = importlib.import_module("liger_kernel.ops.rms_norm")
+            functions = [module._rms_norm_forward_kernel, module._rms_norm_backward_kernel]
+            constants |= {"casting_mode": 0, "elementwise_affine": True, "COMPUTE_DW": True, "X_dtype": tl.bfloat16}
+        for name, function in zip(("forward", "backward"), functions, strict=True):
+            chosen = {each: value for each, value in constants.items() if each in function.arg_names}
+            yield Launch(name, function, "bf16", chosen, {"width": width}, warps, 3, types)
