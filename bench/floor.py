@@ -222,7 +222,7 @@ def lines(architecture: int, kernels: Sequence[str], head_dim: int) -> list[dict
 
 
 def _streams(architecture: int, family: str) -> list[dict[str, Any]]:
-    """Return what a family beside attention moves, ours beside Liger's, in bf16 (logits, too, which ours has in fp32)."""
+    """Return what a family beside attention moves, ours beside Liger's, all in bf16 (our logits too, else fp32)."""
     from bench import compile_report, peers
 
     sizes = {"layernorm": (1024, 4096), "cross_entropy": (28000, 128256), **peers.LLAMA_SIZES}[family]
