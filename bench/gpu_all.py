@@ -83,6 +83,7 @@ STEPS = (
     Step("attention-32", 60, f"cli bench-attention --head-dim 32 {QUICK}"),
     *tuning(32),
     Step("layernorm-wide", 50, "cli bench-layernorm --widths 1024,2048,4096 --out {out}"),
+    Step("rmsnorm", 50, "cli bench-layernorm --rms --widths 576,960,1024,2048 --out {out}"),
     Step("attention-full", 60, f"cli bench-attention --head-dim 64,128 --full {QUICK}"),
     Step("attention-plain", 40, "cli bench-attention --head-dim 64,128 --lengths 4096 --only ours,plain --out {out}"),
     Step("train-large-2048", 200, f"cli bench-train large --batch 8 --context 2048 {TRAIN}"),

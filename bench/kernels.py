@@ -1,4 +1,4 @@
-"""The kernels and their peers: attention, decode attention, LayerNorm, and the last layer with its loss."""
+"""The kernels and their peers: attention, decode attention, norms, and the last layer with its loss."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import harness, plain
 from bench.harness import Case, Figures, Function, Tensors, as_it_is
 from engine.runtime import Runtime, wall_seconds
-from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy
+from kernels import decode_attention, flash_attention, layer_norm, linear_cross_entropy, rms_norm
 from kernels.attention.reference import attention_reference
 
 WIDTH = 2048  # heads times head dim
@@ -192,8 +192,8 @@ def bandwidth(moved: int, seconds: float, copy: float) -> Figures:
     return {"bytes_per_second": moved / seconds, "share": copy / seconds}
 
 
-def norm(runtime: Runtime, rows: int, width: int, residual: bool) -> Case:
-    """LayerNorm, without or with the addition of a residual stream, beside a copy of as many bytes.
+def norm(runtime: Runtime, rows: int, width: int, residual: bool, rms: bool = False) -> Case:
+    """LayerNorm or RMSNorm, without or with the addition of a residual stream, beside a copy of as many bytes.
 
     Forward: x is read, y written. Backward: dy and x are read, dx written. With the addition one tensor more is read,
     and in the forward one more written. The parameters' few bytes are not counted.
@@ -219,16 +219,18 @@ def norm(runtime: Runtime, rows: int, width: int, residual: bool) -> Case:
             return {"seconds": harness.graph_seconds(turns, device)}
 
     def ours(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
-        return layer_norm(x, weight, residual=residual)
+        return (rms_norm if rms else layer_norm)(x, weight, residual=residual)
+
+    theirs = partial(plain.norm, function=F.rms_norm if rms else F.layer_norm)
 
     return Case(
         place={"width": width, "residual": residual},
         providers={
             "ours": as_it_is(ours),
-            "torch": as_it_is(plain.layer_norm),
-            "compiled": partial(compiled_to_repeat, plain.layer_norm, rows, width, residual),
+            "torch": as_it_is(theirs),
+            "compiled": partial(compiled_to_repeat, theirs, rows, width, residual),
         },
-        exact=plain.layer_norm,
+        exact=theirs,
         draw=lambda: (random_tensors(runtime, x, weight, *[x] * residual), random_tensors(runtime, *[x] * outputs)),
         clock=clock,
         rates=lambda way, seconds: bandwidth(numbers[way] * runtime.dtype.itemsize, seconds, copy(way)),

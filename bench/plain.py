@@ -35,12 +35,14 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q, k, v, future(q.shape[-2], q.device))
 
 
-def layer_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, *, function: Callable[..., Tensor] = F.layer_norm
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return the norm of x; with a residual stream that of the sum, and the sum."""
     if residual is None:
-        return F.layer_norm(x, weight.shape, weight)
+        return function(x, weight.shape, weight, eps=1e-5)
     summed = x + residual
-    return F.layer_norm(summed, weight.shape, weight), summed
+    return function(summed, weight.shape, weight, eps=1e-5), summed
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

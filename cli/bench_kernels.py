@@ -161,6 +161,7 @@ def bench_layernorm(
     widths: Annotated[str | None, Option(help="256 to 4,096 on a GPU, 256 to 1,024 on a CPU.")] = None,
     rows: Annotated[Few | None, Option(help="16,384 on a GPU, 4,096 on a CPU.")] = None,
     only: Annotated[str, Option(help="Of ours, torch, compiled.")] = "ours,torch,compiled",
+    rms: Annotated[bool, Option("--rms", help="RMSNorm in place of LayerNorm.")] = False,
     *,
     on: BenchOptions,
 ) -> None:
@@ -173,10 +174,10 @@ def bench_layernorm(
     machine = on.choose()
     sizes = integers("--widths", widths) if widths else kernels.WIDTHS[machine.device.type]
     names, total = chosen(only, kernels.NORMS, kernels.NORMS), rows or kernels.ROWS[machine.device.type]
-    cases = [kernels.norm(machine, total, width, residual) for width, residual in product(sizes, (False, True))]
+    cases = [kernels.norm(machine, total, width, residual, rms) for width, residual in product(sizes, (False, True))]
     copied = harness.copy_bandwidth(machine.device)
     results = harness.compare(cases, names, machine, {"rows": total, "copy_bytes_per_second": copied})
-    result, path = harness.show(results, "layernorm", machine, on.out)
+    result, path = harness.show(results, "rmsnorm" if rms else "layernorm", machine, on.out)
     print(
         f"{machine.describe()}, {total:,} rows, ours is the {result['backend']} backend; GB/s and the share of what a "
         f"copy of as many bytes reaches (a large one: {copied / 1e9:,.0f} GB/s)"
@@ -191,7 +192,7 @@ def bench_layernorm(
     )
     print_table(("width", "residual", "direction", *names), table)
     print(f"written to {path}")
-    title = f"LayerNorm, {total:,} rows, {harness.device_name(machine)}, {machine.precision}"
+    title = f"{'RMSNorm' if rms else 'LayerNorm'}, {total:,} rows, {harness.device_name(machine)}, {machine.precision}"
     harness.plot(
         result["points"], "residual", "width", "share", 100, title, "% of a copy's speed", path.with_suffix(".png")
     )

@@ -20,13 +20,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BYTES_BETWEEN", 2**20)
 
 
+@pytest.mark.parametrize("rms", [False, True])
 def test_layernorm_prints_a_table_and_writes_json_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rms: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench_layernorm("8", 4, "ours,torch", on=BenchOptions("cpu", "fp32", tmp_path))
+    bench_layernorm("8", 4, "ours,torch", rms, on=BenchOptions("cpu", "fp32", tmp_path))
     printed = capsys.readouterr().out
     assert printed.count("forward") == printed.count("backward") == 2
-    (path,) = tmp_path.glob("layernorm-*.json")
+    (path,) = tmp_path.glob("rmsnorm-*.json" if rms else "layernorm-*.json")
     result = json.loads(path.read_text())
     assert [(point["width"], point["residual"]) for point in result["points"]] == [(8, False), (8, True)]
     assert path.with_suffix(".png").stat().st_size > 0
