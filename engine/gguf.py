@@ -1,9 +1,11 @@
 """Write a model as GGUF, the file of weights and vocabulary that llama.cpp reads, and with it Ollama and LM Studio.
 
-The model is GPT-NeoX by llama.cpp's names: it stacks query, key and value as we do and rotates as we do. It wants a
-bias everywhere, and computes GELU in its tanh form, which moves scores by some thousandths.
+As GPT-NeoX, llama.cpp stacks query, key and value as we do and rotates as we do. It wants a bias everywhere, and
+computes GELU in its tanh form, which moves scores by some thousandths. Of Llama and its relatives it wants each map by
+itself, and the rows of queries and keys in another order where it rotates neighbours instead of halves.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from engine import disk
 from engine.chat_template import PLAIN_JINJA
 from engine.errors import InputError
-from engine.families import renamed
-from engine.model import GPT
+from engine.families import family_of, parted
+from engine.model import GPT, rotary_frequencies
 from engine.run import Run
 from engine.runtime import Runtime
 from engine.tokenizer import SPACE_MARK, JsonTokenizer, Tokenizer
@@ -33,10 +35,32 @@ NAMES = {
     "final_norm": "output_norm",
     "head": "output",
 }
+LLAMA = NAMES | {
+    "attention.qkv": "attn_{q,k,v}",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "mlp.expand": "ffn_{gate,up}",
+}
+# What llama.cpp calls a family, where that is another name, and which rotate neighbours.
+ARCHITECTURES = {"gpt_neox": "gptneox", "mistral": "llama"}
+NEIGHBOURS = ("llama", "smollm3")
 # How GGUF holds the matrices of a model in each of our precisions. Q8_0 has a scale for each 32 numbers of a row.
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
-# How a byte-level tokenizer must cut a text before it merges, which llama.cpp knows as gpt-2.
+# How a byte-level tokenizer may cut a text before it merges, by the names that llama.cpp has for it.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+CUTTERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [GPT_2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, GPT_2],
+    **{
+        name: [{"type": "Split", "pattern": {"Regex": WORDS % digits}, "behavior": "Isolated", "invert": False},
+               GPT_2 | {"use_regex": False}]
+        for name, digits in {"llama-bpe": "{1,3}", "qwen2": ""}.items()
+    },
+}  # fmt: skip
 
 
 def export(run: Run, out: Path, which: str, precision: str, notice: Callable[[str], None]) -> bool:
@@ -63,9 +87,15 @@ def write(
     import gguf
 
     config = model.config
-    if precision == "int8" and config.width % 32:
-        raise InputError(f"the width is {config.width}; 8 bits in llama.cpp need a multiple of 32: choose fp16")
-    writer = gguf.GGUFWriter(path, "gptneox")
+    family = family_of(config)
+    kind = ARCHITECTURES.get(family, family)
+    for name_of, size in {"width": config.width, "head": config.attended, "MLP": config.mlp_columns}.items():
+        if precision == "int8" and size % 32:
+            raise InputError(f"the {name_of} is {size}; 8 bits in llama.cpp need a multiple of 32: choose fp16")
+    pattern = "".join(config.kind_of(layer) for layer in range(config.blocks))
+    if pattern != ("fffn" * config.blocks if family == "smollm3" else "f" * config.blocks)[: config.blocks]:
+        raise InputError(f"model.pattern is {config.pattern!r}; llama.cpp knows {kind} without windows alone")
+    writer = gguf.GGUFWriter(path, kind)
     if name:
         writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "fp32" else f"MOSTLY_{KINDS[precision]}"])
@@ -73,12 +103,25 @@ def write(
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.blocks)
-    writer.add_feed_forward_length(4 * config.width)
+    writer.add_feed_forward_length(config.mlp_columns)
     writer.add_head_count(config.heads)
     writer.add_rope_dimension_count(config.rotary_dim)
     writer.add_rope_freq_base(config.rotary_base)
-    writer.add_parallel_residual(config.parallel_residual)
-    writer.add_layer_norm_eps(config.norm_eps)
+    tensors: dict[str, torch.Tensor] = {}
+    if family == "gpt_neox":
+        writer.add_parallel_residual(config.parallel_residual)
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_head_count_kv(config.kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.rotary_scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rotary_factor)
+    elif config.rotary_scaling == "llama3":
+        unscaled = dataclasses.replace(config, rotary_scaling="none")
+        tensors["rope_freqs.weight"] = rotary_frequencies(unscaled) / rotary_frequencies(config)
     writer.add_vocab_size(config.vocab_size)
     if tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -88,13 +131,19 @@ def write(
         writer.add_eot_token_id(tokenizer.ends[0] if chat else tokenizer.eod)
     if chat:
         writer.add_chat_template(tokenizer.foreign.chat_template if tokenizer and tokenizer.foreign else PLAIN_JINJA)
-    tensors = {renamed(name, NAMES): tensor for name, tensor in model.state_dict().items()}
-    if not config.biases:
+    for name, tensor in model.state_dict().items():
+        for theirs, piece in parted(name, tensor, config, NAMES if family == "gpt_neox" else LLAMA).items():
+            if kind in NEIGHBOURS and ("attn_q." in theirs or "attn_k." in theirs):
+                # Halves of a head, one after the other, become neighbours.
+                halves = piece.reshape(-1, 2, config.head_dim // 2, *piece.shape[1:])
+                piece = halves.transpose(1, 2).reshape(piece.shape)
+            tensors[theirs] = piece
+    if family == "gpt_neox" and not config.biases:
         for name in [name for name in tensors if name.startswith(("blk", "output_norm"))]:
             tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType[KINDS[precision] if tensor.ndim == 2 else "F32"]
-        writer.add_tensor(name, gguf.quantize(tensor.float().cpu().numpy(), kind), raw_dtype=kind)
+        number = gguf.GGMLQuantizationType[KINDS[precision] if tensor.ndim == 2 else "F32"]
+        writer.add_tensor(name, gguf.quantize(tensor.float().cpu().numpy(), number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,10 +162,16 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
             # A control token is found in a text only where that is asked for, and one of the user always.
             types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         cutter = content["pre_tokenizer"] or {}
-        if {key: cutter.get(key) for key in GPT_2} != GPT_2 or content["model"].get("ignore_merges"):
-            raise InputError(f"this tokenizer.json cuts text into words by rules that are not GPT-2's: {cutter}")
+        said = [
+            {key: each[key] for key in each if key != "trim_offsets"} for each in cutter.get("pretokenizers", [cutter])
+        ]
+        rules = next((name for name, steps in CUTTERS.items() if said == steps), None)
+        if rules is None or bool(content["model"].get("ignore_merges")) != (rules == "llama-bpe"):
+            raise InputError(
+                f"this tokenizer.json cuts text into words by rules that llama.cpp has no name for: {cutter}"
+            )
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
+        writer.add_tokenizer_pre(rules)
         writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     else:
         # SentencePiece merges what has the highest score first.
@@ -136,8 +191,8 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_token_list(names)
     writer.add_token_types(types)
     writer.add_add_space_prefix(False)
-    # A document begins and ends with this one.
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+    writer.add_bos_token_id(tokenizer.begin)
+    for add in (writer.add_eos_token_id, writer.add_pad_token_id):
         add(tokenizer.eod)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
