@@ -135,6 +135,7 @@ class ModelConfig(Settings):
         Literal["auto", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "smollm3"],
         "What transformers calls such a model; auto is the first that fits.",
     ] = "auto"
+    came_with: Annotated[Count | None, "Tokens of an imported model that has got ours to chat; none is all."] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

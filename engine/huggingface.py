@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from engine import checkpoint, disk
 from engine.config import IMPORTED, BudgetConfig, DataConfig, Recipe, override
 from engine.errors import InputError
 from engine.families import our_config, our_tensors, their_config, their_tensors
+from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
 from engine.tokenizer_json import exported, import_tokenizer, read_json
@@ -33,7 +35,10 @@ def export(
     from safetensors.torch import save_file
 
     model, tokenizer = run.load_model(Runtime(torch.device("cpu"), "fp32"), which, notice)
-    files, ids = exported(tokenizer, model.config.context, chat=run.read_recipe().chat)
+    chat = run.read_recipe().chat
+    files, ids = exported(tokenizer, model.config.context, chat=chat)
+    if not chat and model.config.came_with:
+        _leave_out_chat_tokens(model, files, model.config.came_with)
     files["config.json"] = json.dumps(their_config(model.config) | ids, indent=2) + "\n"
     with disk.writing(out, 4 * model.config.parameters):
         out.mkdir(parents=True, exist_ok=True)
@@ -83,6 +88,8 @@ def import_(
         # embeddings for pretrained language models").
         old = tensors[name]
         tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(old), -1)])
+    if tokenizer.vocab_size > config.vocab_size:
+        recipe = override(recipe, "model.came_with", config.vocab_size)
     recipe = dataclasses.replace(override(recipe, "model.vocab_size", tokenizer.vocab_size), chat=chat)
     run = Run(out)
     with disk.writing(out):
@@ -90,6 +97,22 @@ def import_(
         tokenizer.save(run.path / tokenizer.file_name)
         checkpoint.save(run.checkpoints, 0, {"model": tensors}, {}, identity=run.identity(recipe))
     return recipe
+
+
+def _leave_out_chat_tokens(model: GPT, files: dict[str, str], rows: int) -> None:
+    """Take from a model that came with so many tokens those that it was given to learn to chat with."""
+    model.config = dataclasses.replace(model.config, vocab_size=rows)
+    tables: tuple[Any, ...] = (model.embedding, model.head)
+    for table in filter(None, tables):
+        table.weight = torch.nn.Parameter(table.weight.detach()[:rows])
+    added = json.loads(files["tokenizer.json"])["added_tokens"]
+    gone = {each["content"] for each in added if each["id"] >= rows}
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "additional_special_tokens")):
+        content = json.loads(files.get(name, "{}"))
+        if key in content:
+            named = ((each["content"] if isinstance(each, dict) else each, each) for each in content[key])
+            content[key] = [each for name, each in named if name not in gone]
+            files[name] = json.dumps(content, ensure_ascii=False)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Weights are random, drawn by transformers; of each family eight small shapes, after those of its own tests.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from engine.chat_template import Message, answer_prompt, render
-from engine.config import AlignmentConfig, ModelConfig, OptimizerConfig
+from engine.config import AlignmentConfig, OptimizerConfig
 from engine.errors import InputError
 from engine.families import FAMILIES, family_of, our_config, our_tensors, their_config, their_tensors
 from engine.generate import generate
@@ -27,7 +28,7 @@ from engine.sampling import Sampling
 from engine.tokenizer import Tokenizer
 from rlhf.methods import DPO
 from rlhf.preferences import PairBatch, Pairs, Preference
-from tests.engine.relatives import RELATIVES, relative
+from tests.engine.relatives import RELATIVES
 from tests.engine.test_tokenizer_json import neox_like
 from train.data.loader import pack
 from train.optimizer import Optimizer
@@ -93,7 +94,12 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "odd heads": {"hidden_size": 48, "num_attention_heads": 3},
         "linear": {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}, "num_hidden_layers": 3},
         "narrow MLP, epsilon": {"intermediate_size": 37, "layer_norm_eps": 0.02},
-        "64 wide, base": {"hidden_size": 64, "intermediate_size": 256, "rotary_emb_base": 500, "use_parallel_residual": False},
+        "64 wide, base": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "rotary_emb_base": 500,
+            "use_parallel_residual": False,
+        },
     },
 }
 EACH = [pytest.param(family, case, id=f"{family}: {name}") for family in CASES for name, case in CASES[family].items()]
@@ -203,7 +209,8 @@ def test_the_greedy_text_is_theirs(family: str, case: dict[str, Any], tokenizer:
 def test_a_step_of_finetuning_is_theirs(family: str, case: dict[str, Any]) -> None:
     theirs = theirs_of(family, case)
     ours, (tokens, real) = ours_of(theirs), texts()
-    learnt = real & (torch.arange(40) >= 5) & (torch.arange(40) < 39)  # neither a prompt, nor what follows the last token
+    # Neither a prompt is learnt, nor what follows the last token.
+    learnt = real & (torch.arange(40) >= 5) & (torch.arange(40) < 39)
     labels = torch.randint(99, tokens.shape).masked_fill(~learnt, -100)
     rate, eps = 0.01, 1e-4  # a small epsilon would make much of gradients that are all but 0
     rates = dict.fromkeys(("embedding_rate", "head_rate", "norm_rate", "matrix_rate"), rate)
@@ -302,3 +309,105 @@ def test_settings_choose_the_family_that_is_written(name: str) -> None:
     assert not missing.unexpected_keys and missing.missing_keys == (["lm_head.weight"] if config.tied else [])
     with torch.no_grad():
         close(ours.logits(ours(tokens)), theirs.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(("family", "case"), SPECIAL.items())
+def test_what_is_imported_and_exported_again_is_the_same_files(
+    family: str, case: dict[str, Any], documents: tuple[str, ...], tmp_path: Path
+) -> None:
+    theirs = theirs_of(family, case, vocab_size=384, tie_word_embeddings=family != "mistral").bfloat16()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    neox_like(documents).save(str(tmp_path / "theirs" / "tokenizer.json"))
+    assert len([*(tmp_path / "theirs").glob("model-*.safetensors")]) > 2
+    recipe = import_(tmp_path / "theirs", tmp_path / "run")
+    assert recipe.model == our_config(theirs.config.to_dict())
+    export(Run(tmp_path / "run"), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: each.float() for name, each in by_name(theirs).items()}
+    if family == "gpt_neox":
+        expected = {name.replace("lm_head", "embed_out"): each for name, each in expected.items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    # It comes back as it was, and transformers reads it.
+    assert import_(tmp_path / "out", tmp_path / "again").model == recipe.model
+    again, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.randint(384, (2, 40))
+    ours, _ = Run(tmp_path / "again").load_model(CPU)
+    with torch.no_grad():
+        close(ours.logits(ours(tokens)), again(tokens).logits)
+
+
+def test_a_folder_without_one_of_its_parts_or_with_more_than_the_model_is_refused(
+    documents: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    theirs = theirs_of("llama", {"tie_word_embeddings": True}, vocab_size=384)
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    neox_like(documents).save(str(folder / "tokenizer.json"))
+    part = sorted(folder.glob("model-*.safetensors"))[1]
+    kept = part.read_bytes()
+    part.unlink()
+    with pytest.raises(InputError, match=rf"index\.json names {part.name}, which is not there"):
+        import_(folder, tmp_path / "run")
+    part.write_bytes(kept)
+    # Another head than the embedding, a bias, an expert: what transformers would leave out with a warning.
+    for name in ("lm_head.weight", "model.layers.0.self_attn.o_proj.bias", "model.layers.2.mlp.experts.0.weight"):
+        save_file({name: torch.zeros(384, 32)}, folder / "model-more.safetensors")
+        with pytest.raises(InputError, match=rf"the tensor {name} has no place in the model"):
+            import_(folder, tmp_path / "run")
+    # But not the embedding once more, nor what old versions kept.
+    more = {"lm_head.weight": theirs.lm_head.weight, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(more, folder / "model-more.safetensors")
+    assert import_(folder, tmp_path / "run").model.tied
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("mixtral", {}, "model_type 'mixtral' is not known; it must be one of 'gpt_neox', 'llama'"),
+        (["llama"], {}, r"model_type \['llama'\] is not known"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not known in llama; it must be 'silu'"),
+        ("llama", {"attention_bias": True}, "attention_bias True"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen2", {"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\}"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type \['linear'\]"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention {'rope_theta': 1.0}"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rotary_factor is None"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not known in llama"),
+        ("mistral", {"layer_types": ["full_attention"] * 32}, r"layer_types \['full_attention', .*are alike"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 32}, "layer_types has 'chunked_attention'"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 32}, "'sliding_attention' with sliding_window None"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "one entry a layer"),
+        ("qwen3", {"max_window_layers": "all"}, "max_window_layers 'all'; it must be a whole number"),
+        ("smollm3", {"no_rope_layers": 4}, "no_rope_layers 4 .* must be lists"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 9}, "sliding_window 9, no_rope_layers 0: not known"),
+        ("smollm3", {"no_rope_layer_interval": None}, "no_rope_layer_interval None; it must be a whole number"),
+        ("mistral", {"sliding_window": "wide"}, "window is 'wide'"),
+        ("llama", {"num_attention_heads": 0}, "heads is 0; it must be at least 1"),
+        ("llama", {"num_key_value_heads": 5}, "key_heads is 5; it must divide"),
+        ("llama", {"hidden_size": 4090, "head_dim": 128}, "hidden_size 4090 is no multiple of num_attention_heads"),
+        ("qwen2", {"num_hidden_layers": 10**18}, "blocks is 10+; it must be at least 1 and at most 1000"),
+    ],
+    ids=str,
+)
+def test_what_the_model_cannot_be_is_refused_by_name(family: Any, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        our_config({"model_type": family} | changes)
+
+
+def test_a_family_that_lacks_a_setting_is_refused_by_name() -> None:
+    llama = RELATIVES["smollm2"]
+    for changes, expected in (
+        ({"family": "llama", "qkv_biases": True}, r"model\.qkv_biases is True: .* the nearest is llama"),
+        ({"family": "mistral", "window": 4, "pattern": "fw"}, r"model\.pattern is 'fw'"),
+        ({"family": "qwen2", "pattern": "ffn", "qkv_biases": True}, r"model\.pattern is 'ffn'"),
+        ({"family": "gpt_neox"}, r"model\.norm is 'rms'.*model\.mlp is 'gated'"),
+        ({"qkv_biases": True, "qk_norm": True}, r"model\.q\w+ is True: .* the nearest is qwen"),
+        ({"rotary_share": 0.5}, r"model\.rotary_share is 0\.5"),
+        ({"parallel_residual": True}, r"model\.parallel_residual is True"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            their_config(dataclasses.replace(llama, **changes))
+    # Llama's heads divide its width; where they do not, it is Qwen or Mistral.
+    assert family_of(dataclasses.replace(llama, heads=6, key_heads=2, head_width=8)) == "mistral"

@@ -276,6 +276,14 @@ def test_tokens_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tm
     with torch.no_grad():
         torch.testing.assert_close(logits(model, tokens)[..., : own + 1], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.head_weight[own + 1], theirs.lm_head.weight.mean(0))
+    # Without having learnt to chat it goes out as it came; a chat model takes them along.
+    (tmp_path / "neox" / "chat_template.jinja").write_text(JINJA)
+    assert import_(tmp_path / "neox", tmp_path / "chat").chat
+    for name, rows in (("run", own + 1), ("chat", own + 4)):
+        export(Run(tmp_path / name), tmp_path / f"out-{rows}")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{rows}")
+        assert again.config.vocab_size == len(again.lm_head.weight) == rows
+        assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / f"out-{rows}")) == rows
 
 
 def test_weights_in_several_files_and_of_old_and_tied_models_are_read(
