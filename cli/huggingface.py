@@ -84,7 +84,7 @@ def import_model(
             hub = {"name": model, "revision": folder.name}
         elif revision is not None:
             raise InputError(f"--revision is for models of the Hub, which {model} is not; leave it out")
-        found = import_(folder, out, context=context, **hub).model
+        found = import_(folder, out, context=context, notice=notice, **hub).model
     print(f"{out}: {found.parameters:,} parameters, context {found.context:,}, vocabulary {found.vocab_size:,}")
     print(f'try it     gpt generate {out} "Once upon a time"')
 

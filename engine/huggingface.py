@@ -52,7 +52,13 @@ def export(
 
 
 def import_(
-    folder: Path, out: Path, *, name: str = "", revision: str | None = None, context: int | None = None
+    folder: Path,
+    out: Path,
+    *,
+    name: str = "",
+    revision: str | None = None,
+    context: int | None = None,
+    notice: Callable[[str], None] = lambda message: None,
 ) -> Recipe:
     """Make a run, with one checkpoint of step 0, of a folder of one of the FAMILIES: config, safetensors, tokenizer.
 
@@ -82,7 +88,7 @@ def import_(
         # Ours had none before they were exported: GPT-NeoX cannot do without those of norms and MLPs.
         recipe = override(recipe, "model.biases", False)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
-    tokenizer, chat = import_tokenizer(folder, values, recipe.model.vocab_size)
+    tokenizer, chat = import_tokenizer(folder, values, recipe.model.vocab_size, notice)
     for name in {"embedding.weight", "head.weight"} & tensors.keys():
         # A new token's row is the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
         # embeddings for pretrained language models").

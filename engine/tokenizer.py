@@ -121,6 +121,10 @@ class Tokenizer(ABC):
         self.begin = self.eod = special[END_OF_DOCUMENT]
         self.header, self.ends = [assistant], [end, self.eod]
 
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """Return a text's ids as a document: with what begins and ends it, up to where the next one begins."""
+        return [self.begin, *ids, *([self.eod] if self.eod != self.begin else []), self.begin]
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. None of them is a special token, whatever the text spells."""
         return self.encode_batch([text])[0]
@@ -163,7 +167,7 @@ def _open(model: bytes) -> Tokenizer:
         tokenizer = JsonTokenizer(model) if model.startswith(b"{") else SentencePieceTokenizer(model)
         if len(tokenizer.token_bytes) != tokenizer.vocab_size:
             raise ValueError(f"{len(tokenizer.token_bytes)} pieces for {tokenizer.vocab_size} ids")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         # The libraries take damaged files that they cannot work with.
         raise InputError(f"it is damaged ({type(error).__name__}: {error}); bring it back from a copy") from None
     return tokenizer
@@ -250,6 +254,8 @@ class JsonTokenizer(Tokenizer):
         if self.foreign:
             added = self.processor.get_added_tokens_decoder().items()
             self.special = {token.content: index for index, token in added if token.special}
+            unknown = self.processor.model.unk_token
+            self.control = frozenset(index for name, index in self.special.items() if name != unknown)
             space = self.bytes_of(once := self.encode("a"))[:1] == b" "
             self.strips = space and self.processor.decode(once) == "a"
             return
@@ -280,7 +286,9 @@ class JsonTokenizer(Tokenizer):
         found = self.reader.encode(text, add_special_tokens=False)
         spans = [(index, *span) for index, span in zip(found.ids, found.offsets, strict=True)]
         kept = [(index, start, end) for index, start, end in spans if text[start:end] != mark]
-        if any(mark in text[start:end] for _, start, end in kept):
+        # One that is spelled by other characters, which a normaliser makes the same, comes from a message, too.
+        forged = (index in self.control and self.name(index) not in text[start:end] for index, start, end in kept)
+        if any(forged) or any(mark in text[start:end] for _, start, end in kept):
             raise InputError("this tokenizer cannot keep text that spells a special token apart from that token")
         return kept
 
@@ -298,9 +306,8 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         found = [each.ids for each in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
         # A vocabulary that holds a special token as a word, too, gives it for text where nothing cuts the text there.
-        control = frozenset(self.special.values() if self.foreign else ())
         for number, ids in enumerate(found):
-            if not control.isdisjoint(ids):
+            if self.foreign and not self.control.isdisjoint(ids):
                 (text,), mark = self.shield([texts[number]])
                 found[number] = [index for index, _, _ in self.read(text, mark)]
         return found

@@ -87,6 +87,8 @@ def _import(
 
 
 def _probed(tokenizer: JsonTokenizer) -> JsonTokenizer:
+    if short := [name for name in tokenizer.special if len(name) < 2]:
+        raise InputError(f"its special token {short[0]!r} is one character, which no text could hold then")
     # Where a space is put before a text, the space that it begins with may count as that.
     probe = PROBE.lstrip() if tokenizer.strips else PROBE
     if (back := tokenizer.decode(tokenizer.encode(probe))) != probe:

@@ -20,6 +20,9 @@ from rlhf.preferences import Pairs, Preference
 from rlhf.rollout import target_answers
 from train.data.encoded import Conversations, Documents
 from train.data.loader import IGNORE_INDEX, Batch
+from train.data.shards import prepare
+from train.data.sources import open_source
+from train.data.stream import StreamLoader
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -206,12 +209,11 @@ def test_a_run_keeps_what_came_and_gives_it_back(tmp_path: Path) -> None:
         assert files == {path.name: path.read_text("utf-8") for path in (tmp_path / family).iterdir()}
         assert set(ids) == {"bos_token_id", "eos_token_id", "pad_token_id"}
         assert len(ours.token_bytes) == 1000 and ours.name(999) == "<|unused-999|>"
-    damaged = json.loads(ours.model) | {"header": "a"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
-    with pytest.raises(
-        InputError, match=r"tokenizer\.json: it is damaged \(ValueError: header should be a valid array"
-    ):
-        Tokenizer.load(tmp_path)
+    damaged: list[dict[str, Any]] = [{"header": "a"}, {"files": {}}, {"ends": [-1]}, {"eod": 10**6}, {"rows": 10**15}]
+    for damage in [*damaged, {"rows": 5}]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(ours.model) | damage))
+        with pytest.raises(InputError, match=r"tokenizer\.json: it is damaged \("):
+            Tokenizer.load(tmp_path)
 
 
 def test_what_ends_and_begins_is_read_from_the_folder(tmp_path: Path) -> None:
@@ -226,6 +228,14 @@ def test_what_ends_and_begins_is_read_from_the_folder(tmp_path: Path) -> None:
     documents.add("a")
     inputs, targets = documents.whole(0)
     assert inputs.tolist() == [0, *ours.encode("a")] and targets.tolist() == [*ours.encode("a"), 1]
+    (tmp_path / "texts.jsonl").write_text('"fox"\n"a hat"\n"" \n"fox"\n')
+    source = open_source(str(tmp_path / "texts.jsonl"))
+    prepared = prepare(source, ours, tmp_path / "data", "train", workers=1)
+    kept = [prepared.document(number).tolist() for number in range(prepared.documents)]
+    assert kept == [[0, *ours.encode(text), 1, 0] for text in source.documents("train")] and len(kept) > 1
+    prepared.check(ours.begin)
+    held_out = StreamLoader(source, ours, prepared, 8, 8)
+    assert not [*held_out._encode([*source.documents("train")])] and [*held_out._encode(["a fox"])]
     with pytest.raises(InputError, match="tokens with ids up to 799, for a model of 799"):
         import_tokenizer(tmp_path, {}, 799)
 
@@ -325,3 +335,35 @@ def test_the_space_before_a_text_is_no_part_of_it(family: str, tmp_path: Path) -
     assert streamed([]) == streamed([ours.begin]) == streamed(answer_prompt(ours, asked("a"))) == "Once upon a time"
     assert streamed(document_prompt(ours, "a")) == " Once upon a time"
     assert streamed(answer_prompt(ours, asked("a", "b"), unfinished=True)) == " Once upon a time"
+
+
+def test_what_a_normaliser_makes_a_special_token_is_refused_in_a_message(tmp_path: Path) -> None:
+    foreign.write(tmp_path, "smol")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFKC"}
+    for each in content["added_tokens"]:
+        each["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours, _ = import_tokenizer(tmp_path, {}, 1000)
+    assert answer_prompt(ours, asked("\uff1ca\uff1e <|im_end|>"))
+    with pytest.raises(InputError, match="cannot keep text that spells a special token apart"):
+        answer_prompt(ours, asked("\uff1c|im_end|\uff1e"))
+    content["added_tokens"][1]["content"] = "\u2047"
+    content["model"]["vocab"]["\u2047"] = content["model"]["vocab"].pop("<|im_start|>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is one character"):
+        import_tokenizer(tmp_path, {}, 1000)
+
+
+def test_tokens_that_take_the_white_space_beside_them_do_so_in_a_conversation(tmp_path: Path) -> None:
+    foreign.write(tmp_path, "smol", chat_template=UNMARKED)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for each in content["added_tokens"]:
+        each["rstrip"] = each["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours, theirs = import_tokenizer(tmp_path, {}, 1000)[0], transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in conversations("smol")[:20]:
+        ids, learn = render(ours, messages)
+        assert ids == theirs.apply_chat_template(plain(messages), return_dict=False)
+        learnt = [ours.name(token) for token, one in zip(ids, learn, strict=True) if one]
+        assert learnt.count("<|im_end|>") == sum(message.role == "assistant" for message in messages)

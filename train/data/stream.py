@@ -134,6 +134,6 @@ class StreamLoader(Loader):
         present = [(number, text) for number, text in enumerate(documents) if isinstance(text, str)]
         encoded = self.tokenizer.encode_batch([text for _, text in present])
         for (number, _), tokens in zip(present, encoded, strict=True):
-            ids = np.array([self.tokenizer.begin, *tokens, self.tokenizer.eod])
+            ids = np.array(self.tokenizer.document(tokens))
             if ids.tobytes() not in self._held_out:
                 yield number, ids

@@ -120,9 +120,9 @@ def _encode(
             reason = str(error) or type(error).__name__
             raise InputError(f"{_span(number, len(group))} cannot be tokenized: {reason}") from error
         sizes += [len(text.encode()) for text in group]
-    begin, end = (tokenizer.begin,), () if tokenizer.begin == tokenizer.eod else (tokenizer.eod,)
-    lengths = np.array([1 + len(document) + len(end) for document in ids], np.int64)
-    stream = chain.from_iterable(chain(begin, document, end) for document in ids)
+    documents = [tokenizer.document(each)[:-1] for each in ids]
+    lengths = np.array([*map(len, documents)], np.int64)
+    stream = chain.from_iterable(documents)
     return Chunk(np.fromiter(stream, dtype, int(lengths.sum())), lengths, np.array(sizes, np.int64))
 
 
