@@ -152,11 +152,12 @@ class _Template:
         try:
             # It takes more than a second, and no model of ours needs it.
             from transformers.utils.chat_template_utils import render_jinja_template
-        except ImportError:
-            raise InputError("a chat template needs transformers: pip install -U 'transformers>=4.56'") from None
-        render: Any = render_jinja_template
-        try:
+
+            render: Any = render_jinja_template
             texts, spans = render([self.said[:messages]], chat_template=self.template, **self.foreign.texts, **options)
+        except ImportError as error:
+            lacks = f"a model's own chat template needs transformers and jinja2 ({error})"
+            raise InputError(f"{lacks}: pip install -U 'transformers>=4.56' 'jinja2>=3.1.6'") from None
         except Exception as error:  # a template is a program, and may fail in any way
             raise TemplateError(f"the model's chat template refuses the conversation: {error}") from None
         return texts[0], spans[0] if spans else []

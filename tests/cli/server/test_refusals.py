@@ -9,6 +9,7 @@ import pytest
 
 from cli.server import app
 from cli.server import openai as api
+from engine.chat_template import Message, answer_prompt
 from engine.tokenizer import Tokenizer
 from tests.cli.server.conftest import CONTEXT, Live, live
 
@@ -231,3 +232,19 @@ def test_json_that_is_deep_or_has_long_numbers_is_answered_with_a_sentence(serve
         answer = server.http.post("/v1/chat/completions", content=body, headers=headers)
         if not (field == "max_tokens" and odd == "1" * 4000) and not (field == "stop" and odd.startswith('"')):
             assert answer.status_code == 400 and answer.json()["error"]["message"], odd[:50]
+
+
+def test_what_an_imported_models_own_template_refuses_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.engine import foreign
+
+    tokenizer = foreign.imported(tmp_path, "mistral")
+    with live(tokenizer) as server:
+        asked = {"model": "small", "max_tokens": 4, "temperature": 0}
+        answer = server.post("chat/completions", asked | {"messages": HELLO}).json()
+        assert answer["usage"]["prompt_tokens"] == len(answer_prompt(tokenizer, [Message("user", "Hello")]))
+        refused = server.post("chat/completions", asked | {"messages": [{"role": "system", "content": "a"}, *HELLO]})
+        error = refused.json()["error"]
+        assert (
+            refused.status_code == 400 and error["param"] == "messages" and "roles must alternate" in error["message"]
+        )
