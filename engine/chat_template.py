@@ -140,7 +140,7 @@ class _Template:
     """
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
-        assert isinstance(tokenizer, JsonTokenizer) and tokenizer.foreign
+        assert isinstance(tokenizer, JsonTokenizer) and tokenizer.foreign is not None
         self.tokenizer, self.foreign, self.messages = tokenizer, tokenizer.foreign, messages
         template = self.foreign.chat_template
         contents, self.mark = tokenizer.shield([message.content for message in messages], template)
