@@ -155,7 +155,8 @@ def dense_torch(q: Tensor, k: Tensor, v: Tensor, call: Call, return_lse: bool) -
         return out, lse.float()
     square = causal and queries == keys and (window is None or window >= keys)
     mask = None if square else visible(queries, keys, causal=causal, window=window, device=q.device)
-    return _sdpa(q, k, v, mask, square, scale), None
+    # Compiled for lengths of any size, `square` is a symbol, which SDPA does not take.
+    return _sdpa(q, k, v, mask, causal and mask is None, scale), None
 
 
 def _in_blocks(q: Tensor, k: Tensor, call: Call, return_lse: bool) -> bool:
