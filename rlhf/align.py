@@ -57,7 +57,7 @@ def alignment_recipe(
     long as the context, which packed pairs fill. Raises InputError if the run is no chat model, or if `data` names
     nothing.
     """
-    recipe = feedback_recipe(base, checkpoint, data, RATES[alignment.method] if rate is None else rate)
+    recipe = feedback_recipe(base, checkpoint, data, rate, usual=RATES[alignment.method])
     loop = dataclasses.replace(recipe.loop, batch=batch, micro_batch=None, compile=False)
     if alignment.method not in ON_POLICY:
         open_preferences(data)

@@ -37,8 +37,8 @@ from train.trainer import run_stage
 PROGRAM = "program"
 # How many tokens are scored at a time, unless one sequence alone is longer.
 SCORING_TOKENS = 8192
-# This rate suits nano; Muon at a rate of its own tells no more pairs right and takes longer.
-RATE = 5e-4
+# This rate suits nano, which is so wide; Muon at a rate of its own tells no more pairs right and takes longer.
+RATE, USUAL_WIDTH = 5e-4, 128
 # An implicit reward model learns more slowly: each of its weights has learnt to write already.
 IMPLICIT_RATE = 1e-4
 # So many answers of the finetuned model set the scale of the rewards: their mean is 0 and their deviation 1.
@@ -256,14 +256,19 @@ def open_scorer(run: Run, runtime: Runtime) -> Scorer:
     return score
 
 
-def feedback_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float) -> Recipe:
+def feedback_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate: float | None, *, usual: float) -> Recipe:
     """Return a recipe that learns from feedback on a chat model. Raises InputError where the run is no such model.
 
-    It is AdamW at a low rate: feedback is too little and too noisy for more daring steps.
+    It is AdamW at a low rate: feedback is too little and too noisy for more daring steps. Without a `rate` it is the
+    usual one, for an imported model by its width (see engine/huggingface.py).
     """
-    if not base.read_recipe().chat:
+    before = base.read_recipe()
+    if not before.chat:
         raise InputError(f"{base.path} has not learnt conversations; finetune it first: gpt finetune {base.path}")
-    optimizer = OptimizerConfig("adamw", rate, rate, rate, rate, beta2=0.999, weight_decay=0.0, eps=1e-5)
+    share = min(1.0, USUAL_WIDTH / before.model.width) if before.model.family != "auto" else 1.0
+    rate = share * usual if rate is None else rate
+    critic = share * OptimizerConfig.critic_rate
+    optimizer = OptimizerConfig("adamw", rate, rate, rate, rate, critic, beta2=0.999, weight_decay=0.0, eps=1e-5)
     return dataclasses.replace(finetuning_recipe(base, checkpoint, data), optimizer=optimizer)
 
 
@@ -274,7 +279,7 @@ def reward_recipe(
 
     Raises InputError where the run is no chat model, or `data` names nothing.
     """
-    recipe = feedback_recipe(base, checkpoint, data, rate or (IMPLICIT_RATE if implicit else RATE))
+    recipe = feedback_recipe(base, checkpoint, data, rate or None, usual=IMPLICIT_RATE if implicit else RATE)
     open_preferences(data)
     return override(recipe, "reward.implicit" if implicit else "model.scalar_head", True)
 
