@@ -18,6 +18,8 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     import uvicorn
 
+SLOTS = 32
+
 
 def serve(
     path: RunArgument,
@@ -30,7 +32,7 @@ def serve(
         list[str] | None, Option(help="A site whose pages may call: https://HOST[:PORT], or *. Repeatable.")
     ] = None,
     name: Annotated[str | None, Option(help="The model's name; else that of its folder.")] = None,
-    slots: Annotated[Few, Option(help="Texts to generate at once.")] = 32,
+    slots: Annotated[Few | None, Option(help="Texts to generate at once; 32, or what memory has room for.")] = None,
     queue: Annotated[
         int, "at least 0 and at most 1000000", Option(help="Texts that may wait; more are refused.")
     ] = 128,
@@ -70,9 +72,10 @@ def serve(
     served = Served(name, run.read_recipe().chat, tokenizer, model.config.context, created)
     # The worker counts how many wait: the batcher's own queue never fills up.
     try:
-        batcher = Batcher(model, slots=slots, queue=slots + queue)
+        most = (slots or SLOTS) + queue
+        batcher = Batcher(model, slots=slots, queue=most) if slots else Batcher.fitting(model, SLOTS, most)
     except InputError as error:
-        raise InputError(f"--slots {slots}: {error}") from None
+        raise InputError(f"--slots {slots or SLOTS}: {error}") from None
     worker = Worker(batcher, queue=queue, seconds=max_seconds)
     app = create_app(served, worker, key=api_key, cors=sites, hosts=hosts)
     kind = "a chat model" if served.chat else "a base model: it goes on from what it is given"

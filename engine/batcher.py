@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.decoders import Ending, Reading, make_decoder
 from engine.errors import InputError
-from engine.model import GPT, KVCache, swap_rows
+from engine.model import GPT, KVCache, NoRoomError, swap_rows
 from engine.runtime import ToHost, inference
 from engine.sampling import Past, Sampling, begin_past, choose, make_generator
 from kernels import cpu
@@ -179,6 +179,16 @@ class Batcher:
         self.suspects: deque[Running] = deque()  # each runs alone for a token, as one of them made a step fail
         self.room = float(slots)  # how many may run at once
         self.numbers = itertools.count()
+
+    @classmethod
+    def fitting(cls, model: GPT, slots: int, queue: int) -> Self:
+        """Return one of so many slots, or of as many as half of the memory has room for: a long context takes much."""
+        try:
+            return cls(model, slots=slots, queue=queue)
+        except NoRoomError as error:
+            if error.most < 1:
+                raise
+            return cls(model, slots=max(1, error.most // 2), queue=queue)
 
     def submit(self, request: Request) -> int:
         """Return the number that its steps carry. Raises InputError for a prompt that does not fit, QueueFullError."""

@@ -90,7 +90,7 @@ def stream(
         return
     ends = frozenset([tokenizer.eod]) if stop_ids is None else stop_ids
     most = model.config.context if max_tokens is None else max_tokens
-    batcher = Batcher(model, slots=min(len(prompts), SLOTS), queue=len(prompts))
+    batcher = Batcher.fitting(model, min(len(prompts), SLOTS), len(prompts))
     texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
     for index, prompt in enumerate(prompts):
         try:

@@ -65,12 +65,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
+class NoRoomError(InputError):
+    """A cache does not fit into memory; one for `most` texts at once would."""
+
+    most = 0
+
+
 def check_room(batch: int, each: int, device: torch.device = CPU) -> None:
-    """Raise InputError where keys and values of `batch` texts, of so many bytes each, find no room."""
+    """Raise NoRoomError where keys and values of `batch` texts, of so many bytes each, find no room."""
     if (most := free_memory(device) // each) < batch:
-        raise InputError(
+        error = NoRoomError(
             f"a cache for {batch:,} texts at once takes {batch * each / 2**30:,.1f} GiB; there is room for {most:,}"
         )
+        error.most = most
+        raise error
 
 
 class KVCache:

@@ -10,7 +10,7 @@ import torch
 from engine.batcher import Batcher, QueueFullError, Request, Step, read_prompt
 from engine.decoders import DecodeGraphs
 from engine.errors import InputError
-from engine.model import GPT
+from engine.model import GPT, NoRoomError
 from engine.sampling import Sampling
 
 GREEDY = Sampling(0.0)
@@ -335,3 +335,17 @@ def test_the_queue_is_bounded_and_prompts_are_checked(gpt: GPT) -> None:
     for token in (-1, gpt.config.vocab_size):
         with pytest.raises(InputError, match=f"logit_bias names token {token}; this model's tokens are 0 to"):
             batcher.submit(Request([1], Sampling(logit_bias=((3, 1.0), (token, 1.0))), 3))
+
+
+def test_a_batcher_has_no_more_slots_than_memory_has_room_for(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(slots: int) -> int:
+        return Batcher.fitting(gpt, slots, 8).slots
+
+    config = gpt.config
+    monkeypatch.setenv("GPT_KERNELS", "torch")
+    each = 2 * 4 * config.blocks * config.width * (2 * config.context)
+    monkeypatch.setattr("engine.model.free_memory", lambda device: 5 * each)
+    assert [made(slots) for slots in (4, 5, 6, 64)] == [4, 5, 2, 2]
+    monkeypatch.setattr("engine.model.free_memory", lambda device: each - 1)
+    with pytest.raises(NoRoomError, match="there is room for 0"):
+        made(1)
