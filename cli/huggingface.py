@@ -11,9 +11,13 @@ from typer import Argument, Option
 
 from cli.console import Console, notice
 from cli.options import CheckpointName, Few, RunArgument
+from engine.disk import in_words
 from engine.errors import InputError
 from engine.folders import one_writer
 from engine.progress import listener
+
+# Of a text's keys and values: many of these fill a laptop's memory.
+MUCH = 250_000_000
 
 
 def export_run(
@@ -84,9 +88,15 @@ def import_model(
             hub = {"name": model, "revision": folder.name}
         elif revision is not None:
             raise InputError(f"--revision is for models of the Hub, which {model} is not; leave it out")
-        found = import_(folder, out, context=context, notice=notice, **hub).model
+        recipe = import_(folder, out, context=context, notice=notice, **hub)
+    found = recipe.model
+    if (cache := 8 * found.blocks * found.kv_heads * found.head_dim * found.context) > MUCH:
+        notice(
+            f"a text of all {found.context:,} tokens takes {in_words(cache)} for its keys and values in fp32, and a "
+            "sequence of finetuning is as long; --context sees less"
+        )
     print(f"{out}: {found.parameters:,} parameters, context {found.context:,}, vocabulary {found.vocab_size:,}")
-    print(f'try it     gpt generate {out} "Once upon a time"')
+    print(f"try it     gpt chat {out}" if recipe.chat else f'try it     gpt generate {out} "Once upon a time"')
 
 
 @contextlib.contextmanager

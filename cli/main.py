@@ -53,7 +53,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     },
     "Share": {
         "export": (huggingface.export_run, "Write a model for transformers or llama.cpp"),
-        "import": (huggingface.import_model, "Take a pretrained GPT-NeoX or Pythia"),
+        "import": (huggingface.import_model, "Take a pretrained model, from the Hub or a folder"),
     },
     "Look": {
         "runs": (info.runs, "All runs, how far they are and how good"),

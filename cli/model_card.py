@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import IMPORTED
 from engine.errors import InputError
+from engine.families import FAMILIES, family_of
 from engine.run import Run
 from engine.runs import kind_of
 from rlhf.preferences import STORIES_PREFERENCES
@@ -35,12 +36,14 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
             f"--base-model is {base_model!r}; it must be a name on the Hub, such as EleutherAI/pythia-160m"
         )
     recipe, model = run.read_recipe(), run.read_recipe().model
+    family = family_of(model)
+    kind = FAMILIES[family]["architectures"][0].removesuffix("ForCausalLM").replace("GPTNeoX", "GPT-NeoX")
     stages = [*history(run, run.find_checkpoint(which).step)]
     about = {
         "license": license,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["gpt_neox", "gpt-from-text", *(["conversational"] if recipe.chat else [])],
+        "tags": [family, "gpt-from-text", *(["conversational"] if recipe.chat else [])],
         "datasets": sorted({stage["set"] for stage in stages if stage["set"]}),
         "base_model": base_model or (recipe.name if re.fullmatch(HUB_NAME, recipe.name) else ""),
     }
@@ -53,7 +56,7 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         "",
         f"# {name}",
         "",
-        f"A {'chat' if recipe.chat else 'language'} model of {model.parameters:,} parameters: GPT-NeoX with "
+        f"A {'chat' if recipe.chat else 'language'} model of {model.parameters:,} parameters: {kind} with "
         f"{model.shape}, a context of {model.context} tokens and a "
         f"vocabulary of {model.vocab_size:,}. "
         + (

@@ -25,7 +25,7 @@ NETWORK = {"httpx", "httpx2", "requests", "aiohttp", "urllib3"}
 # What a model is read from. Many are there in other formats, too, of which pickles may run any code.
 MODEL_FILES = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "config.json"]
 MODEL_FILES += ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-MODEL_FILES += ["added_tokens.json", "chat_template.json", "chat_template.jinja"]
+MODEL_FILES += ["chat_template.json", "chat_template.jinja"]
 
 
 class HubUnreachable(UnfinishedError):  # noqa: N818

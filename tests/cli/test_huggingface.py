@@ -129,9 +129,12 @@ def test_a_model_of_the_hub_becomes_a_run_that_says_where_it_is_from(gpt: Gpt, t
     assert refused.code == 2 and "--revision is for models of the Hub" in refused.err
 
 
-def test_an_imported_model_may_see_less_than_it_could(gpt: Gpt, trained: Path) -> None:
+def test_an_imported_model_may_see_less_than_it_could(gpt: Gpt, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpt("export", str(trained), "--out", "hf").code == 0
+    monkeypatch.setattr("cli.huggingface.MUCH", 4000)  # its 32 tokens take 4,096 bytes
     less = gpt("import", "hf", "--out", "less", "--context", "16")
     assert less.code == 0 and "context 16," in less.out and Run(Path("less")).read_recipe().model.context == 16
+    whole = gpt("import", "hf", "--out", "whole")
+    assert "--context" not in less.err and "a text of all 32 tokens takes 4,096 bytes for its keys" in whole.err
     more = gpt("import", "hf", "--out", "more", "--context", "33")
     assert more.code == 2 and "--context is 33; it must be at most the model's own, 32" in more.err

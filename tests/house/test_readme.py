@@ -18,6 +18,8 @@ import typer.main
 
 from cli.main import app
 from tests.cli.conftest import Gpt
+from tests.cli.pretrained import pretrained
+from tests.train.data.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +32,7 @@ SMALL_ROUNDS = "--rounds 1 --set alignment.answers=8 --set alignment.max_tokens=
 # The program finds no story of so small a model better than another: a reward model has to.
 BEFORE = {"gpt rlhf pairs": f"gpt reward runs/nano-chat --out runs/judge --steps 1 --batch 2 {SMALL_DATA}"}
 SMALLER = {
+    "gpt finetune runs/smollm2": f"--steps 1 --set loop.batch=2 --set model.context=128 {SMALL_DATA}",
     "gpt train nano": f"{SMALL_MODEL} {SMALL_DATA}",
     "gpt train tiny": f"--data stories --steps 1 --set loop.batch=2 {SMALL_MODEL} {SMALL_DATA}",
     "gpt train large": f"--data stories --steps 1 --set loop.batch=2 --gpus 1 --overwrite {SMALL_MODEL} {SMALL_DATA}",
@@ -69,8 +72,22 @@ def leaves(command: Any, words: str = "") -> Iterator[tuple[str, str]]:
             yield f"{words}{name}", each.get_short_help_str(200).rstrip(".")
 
 
-def test_every_command_of_the_readme_runs(gpt: Gpt, monkeypatch: pytest.MonkeyPatch) -> None:
+def publish(hub: Hub) -> None:
+    """Let the Hub have what README fetches from it: a small model of that name, and few rows."""
+    pretrained("llama", Path("smollm2"))
+    files = {path.name: path.read_bytes() for path in Path("smollm2").iterdir()}
+    hub.publish("HuggingFaceTB/SmolLM2-135M-Instruct", files)
+    rows = [{"instruction": f"say {n}", "context": "", "response": f"{n}!"} for n in range(60)]
+    hub.rows("databricks/databricks-dolly-15k", train=rows)
+    turns = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}] for n in range(60)]
+    pairs = [{"chosen": turn, "rejected": [turn[0], {"role": "assistant", "content": "no"}]} for turn in turns]
+    hub.rows("HuggingFaceH4/ultrafeedback_binarized", train_prefs=pairs, test_prefs=pairs[:4])
+
+
+def test_every_command_of_the_readme_runs(gpt: Gpt, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other in one folder, as a reader would type them."""
+    pytest.importorskip("transformers")
+    publish(hub)
     makefile = (ROOT / "Makefile").read_text()
     ran = []
 
@@ -113,6 +130,7 @@ def serve_and_ask(command: str) -> None:
         assert server.stdout is not None
         assert any(f":{port}" in line for line in server.stdout)
         (example,) = [text for language, text in BLOCKS if language == "python"]
+        example = example.replace("nano-chat", command.rpartition("/")[2])
         asked = [sys.executable, "-c", example.replace(":8000", f":{port}")]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
