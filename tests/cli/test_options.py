@@ -190,7 +190,8 @@ def test_every_option_and_setting_that_a_message_names_is_one() -> None:
         "model.safetensors",
         "optimizer.safetensors",
         "model.decode_int8",
-        "model.embed_tokens",  # Llama's names of weights
+        "model.embed_tokens",  # as transformers calls weights
+        "model.layers",
         "model.gguf",
         "model.generate",
     }
