@@ -46,7 +46,7 @@ def linear_cross_entropy(
     total: Tensor
     # Inside of an operator gradients are always off, so it cannot see whether they will be wanted.
     if reduction != "none" and wants_gradient(hidden, weight):
-        total, _, _ = run_summed_loss(rows, weight, flat, ignore_index, softcap, z_loss)
+        total, _, _ = run_summed_loss(rows, weight, flat, ignore_index, softcap, z_loss, weight.requires_grad)
     else:
         log_probs, lse, _ = run_row_statistics(rows, weight, flat, ignore_index, softcap, 1.0, False)
         losses: Tensor = z_loss * lse.square() - log_probs if z_loss else -log_probs
@@ -125,10 +125,14 @@ def _flat(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
 
 
 def summed_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float | None, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum over rows of z_loss * lse^2 - log p(target), and its gradients by hidden and weight."""
-    log_probs, lse, sums = _per_row(hidden), _per_row(hidden), GradientSums(hidden, weight)
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float | None, z_loss: float,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the sum over rows of z_loss * lse^2 - log p(target), and its gradients by hidden and weight.
+
+    A weight that does not learn has none: [0].
+    """
+    log_probs, lse, sums = _per_row(hidden), _per_row(hidden), GradientSums(hidden, weight, learns)
     options = Options(ignore_index, softcap)
     _walk(hidden, sums.weight, targets, Rows(log_probs, lse, None), None, options, z_loss, sums)
     return (z_loss * lse.square() - log_probs).sum(), *sums.result()
@@ -149,7 +153,7 @@ def row_statistics(
 def row_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor,
     d_log_probs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None,
-    ignore_index: int, softcap: float | None, temperature: float,
+    ignore_index: int, softcap: float | None, temperature: float, learns: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of row_statistics by hidden and weight: the logits are made a second time."""
     counts = targets != ignore_index
@@ -160,7 +164,7 @@ def row_gradients(
         zero if d_lse is None else torch.where(counts, d_lse, zero),
         None if d_entropy is None else torch.where(counts, d_entropy, zero),
     )
-    rows, sums = Rows(None, lse, entropy), GradientSums(hidden, weight)
+    rows, sums = Rows(None, lse, entropy), GradientSums(hidden, weight, learns)
     _walk(hidden, sums.weight, targets, rows, upstream, Options(ignore_index, softcap, temperature), None, sums)
     return sums.result()
 
@@ -218,10 +222,11 @@ def _walk(
 class GradientSums:
     """The gradients by hidden and by weight, added up block by block: the latter in fp32 where hidden is shorter."""
 
-    def __init__(self, hidden_NC: Tensor, weight_VC: Tensor) -> None:
-        self.weight, self.dtype = weight_VC.to(hidden_NC.dtype), weight_VC.dtype
+    def __init__(self, hidden_NC: Tensor, weight_VC: Tensor, learns: bool) -> None:
+        self.weight, self.dtype, self.learns = weight_VC.to(hidden_NC.dtype), weight_VC.dtype, learns
         self.by_hidden = torch.empty(hidden_NC.shape, dtype=hidden_NC.dtype, device=hidden_NC.device)
-        self.by_weight = torch.zeros(weight_VC.shape, dtype=_accumulator(hidden_NC), device=weight_VC.device)
+        shape = weight_VC.shape if learns else (0,)
+        self.by_weight = torch.zeros(shape, dtype=_accumulator(hidden_NC), device=weight_VC.device)
 
     def add(self, block: slice, hidden: Tensor, by_logits: LogitsGradient) -> None:
         matrix, factor, one_hot, targets = by_logits
@@ -231,10 +236,14 @@ class GradientSums:
             return
         factor, one_hot = factor[:, None], one_hot[:, None]
         self.by_hidden[block] = torch.mm(matrix, self.weight) * factor + self.weight[targets] * one_hot
+        if not self.learns:
+            return
         self._add_to_weight(matrix.T, (hidden * factor).to(hidden.dtype))
         self.by_weight.index_add_(0, targets, (hidden * one_hot).to(self.by_weight.dtype))
 
     def _add_to_weight(self, wide: Tensor, narrow: Tensor) -> None:
+        if not self.learns:
+            return
         if wide.dtype == self.by_weight.dtype:
             self.by_weight.addmm_(wide, narrow)
         elif wide.is_cuda:
@@ -254,12 +263,12 @@ row_gradients_op = torch.library.custom_op("gpt::row_statistics_backward", row_g
 
 @row_gradients_op.register_fake
 def _empty_gradients(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if rest[-1] else (0,))
 
 
 @summed_loss_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty((), dtype=_accumulator(hidden)), *_empty_gradients(hidden, weight)
+    return hidden.new_empty((), dtype=_accumulator(hidden)), *_empty_gradients(hidden, weight, *rest)
 
 
 @row_statistics_op.register_fake
@@ -277,12 +286,12 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 @torch.autograd.function.once_differentiable
 def _scale_gradients(ctx: Any, d_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
-        return (None,) * 6
+        return (None,) * 7
     # In place where nobody will ask again: a second [V, C] could be the peak of memory. What torch.compile traces is no
     # plain Tensor, and must not be overwritten.
     again = torch._C._autograd._get_current_graph_task_keep_graph() or type(d_loss) is not Tensor
     scale = torch.mul if again else Tensor.mul_
-    return *(scale(gradient, d_loss) for gradient in ctx.saved_tensors), *[None] * 4
+    return *(scale(gradient, d_loss) for gradient in ctx.saved_tensors), *[None] * 5
 
 
 def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -296,7 +305,7 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 
 def _row_gradients(ctx: Any, *upstream: Tensor | None, run: Any = row_gradients_op) -> tuple[Tensor | None, ...]:
-    return *run(*ctx.saved_tensors, *upstream, *ctx.options), *[None] * 5
+    return *run(*ctx.saved_tensors, *upstream, *ctx.options, ctx.needs_input_grad[1]), *[None] * 5
 
 
 summed_loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)

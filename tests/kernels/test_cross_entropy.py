@@ -196,10 +196,25 @@ def test_the_logits_are_never_whole_in_memory() -> None:
     options = (-100, 5.0)
     # What the operators run, called by itself: a mode does not see into an operator.
     with LargestTensor() as ours:
-        cross_entropy.summed_loss(*arguments, *options, 1e-4)
+        cross_entropy.summed_loss(*arguments, *options, 1e-4, True)
         rows = cross_entropy.row_statistics(*arguments, *options, 1.0, True)
-        cross_entropy.row_gradients(*arguments, *rows[1:], *rows, *options, 1.0)
+        cross_entropy.row_gradients(*arguments, *rows[1:], *rows, *options, 1.0, True)
     assert 0 < ours.elements <= tokens * vocab // 8
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, log_probs])
+def test_a_weight_that_does_not_learn_costs_no_gradient(function: Any) -> None:
+    hidden, weight, targets = problem()
+    expected = with_gradients(function, hidden, weight, targets)
+    hidden.requires_grad_()
+    out = function(hidden, weight, targets)
+    direction = torch.linspace(1, 2, out.numel()).view_as(out)
+    for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        assert torch.equal(torch.autograd.grad(run(hidden, weight, targets), hidden, direction)[0], expected[1])
+    with LargestTensor() as ours:
+        rows = torch.randn(16, 8), torch.randn(4096, 8), torch.zeros(16, dtype=torch.int64)
+        _, _, by_weight = cross_entropy.summed_loss(*rows, -100, None, 0.0, False)
+    assert not len(by_weight) and ours.elements == 16 * 4096
 
 
 @pytest.mark.parametrize(
@@ -280,14 +295,17 @@ def test_a_second_derivative_is_refused_rather_than_wrong(reduction: str) -> Non
 def test_the_operators_keep_their_promises_to_pytorch() -> None:
     hidden, weight, targets = problem(rows=6, width=4, vocab=9)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1))
+    for learns in (True, False):
+        torch.library.opcheck(summed_loss_op, (hidden, weight.detach(), targets, -100, None, 0.1, learns))
+    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1, True))
     for want_entropy in (True, False):
         torch.library.opcheck(row_statistics_op, (hidden, weight, targets, -100, 2.0, 0.7, want_entropy))
     rows = [each.detach() for each in row_statistics_op(hidden, weight, targets, -100, None, 1.0, True)]
     upstream = (rows[0], None, rows[2])
-    torch.library.opcheck(
-        row_gradients_op, (hidden.detach(), weight.detach(), targets, *rows[1:], *upstream, -100, None, 1.0)
-    )
+    for learns in (True, False):
+        torch.library.opcheck(
+            row_gradients_op, (hidden.detach(), weight.detach(), targets, *rows[1:], *upstream, -100, None, 1.0, learns)
+        )
 
 
 def everything(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -122,10 +122,10 @@ def test_it_gives_the_same_bits_every_time() -> None:
 def test_the_operators_keep_their_promises_to_pytorch() -> None:
     hidden, weight, targets = problem(rows=3, width=4, vocab=20, device=DEVICE)
     rows = [each.detach() for each in row_statistics_op(hidden, weight, targets, -100, None, 1.0, True)]
-    backward = (hidden, weight, targets, *rows[1:], rows[0], None, rows[2], -100, None, 1.0)
+    backward = (hidden, weight, targets, *rows[1:], rows[0], None, rows[2], -100, None, 1.0, True)
     torch.library.opcheck(row_gradients_op, backward)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1))
+    torch.library.opcheck(summed_loss_op, (hidden, weight, targets, -100, None, 0.1, True))
     torch.library.opcheck(row_statistics_op, (hidden, weight, targets, -100, 2.0, 0.7, True))
 
 
