@@ -297,7 +297,8 @@ class RolloutLoader:
         if self.held is not None and self.order:
             held = {name: value.tolist() for name, value in vars(self.held).items() if isinstance(value, Tensor)}
         counted = {"rounds": self.rounds, "tokens": self.tokens, "beta": self.beta}
-        return {**counted, "order": self.order, "held": held, "prompts": self.prompts.fingerprint}
+        # A copy: the state is written while the next batches are handed out.
+        return {**counted, "order": [*self.order], "held": held, "prompts": self.prompts.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from that state. Raises InputError if it belongs to other prompts."""

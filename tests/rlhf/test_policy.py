@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from engine import checkpoint
 from engine.config import AlignmentConfig, DataConfig, ModelConfig, Recipe, override
 from engine.errors import InputError
 from engine.model import GPT
+from engine.processes import ALONE
 from engine.run import Run
 from engine.runtime import choose
 from rlhf import reward_model
@@ -23,7 +25,7 @@ from rlhf.methods import GRPO, PPO
 from rlhf.prompts import Prompt
 from rlhf.reward_model import RewardModel
 from rlhf.rollout import answer_log_probs, pack_answers, roll_out, rollout_log_probs
-from rlhf.rollout_loader import KLAlarmError, RolloutBatch, ScoredRollout
+from rlhf.rollout_loader import KLAlarmError, RolloutBatch, RolloutLoader, ScoredRollout
 from tests.train.conftest import Recorder, stop_after
 from tests.train.team import train_on
 from train.stage import TrainingError
@@ -181,6 +183,15 @@ def test_a_higher_price_of_kl_keeps_the_policy_closer(recipe: Callable[..., Reci
             outcome = align(recipe(method, beta=beta, rounds=3), Run(tmp_path / f"{method}{beta}"), CPU, Recorder())
             kl.append(outcome.evaluation["kl"])
         assert kl[0] > 2 * abs(kl[1])
+
+
+def test_a_state_that_is_being_written_does_not_change_with_the_next_batch(learnt: RolloutBatch) -> None:
+    loader, prompts = object.__new__(RolloutLoader), SimpleNamespace(fingerprint="")
+    vars(loader).update(held=learnt, order=[[0, 3], [2]], rounds=1, tokens=0, beta=0.1, prompts=prompts)
+    loader.processes = ALONE
+    state = loader.state_dict()
+    next(loader)
+    assert state["order"] == [[0, 3], [2]]
 
 
 @pytest.mark.parametrize(("method", "stop"), [("ppo", 6), ("ppo", 8), ("grpo", 5)])
