@@ -161,6 +161,9 @@ class DerivedOptions(TrainingOptions):
     """These options belong to commands that start from the weights of another run: finetune, reward and rlhf."""
 
     checkpoint: CheckpointName = "latest"
+    lora: Annotated[
+        int | None, Option(help="Train adapters of this rank beside the weights: it takes less memory."), "lora.rank"
+    ] = None
 
 
 def folder(default: str) -> Any:

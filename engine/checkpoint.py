@@ -111,6 +111,12 @@ class Checkpoint:
         distributed.load(found, storage_reader=reader, no_dist=True)
         return found
 
+    def weights(self, name: str = "model") -> "dict[str, Tensor]":
+        """Return the weights called `name` as those of a plain model: adapters are merged into them."""
+        from engine.lora import merged
+
+        return merged(self.tensors(name))
+
     def checksum(self, name: str) -> str | None:
         """Return the SHA-256 of `name`.safetensors by the manifest; None where it is not listed there."""
         try:

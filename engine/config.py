@@ -19,6 +19,8 @@ from engine.errors import InputError, meant
 IMPORTED = "imported"
 # Settings that may name a place on a disk.
 PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
+# The products of a block, by the names of their modules.
+MAPS = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
 
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 # A type with bounds: where a value is not None, all of them hold. Larger numbers would overflow where they are used, or
@@ -288,11 +290,36 @@ class OptimizerConfig(Settings):
     norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
     matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
     critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
+    adapter_rate: Annotated[Weight, "Learning rate of adapters (lora.rank) at its highest, by AdamW."] = 1e-3
     beta1: Annotated[Decay, "AdamW's decay of the mean of gradients."] = 0.9
     beta2: Annotated[Decay, "AdamW's decay of the mean of squared gradients."] = 0.95
     eps: Annotated[Positive, "What AdamW adds to the denominator."] = 1e-10
     weight_decay: Annotated[Weight, "Decoupled weight decay of matrices."] = 0.1
     clip: Annotated[Positive, "The norm that gradients are clipped to."] = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Adapters, which learn in place of the weights that a run begins with (engine/lora.py)."""
+
+    rank: Annotated[int, "at least 0 and at most 65536", "The rank of adapters; at 0 the weights learn."] = 0
+    alpha: Annotated[Positive, "What adapters add is multiplied by alpha / rank."] = 32.0
+    maps: Annotated[str, f"What has adapters: all, or with commas between {', '.join(MAPS)}."] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.chosen) - set(MAPS):
+            raise InputError(f"lora.maps holds {unknown.pop()!r}; it must be all, or of {', '.join(MAPS)}")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Return the names of the maps that have adapters."""
+        return MAPS if self.maps == "all" else tuple(dict.fromkeys(self.maps.replace(" ", "").split(",")))
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Return how many numbers the adapters of a model have: rank for each input and each output of their maps."""
+        maps = model.maps()
+        return model.blocks * self.rank * sum(sum(maps[name][0]) + maps[name][1] for name in self.chosen)
 
 
 @dataclass(frozen=True)
@@ -399,6 +426,7 @@ class Recipe:
     budget: BudgetConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -412,6 +440,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.data.stream and self.budget.epochs is not None:
             raise InputError("nobody knows the length of a stream: give --tokens, --steps or --minutes, not epochs")
+
+    @property
+    def flops_per_token(self) -> int:
+        """Count those of a training step. Weights that do not learn, beside adapters, take none for their gradient."""
+        own = 6 * self.lora.parameters(self.model) - 2 * self.model.matmul_parameters if self.lora.rank else 0
+        return self.model.flops_per_token + own
 
     @property
     def scores(self) -> bool:

@@ -195,6 +195,10 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
+    def merged(self) -> Tensor:
+        """Return the whole weight: here its own, and with an adapter (engine/lora.py) what that adds."""
+        return self.weight
+
 
 class Norm(nn.Module):
     """The fused kernel with its parameters: normalises x, or x + residual."""

@@ -185,7 +185,7 @@ def _weights(model: GPT, kind: str, capacity: int) -> Weights:
     def laid(which: int, rows: Tensor) -> Tensor:
         return _in_turn(rows) if config.mlp == "gated" and MATRICES[which] == "mlp.expand" else rows.detach()
 
-    packed = [[pack(laid(which, each.weight), kind) for which, each in enumerate(block)] for block in matrices]
+    packed = [[pack(laid(which, each.merged()), kind) for which, each in enumerate(block)] for block in matrices]
     sizes = torch.tensor([[each.numel() for each in block] for block in packed])
     ends = sizes.flatten().cumsum(0)
     places = np.zeros((config.blocks + 1, len(MATRICES)), np.int64)

@@ -43,7 +43,7 @@ RUN_FILES = re.compile(
     r"((model|critic|random|optimizer(-\d+-of-\d+)?)\.safetensors|(state|manifest|evaluation)\.json))"
 )
 # What makes of the same weights another model, beside the settings of the model itself.
-IDENTITY = ("chat", "reward.implicit", "reward.beta", "alignment.method", "base_step", "base_weights")
+IDENTITY = ("chat", "reward.implicit", "reward.beta", "alignment.method", "base_step", "base_weights", "lora.rank")
 MEND = f"bring it back from a copy (if you have changed it yourself, delete its line {records.SEAL})"
 
 
@@ -189,7 +189,7 @@ class Run:
         tokenizer = Tokenizer.load(self.tokenizer)
         if (tokens := tokenizer.vocab_size) != (built := recipe.model.vocab_size):
             raise InputError(f"{self.tokenizer} has {tokens} tokens; the model of this run was built for {built}")
-        weights = found.tensors("model")
+        weights = found.weights()
         # The sizes come first: a model of damaged settings may not even fit into memory.
         fits = sum(weight.numel() for weight in weights.values()) == recipe.model.parameters
         model = GPT(recipe.model) if fits else None

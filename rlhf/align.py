@@ -119,14 +119,14 @@ def prepare_rollouts(recipe: Recipe, run: Run, runtime: Runtime, console: Consol
     rewards = open_rewards(config.reward, prompts, tokenizer, runtime)
     method: Method = GRPO(config)
     if config.method == "ppo":
-        method = PPO(config, begin_critic(recipe, base, runtime), recipe.tokens_per_pass)
+        method = PPO(config, begin_critic(recipe, base, reference, runtime), recipe.tokens_per_pass)
     ends = answer_ends(tokenizer)
     rollouts = RolloutLoader(recipe, train, reference, rewards, method, ends, runtime.processes)
     monitor = PolicyMonitor(recipe, reference, prompts, rewards, tokenizer, console.say)
 
     def begin(config: ModelConfig) -> GPT:
         """Make the model that is trained, and let the loader draw answers from that same model."""
-        rollouts.policy = GPT(config)
+        rollouts.policy = begin_policy(recipe, config, reference)
         return rollouts.policy
 
     def evaluate(policy: GPT, tokens: int, tokens_per_batch: int) -> dict[str, float]:
@@ -177,11 +177,20 @@ def prepare_pairs(recipe: Recipe, run: Run, runtime: Runtime, console: Console) 
         evaluate=evaluate,
         sample=monitor.sample,
         amounts=train.amounts(validation),
+        model=lambda config: begin_policy(recipe, config, reference),
         base=base,
         loss=dpo.loss,
         metrics=dpo.metrics,
         notes=(*train.describe_beside(validation), *monitor.notes()),
     )
+
+
+def begin_policy(recipe: Recipe, config: ModelConfig, reference: GPT) -> GPT:
+    """Make the model that is trained. Where adapters learn, its weights are the reference's: there is no copy."""
+    policy = GPT(config)
+    if recipe.lora.rank:
+        policy.load_state_dict(reference.state_dict(), assign=True)
+    return policy
 
 
 def prompts_to_measure(recipe: Recipe, tokenizer: Tokenizer, held_out: Pairs) -> Sequence[Prompt]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import AlignmentConfig, Recipe
+from engine.lora import adapt
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime, inference
@@ -96,16 +97,23 @@ class PPO(Method):
         return of_policy + self.config.value_weight * of_values
 
 
-def begin_critic(recipe: Recipe, base: Checkpoint, runtime: Runtime) -> RewardModel:
-    """Make a critic: a copy of the reward model where that has a head, else the policy's body under a head of zeros."""
+def begin_critic(recipe: Recipe, base: Checkpoint, reference: GPT, runtime: Runtime) -> RewardModel:
+    """Make a critic: a copy of the reward model where that has a head, else the policy's body under a head of zeros.
+
+    Adapters, where the policy has them, are the critic's too; the body is then the reference's own.
+    """
     reward = Run(Path(recipe.alignment.reward))
     if recipe.alignment.reward != PROGRAM and not reward.read_recipe().reward.implicit:
-        return RewardModel.load(reward, runtime)
-    critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
-    critic.take_backbone(base.tensors("model"))
-    # It is better to expect nothing at first than to expect anything.
-    critic.head_weight.data.zero_()
-    critic.compute_dtype = runtime.dtype
+        critic = RewardModel.load(reward, runtime)
+    else:
+        critic = RewardModel(dataclasses.replace(recipe.model, scalar_head=True))
+        shared = recipe.lora.rank > 0
+        critic.take_backbone(reference.state_dict() if shared else base.weights(), share=shared)
+        # It is better to expect nothing at first than to expect anything.
+        critic.head_weight.data.zero_()
+        critic.compute_dtype = runtime.dtype
+    if recipe.lora.rank:
+        adapt(critic, recipe.lora)
     return critic.to(runtime.device)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.chat_template import answer_ends
 from engine.checkpoint import Checkpoint, checkpoints
-from engine.config import AlignmentConfig, BudgetConfig, DataConfig, Recipe
+from engine.config import AlignmentConfig, BudgetConfig, DataConfig, LoraConfig, Recipe
 from engine.errors import InputError
 from engine.model import GPT
 from engine.run import Run
@@ -41,6 +41,7 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
         budget=BudgetConfig(epochs=1),
         data=data,
         optimizer=dataclasses.replace(before.optimizer, **rates),
+        lora=LoraConfig(),
         alignment=AlignmentConfig(),
         precision="auto",
         chat=before.chat or open_conversations(data) is not None,

@@ -83,7 +83,7 @@ class Loop:
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.optimizer = Optimizer(self.trained, recipe.optimizer, matmul_dtype=muon_dtype(runtime), scaler=scaler)
         self.byte_lengths = None if stage.byte_lengths is None else stage.byte_lengths.to(runtime.device)
-        self.flops_per_token = recipe.model.flops_per_token
+        self.flops_per_token = recipe.flops_per_token
         self.accumulation = recipe.loop.batch // (recipe.loop.micro_batch or recipe.loop.batch)
         self.parts = self.layout.parts  # each micro-batch is cut into this many, when memory is short
         self.step = self.skipped = self.skipped_in_a_row = 0

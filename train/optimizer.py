@@ -149,9 +149,11 @@ class Optimizer:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        groups: dict[str, list[nn.Parameter]] = {role: [] for role in ("embedding", "head", "norm", "critic", "matrix")}
-        for name, parameter in model.named_parameters():
+        learning = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in learning.items()}
+        roles = ("embedding", "head", "norm", "critic", "adapter", "matrix")
+        groups: dict[str, list[nn.Parameter]] = {role: [] for role in roles}
+        for name, parameter in learning.items():
             groups[_role(name, parameter)].append(parameter)
         matrices = groups.pop("matrix") if config.kind == "muon" else []
         # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
@@ -234,6 +236,8 @@ def _role(name: str, parameter: nn.Parameter) -> str:
     # Where a policy and a critic are trained together, their names stand before those of their parameters.
     if name.startswith("critic."):
         return "critic"
+    if "lora_" in name:
+        return "adapter"
     if parameter.ndim < 2:
         return "norm"
     return "matrix" if "blocks." in name else name.split(".")[-2]

@@ -45,6 +45,8 @@ def pretrain(
 
     Raises InputError for what the user can fix, TrainingError if the loss stays not finite.
     """
+    if recipe.lora.rank:
+        raise InputError("lora.rank must be 0 here: adapters are for runs that begin with the weights of another one")
     prepare = partial(read_documents, run=run, runtime=runtime, console=console)
     return run_stage(recipe, run, runtime, console, prepare, resume=resume, wandb=wandb)
 

@@ -11,6 +11,7 @@ from engine import checkpoint, disk
 from engine.checkpoint import Checkpoint, at_step
 from engine.config import DataConfig, Recipe, from_dict, override, settings, to_dict
 from engine.errors import DiskError, InputError
+from engine.lora import adapt
 from engine.planning import checkpoint_bytes
 from engine.run import Run, versions
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
@@ -57,8 +58,10 @@ def run_stage(
     )
     found = None if step is None else at_step(run.checkpoints, step)
     if stage.base and not found:
-        model.load_state_dict(stage.base.tensors("model"))
+        model.load_state_dict(stage.base.weights())
     model.compute_dtype = runtime.dtype
+    if recipe.lora.rank:
+        adapt(model, recipe.lora)
     model.checkpoint_activations = recipe.loop.checkpoint_activations
 
     at_its_end = found is not None and require_budget(stage, run, found)
@@ -97,7 +100,7 @@ def most_tokens(recipe: Recipe, peak: float) -> int | None:
         return None
     if budget.minutes is not None:
         # Few training steps reach half the speed of a bare matrix product.
-        needed = 60 * budget.minutes * peak / 2 / recipe.model.flops_per_token
+        needed = 60 * budget.minutes * peak / 2 / recipe.flops_per_token
     else:
         needed = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
     # Validation data is held out of the same documents, and the last batch must be full.
@@ -173,16 +176,19 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
     extent = budget.describe()
     if budget.steps:
         extent += f", {stage.amounts.steps(budget.steps, budget.steps / budget.steps_per_epoch)}"
-        hours = budget.steps * recipe.tokens_per_step * model.flops_per_token / peak / 3600
+        hours = budget.steps * recipe.tokens_per_step * recipe.flops_per_token / peak / 3600
         extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
     rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
     rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
+    learner, rank = str(optimizer.kind), recipe.lora.rank
+    if rank:
+        learner = f"adamw, of {recipe.lora.parameters(model):,} parameters in adapters of rank {rank}"
     return [
         f"model      {model.parameters / 1e6:,.1f}M parameters: {model.shape}, "
         f"context {model.context}, vocabulary {model.vocab_size:,}",
         f"data       {recipe.data.source}: {stage.amounts.data}",
         f"batch      {stage.amounts.step or rows}",
-        f"optimizer  {optimizer.kind}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
+        f"optimizer  {learner}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
         f"budget     {extent}",
         f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
         f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",

@@ -41,7 +41,7 @@ def other_value(name: str, default: Any) -> Any:
         return ["model.blocks=2"]
     if name == "precision":
         return "bf16"
-    known = {"data": "x", "reward": "x", "seed": 7, "group": 4, "batch": 3, "kl_target": 0.5}
+    known = {"data": "x", "reward": "x", "seed": 7, "lora": 8, "group": 4, "batch": 3, "kl_target": 0.5}
     text = "column" in name or default == "latest"
     return True if default is False else known.get(name, "other" if text else 0.25)
 
