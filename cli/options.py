@@ -48,6 +48,7 @@ PromptColumn = Annotated[str | None, Option(help="The column of the requests."),
 Batch = Annotated[int | None, Option(help="Sequences in a step, each as long as the context."), "loop.batch"]
 Tokens = Annotated[float | None, Option(help="Train on this many tokens, such as 5e6."), "budget.tokens", ON_RESUME]
 Setting = Annotated[list[str] | None, Option("--set", help="Any of gpt settings, as model.blocks=6. Repeatable.")]
+Lora = Annotated[int | None, Option(help="Train adapters of this rank, not the weights: less memory."), "lora.rank"]
 WandB = Annotated[bool, Option("--wandb", help="Also record to Weights & Biases, offline without a login."), ON_RESUME]
 LOOPBACK = "127.0.0.1"
 Host = Annotated[str, Option(help=f"The address to listen on. Others than {LOOPBACK} need a key.")]
@@ -161,9 +162,7 @@ class DerivedOptions(TrainingOptions):
     """These options belong to commands that start from the weights of another run: finetune, reward and rlhf."""
 
     checkpoint: CheckpointName = "latest"
-    lora: Annotated[
-        int | None, Option(help="Train adapters of this rank beside the weights: it takes less memory."), "lora.rank"
-    ] = None
+    lora: Lora = None
 
 
 def folder(default: str) -> Any:

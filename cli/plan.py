@@ -1,5 +1,7 @@
 """gpt plan: what a run would take on many GPUs."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +10,7 @@ from typer import Argument, Option
 
 from cli import training
 from cli.console import FRAMELESS, print_table
-from cli.options import Batch, Few, Precision, Setting, Tokens
+from cli.options import Batch, Few, Lora, Precision, Setting, Tokens
 from engine.config import Weight
 from engine.errors import InputError, meant
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    preset: Annotated[str, Argument(help="nano, tiny or large.", show_default=False)],
+    preset: Annotated[
+        str, Argument(help="nano, tiny or large; or the folder of a run, to finetune it.", show_default=False)
+    ],
     gpus: Annotated[Few, Option(help="How many in all.")] = 1,
     nodes: Annotated[Few, Option(help="In how many machines.")] = 1,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
@@ -27,6 +31,7 @@ def plan(
     context: Annotated[Few | None, Option(help="Tokens in a row.")] = None,
     tokens: Tokens = None,
     precision: Precision = "auto",
+    lora: Lora = None,
     price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None,
     setting: Setting = None,
     results: Annotated[Path, Option(help="Folder of measured rates, where there are any.")] = Path("bench/results"),
@@ -34,8 +39,11 @@ def plan(
     """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
 
     Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
+
+    Example: gpt plan runs/smollm2 --gpu 4090 --batch 8 --lora 16 --set loop.checkpoint_activations=true
     """
     from engine import config, planning
+    from engine.run import Run
 
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
@@ -43,7 +51,12 @@ def plan(
         known = (*planning.MACHINES, "cpu")
         raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(known)}{meant(gpu, known)}")
     values = {"budget.tokens": tokens, "loop.batch": batch, "model.context": context, "precision": precision}
-    recipe = training.adjust(config.preset(preset), values, setting)
+    if preset not in config.PRESETS and os.path.isdir(preset):  # noqa: PTH112 (Path's fails for a long name)
+        begin = Run(Path(preset)).read_recipe()
+        begin = replace(begin, budget=config.BudgetConfig(epochs=1), lora=config.LoraConfig(), precision="auto")
+    else:
+        begin = config.preset(preset)
+    recipe = training.adjust(begin, {**values, "lora.rank": lora}, setting)
     notice = ""
     if rest := recipe.loop.batch % gpus:
         if batch is not None:
@@ -54,7 +67,9 @@ def plan(
     found = planning.plan(recipe, machine, rate, chosen, gpus=gpus, nodes=nodes, shard=shard)
     where = f"{gpus} x {machine.name}" + (f" in {nodes} nodes" if nodes > 1 else "")
     how = ("FSDP2" if shard else "DDP") + ", " if gpus > 1 else ""
-    print(f"{recipe.name}     {recipe.model.parameters / 1e6:,.1f}M parameters on {where}: {how}{chosen}")
+    learnt, size = recipe.lora.parameters(recipe.model) / 1e6, recipe.model.parameters / 1e6
+    adapters = f" and {learnt:,.1f}M in adapters, which alone learn," if learnt else ""
+    print(f"{recipe.name}     {size:,.1f}M parameters{adapters} on {where}: {how}{chosen}")
     print(
         f"batch     {recipe.loop.batch} x {recipe.model.context} = {recipe.tokens_per_step:,} tokens a step"
         f"{notice}; on each GPU {found.passes} x {found.setup.tokens:,}"

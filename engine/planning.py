@@ -6,12 +6,13 @@ second, what communication takes, hours and cost.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from engine import records
-from engine.config import ModelConfig, Recipe
+from engine.config import LoraConfig, ModelConfig, Recipe
 from engine.errors import InputError
 from kernels.attention.reference import KEPT_LENGTH, ROWS
 from kernels.cross_entropy import block_rows
@@ -40,6 +41,9 @@ class Setup:
     shard: bool = False  # FSDP2, a block at a time; else every rank has the whole state (DDP)
     accumulate: bool = False  # several passes to a step: gradients stay while the next one runs
     checkpointing: bool = False  # keep only what enters a block, and compute the rest again
+    lora: LoraConfig = field(
+        default_factory=LoraConfig
+    )  # where it has a rank, adapters alone learn: see engine/lora.py
 
     @property
     def row(self) -> int:
@@ -48,81 +52,129 @@ class Setup:
 
     @property
     def wide_row(self) -> int:
-        """The same where it is normalised: on a CPU in fp32."""
-        return self.row if self.gpu else self.tokens * self.model.width * 4
+        """The same where it is normalised: on a CPU LayerNorm keeps it in fp32."""
+        return self.row if self.gpu or self.model.norm == "rms" else self.tokens * self.model.width * 4
 
 
 def matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
     """Return (how many, rows, columns) of the maps in a block, as Muon treats them."""
-    width = model.width
-    return [(3, width, width), (1, width, width), (1, 4 * width, width), (1, width, 4 * width)]
+    maps = model.maps().values()
+    return [(len([*same]), rows, columns) for outputs, columns in maps for rows, same in groupby(outputs)]
 
 
-def elements(setup: Setup) -> tuple[int, int]:
-    """Count a rank's parameters: in the blocks' matrices, and all others. FSDP deals out rows, and rank 0 gets most."""
+def elements(setup: Setup) -> tuple[int, int, int]:
+    """Count a rank's parameters: in the blocks' matrices, the tables, and the vectors. FSDP deals out rows, and rank 0
+    gets most."""
     model, ranks = setup.model, setup.ranks if setup.shard else 1
-    stacked = [(3 * model.width, model.width), *((rows, columns) for _, rows, columns in matrices(model)[1:])]
-    tables = [(model.vocab_size, model.width), (model.outputs, model.width)]
-    vectors = (model.parameters - model.matmul_parameters) // model.width - model.vocab_size
+    stacked = [(sum(outputs), columns) for outputs, columns in model.maps().values()]
+    tables = [(rows, model.width) for rows in (model.vocab_size, model.outputs)[: 1 + model.own_head]]
+    whole = model.blocks * sum(rows * columns for rows, columns in stacked)
+    vectors = model.parameters - whole - sum(rows * columns for rows, columns in tables)
     inside, outside = (sum(-(-rows // ranks) * columns for rows, columns in group) for group in (stacked, tables))
-    return model.blocks * inside, outside + vectors * -(-model.width // ranks)
+    each, rest = divmod(vectors, model.width)
+    return model.blocks * inside, outside, each * -(-model.width // ranks) + rest
 
 
-def kept_by_block(setup: Setup) -> int:
+def learning(setup: Setup) -> tuple[int, int]:
+    """Count a rank's parameters that learn: in the blocks' matrices, and all others."""
+    if setup.lora.rank:
+        return 0, -(-setup.lora.parameters(setup.model) // (setup.ranks if setup.shard else 1))
+    inside, *others = elements(setup)
+    return inside, sum(others)
+
+
+def kept_by_block(setup: Setup, layer: int) -> int:
     """Return the bytes that a block's forward pass keeps for its backward pass, without torch.compile.
 
-    Per token: the two sums that are normalised, with their statistics (8 bytes each), and what comes out (2 widths);
-    the product that queries, keys and values are parts of (3), queries and keys again once they are rotated (2);
-    attention's output (1) and log-sum-exps; the MLP's hidden state before and after GELU (8). On a CPU attention keeps
-    probabilities in place of log-sum-exps: those of blocks of queries, in sequences taken to fill half a context.
+    Per token: the two sums that are normalised, with LayerNorm's statistics (8 bytes each); what enters each map that
+    learns; the product that queries, keys and values are parts of, queries and keys again once they are rotated; what
+    attention keeps; and the MLP's hidden state before its activation. An adapter keeps what is between its matrices.
     """
-    sums, model = 1 if setup.model.parallel_residual else 2, setup.model
-    length = max(1, model.context // 2)
+    model, lora, maps = setup.model, setup.lora, setup.model.maps()
+    learns = lora.chosen if lora.rank else tuple(maps)
+    inputs = sum(maps[name][1] for name in learns) + lora.rank * len(lora.chosen)
+    turned = 0 if model.kind_of(layer) == "n" else (model.heads + model.kv_heads) * model.head_dim
+    numbers = inputs + model.qkv_rows + turned + sum(maps["mlp.expand"][0])
+    sums, statistics = 1 if model.parallel_residual else 2, 16 if model.norm == "layer" else 8 * setup.gpu
+    return sums * setup.wide_row + setup.tokens * (numbers * setup.element_size + statistics + _attention(setup, layer))
+
+
+def _attention(setup: Setup, layer: int) -> int:
+    """Return the bytes that attention keeps of a token besides what enters it.
+
+    That are log-sum-exps, where our kernels run. On a CPU, for sequences taken to fill half a context: the
+    probabilities of blocks of queries; or with shared key heads or a window what SDPA keeps, its output for each
+    sequence, and a mask; or all scores three times where they are capped.
+    """
+    model, size, length = setup.model, setup.element_size, max(1, setup.model.context // 2)
+    if setup.gpu:
+        return 4 * model.heads
+    masked = (model.window_of(layer) or length) < length
+    if model.score_cap is not None:
+        return 3 * model.heads * length * size + (2 * model.attended + model.kv_heads * model.head_dim) * size + length
+    if masked or model.kv_heads != model.heads:
+        return 4 * model.heads + model.attended * size + (length * size if masked else 0)
     seen = (length + min(length, ROWS)) // 2 if length <= KEPT_LENGTH else 0
-    attention = model.heads * (4 if setup.gpu else seen * setup.element_size)
-    return sums * setup.wide_row + 16 * setup.row + setup.tokens * (2 * 8 + attention)
+    return model.heads * seen * size
 
 
 def saved_state(setup: Setup) -> Parts:
-    """Return bytes on one rank that stay between steps, and that a checkpoint holds: Muon has one moment, AdamW two."""
-    inside, outside = elements(setup)
-    optimizer = 8 * outside + (4 if setup.optimizer == "muon" else 8) * inside
-    return {"weights": 4 * (inside + outside), "optimizer": optimizer}
+    """Return bytes on one rank that stay between steps, and that a checkpoint holds: Muon has one moment, AdamW two.
+
+    Beside adapters matrices are kept in the dtype of the products.
+    """
+    inside, tables, vectors = elements(setup)
+    of_matrices, of_rest = learning(setup)
+    optimizer = 8 * of_rest + (4 if setup.optimizer == "muon" else 8) * of_matrices
+    if setup.lora.rank:
+        return {"weights": setup.element_size * (inside + tables) + 4 * (vectors + of_rest), "optimizer": optimizer}
+    return {"weights": 4 * (inside + tables + vectors), "optimizer": optimizer}
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Return the size of a run's checkpoints: of its model, of PPO's critic, and of their optimizer's state."""
     models = 2 if recipe.alignment.method == "ppo" else 1
-    return models * total(saved_state(Setup(recipe.model, recipe.optimizer.kind, tokens=1)))
+    size = 2 if recipe.precision in ("bf16", "fp16") else 4
+    return models * total(saved_state(Setup(recipe.model, recipe.optimizer.kind, 1, size, lora=recipe.lora)))
 
 
 def step_memory(setup: Setup) -> dict[str, Parts]:
     """Return bytes on one rank, by part, at the four moments of which one is the peak, in a step after the first."""
     model, size, row = setup.model, setup.element_size, setup.row
-    inside, outside = elements(setup)
-    gradients = 4 * (inside + outside)
-    state = saved_state(setup)
+    gradients, state, frozen = 4 * sum(learning(setup)), saved_state(setup), setup.lora.rank > 0
     # DDP's buckets, in which the gradients lie, stay between steps.
     resident = gradients if setup.accumulate or (setup.ranks > 1 and not setup.shard) else 0
-    block_weights, embedding = 12 * model.width**2, model.vocab_size * model.width
-    head = model.outputs * model.width
+    maps = model.maps()
+    block_weights = sum(sum(outputs) * columns for outputs, columns in maps.values())
+    embedding, head = model.vocab_size * model.width, model.outputs * model.width
     # Autograd keeps a copy of each weight in the dtype of the products, except where FSDP makes these copies.
-    copies = block_weights * size if size < 4 and not setup.shard else 0
+    copied = setup.lora.parameters(model) // model.blocks if frozen else block_weights
+    copies = copied * size if size < 4 and not setup.shard else 0
     # FSDP keeps embedding and head whole to the end of the backward pass; of the blocks, this one and the next.
-    tables, ahead = ((embedding + head) * size, 2 * block_weights * size) if setup.shard else (0, 0)
+    own = head if model.own_head else 0
+    tables, ahead = ((embedding + own) * size, 2 * block_weights * size) if setup.shard else (0, 0)
+    # What of the gradients is there first, by the head, and last, by the embedding: a tied one's are two for a moment.
+    first, last = (0, 0) if frozen else (head, embedding)
+    twice = 4 * last if setup.accumulate or not model.own_head else 0
 
-    block = kept_by_block(setup)
+    blocks = [kept_by_block(setup, layer) for layer in range(model.blocks)]
+    block = max(blocks)
     # The last norm's input, its output's gradient; rotary angles; tokens and targets.
     around = setup.wide_row + row + setup.tokens * (8 + 8 * model.rotary_dim + 16)
-    once = (2 * model.blocks - 1) * row if setup.checkpointing else model.blocks * block
+    once = (2 * model.blocks - 1) * row if setup.checkpointing else sum(blocks)
     again, blocks_copied = (block, 1) if setup.checkpointing else (0, model.blocks)
-    # The last MLP holds, beside what was kept, the gradients by its output (1 row) and by its hidden state before and
-    # after GELU (8), less what is gone by then (4, and around the last norm 2); and that by a matrix, in both dtypes.
-    flowing = 3 * row + 4 * model.width**2 * (4 if size == 4 else 4 + size)
+    # The last MLP holds, beside what was kept, the gradients by its output and by its hidden state before and after the
+    # activation, less what is gone by then (what came after it, and around the last norm 2 rows); and the gradient by
+    # a matrix, in both dtypes.
+    outputs, columns = maps["mlp.expand"][0], maps["mlp.contract"][1]
+    flowing = setup.tokens * sum(outputs) * size - row
+    # On a CPU a gated MLP's product is computed again, in three steps as wide as it.
+    flowing += 3 * setup.tokens * columns * size if model.mlp == "gated" and not setup.gpu else 0
+    flowing += 0 if frozen else model.width * columns * (4 if size == 4 else 4 + size)
 
     loss = {
         **state,
-        "gradients": resident + 4 * head,
+        "gradients": resident + 4 * first,
         "weight copies": 0 if setup.checkpointing else copies * model.blocks,
         "activations": once + around + row,
         "logits": _logits(setup),
@@ -130,24 +182,24 @@ def step_memory(setup: Setup) -> dict[str, Parts]:
     }
     begin = {
         **state,
-        "gradients": resident + (size if setup.shard else 4) * head,
+        "gradients": resident + (size if setup.shard else 4) * first,
         "weight copies": copies * blocks_copied,
         "activations": once + again + around + flowing,
         "communication": tables + ahead,
     }
     first_block = {
         **state,
-        "gradients": max(resident, gradients - (0 if setup.shard else 4 * embedding)),
+        "gradients": max(resident, gradients - (0 if setup.shard or not model.own_head else 4 * last)),
         "weight copies": copies,
         "activations": block + around + flowing,
         # A block's gradient, whole, and in fp32 on its way to its owners; that by the head waits for the embedding's.
-        "communication": tables + ahead + (block_weights * (size + 4) + size * head if setup.shard else 0),
+        "communication": tables + ahead + (copied * (size + 4) + size * first if setup.shard else 0),
     }
     tables_last = {
         **state,
-        "gradients": gradients + (4 * embedding if setup.accumulate else 0),
+        "gradients": gradients + twice,
         "activations": setup.wide_row + row,
-        "communication": tables + (tables // size * (size + 4) if setup.shard else 0),
+        "communication": tables + (tables // size * (size + 4) if setup.shard and not frozen else 0),
     }
     step = {**state, "gradients": gradients, "optimizer's work": _orthogonalisation(setup)}
     end = max(first_block, tables_last, key=total)
@@ -172,7 +224,7 @@ def _logits(setup: Setup) -> int:
     # Scores are fp32; their gradient is not, and neither are, on a CPU, the two parts that they are the sum of.
     block = rows * padded * (max(size, 4) + (size * (1 if setup.gpu else 2) if mixed else 0))
     narrow = rows * model.width * size * (1 if setup.gpu else 4)
-    copy = vocab * model.width * size if mixed else 0
+    copy = vocab * model.width * size if mixed and not setup.lora.rank else 0
     return block + narrow + (copy if setup.gpu else 2 * copy) - (copy if setup.shard else 0)
 
 
@@ -182,13 +234,15 @@ def _orthogonalisation(setup: Setup) -> int:
 
     Sharded, each rank is taken to orthogonalise its share of the matrices, whole.
     """
-    if setup.optimizer == "adamw":
+    if setup.optimizer == "adamw" or setup.lora.rank:
         return 0
-    ranks = setup.ranks if setup.shard else 1
+    ranks, size = setup.ranks if setup.shard else 1, setup.element_size
+    # Of maps of several sizes that are stacked in one matrix, those of one size are worked on at a time.
     return max(
         -(-setup.model.blocks * count // ranks)
-        * (2 * 4 * rows * columns + 2 * setup.element_size * (rows * columns + min(rows, columns) ** 2))
-        for count, rows, columns in matrices(setup.model)
+        * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
+        for outputs, columns in setup.model.maps().values()
+        for count, rows in ((len([*same]), rows) for rows, same in groupby(outputs))
     )
 
 
@@ -291,7 +345,7 @@ def ring_seconds(bytes: float, ranks: int, passes: int, speed: float) -> float:
 
 def muon_flops(recipe: Recipe, steps: int = 5) -> int:
     """Count one update of all matrices: per step of Newton-Schulz two products with the matrix, one of its square."""
-    if recipe.optimizer.kind != "muon":
+    if recipe.optimizer.kind != "muon" or recipe.lora.rank:
         return 0
     each = ((count, min(rows, columns), max(rows, columns)) for count, rows, columns in matrices(recipe.model))
     return recipe.model.blocks * steps * sum(count * (4 * s * s * long + 2 * s**3) for count, s, long in each)
@@ -320,21 +374,26 @@ def plan(recipe: Recipe, machine: Machine, rate: Rate, precision: str, *, gpus: 
     """
     model, rows = recipe.model, recipe.loop.batch // gpus
     size, room = 4 if precision == "fp32" else 2, machine.memory - RESERVED
+    again, learnt = recipe.loop.checkpoint_activations, recipe.lora.parameters(model) or model.parameters
     whole = Setup(model, recipe.optimizer.kind, rows * model.context, size, machine.name != "CPU", gpus, shard)
+    whole = replace(whole, checkpointing=again, lora=recipe.lora)
     most = recipe.loop.micro_batch or rows
     cuts = [cut for cut in range(1, rows + 1) if rows % cut == 0 and rows // cut <= most]
     setups = {cut: replace(whole, tokens=whole.tokens // cut, accumulate=cut > 1) for cut in cuts}
     passes = next((cut for cut, setup in setups.items() if peak_memory(setup) <= room), rows)
 
     speed = LINK_EFFICIENCY * (machine.link if nodes == 1 else min(machine.link, machine.network * gpus // nodes))
-    model_seconds = whole.tokens * model.flops_per_token / rate.flops
+    # What is computed again is a forward pass, which takes a third of the FLOPs of a step.
+    model_seconds = whole.tokens * (recipe.flops_per_token + again * model.flops_per_token / 3) / rate.flops
     owners = gpus if shard else 1
     # AdamW reads weight, gradient and two moments, and writes all but the gradient: 28 bytes.
-    optimizer_seconds = muon_flops(recipe) / owners / rate.flops + 28 * model.parameters / owners / machine.bandwidth
-    gradients = 4 * model.parameters
+    optimizer_seconds = muon_flops(recipe) / owners / rate.flops + 28 * learnt / owners / machine.bandwidth
+    gradients = 4 * learnt
     if shard:
         # Blocks are gathered for the forward and again for the backward pass, the rest once (ZeRO, arXiv:1910.02054).
-        gathered = passes * size * (model.parameters + 12 * model.blocks * model.width**2)
+        gathered = (
+            passes * size * (model.parameters + sum(each * r * c for each, r, c in matrices(model)) * model.blocks)
+        )
         communication, hidden = ring_seconds(gathered + gradients, gpus, 1, speed), model_seconds
     else:
         # The backward pass hides it, where there are several the last one.

@@ -46,7 +46,7 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
         again = recipe.loop.checkpoint_activations
         # A part ends where a sequence does, too.
         at_a_time = tokens if parts == 1 else min(tokens, tokens // parts + model.context)
-        return peak_memory(Setup(model, kind, at_a_time, size, gpu, count, shard, several, again))
+        return peak_memory(Setup(model, kind, at_a_time, size, gpu, count, shard, several, again, recipe.lora))
 
     cuts = [2**power for power in range((tokens // model.context).bit_length())]
     layouts = [False, True] if recipe.loop.shard is None else [recipe.loop.shard]
@@ -65,7 +65,9 @@ def require_memory(recipe: Recipe, runtime: Runtime) -> None:
     count = runtime.processes.count
     # How many tokens the vocabulary will have is not known yet.
     model, shard = replace(recipe.model, vocab_size=1), count > 1 and recipe.loop.shard is not False
-    need = total(step_memory(Setup(model, recipe.optimizer.kind, 1, ranks=count, shard=shard))["optimizer step"])
+    size = runtime.dtype.itemsize if recipe.lora.rank else 4
+    setup = Setup(model, recipe.optimizer.kind, 1, size, ranks=count, shard=shard, lora=recipe.lora)
+    need = total(step_memory(setup)["optimizer step"])
     if need > (there := device_memory(runtime)):
         raise InputError(
             f"weights, gradients and the optimizer's state of this model take {need / GIB:,.1f} GiB, and there are "

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Recipe, override, preset
+from engine.config import ModelConfig, Recipe, override, preset
 from engine.planning import MACHINES, Rate, assumed_rate, measured_rate, muon_flops, plan, ring_seconds
+from engine.run import Run
 from tests.cli.conftest import Gpt
 
 
@@ -34,6 +35,20 @@ def test_what_does_not_fit_says_the_way_out(gpt: Gpt) -> None:
     huge = ("--set", "model.width=8192", "--set", "model.blocks=80", "--gpus", "8")
     assert "DOES NOT FIT; --shard" in gpt("plan", "large", *huge).out
     assert "1 x H200 SXM: bf16" in gpt("plan", "tiny", "--gpu", "h200").out
+
+
+def test_finetuning_a_run_is_planned_with_adapters_and_without(gpt: Gpt) -> None:
+    shape = ModelConfig(49_152, 960, 32, 15, 2048, norm="rms", mlp="gated", mlp_width=2560, key_heads=5, tied=True)
+    recipe = override(dataclasses.replace(preset("nano"), name="imported", model=shape), "loop.batch", 8)
+    Run(Path("smollm2")).path.mkdir()
+    Run(Path("smollm2")).write_recipe(recipe)
+    again = ("--gpu", "4090", "--set", "loop.checkpoint_activations=true")
+    whole, adapted = gpt("plan", "smollm2", *again), gpt("plan", "smollm2", *again, "--lora", "16")
+    assert "imported     361.8M parameters on 1 x RTX 4090: bf16" in whole.out
+    assert "361.8M parameters and 7.2M in adapters, which alone learn, on 1 x RTX 4090: bf16" in adapted.out
+    assert "memory    6.2 of 23 GiB" in whole.out and "memory    3.3 of 23 GiB" in adapted.out
+    assert "optimizer's work" in whole.out and "optimizer's work" not in adapted.out
+    assert gpt("plan", ".").code == 2
 
 
 @pytest.mark.parametrize(

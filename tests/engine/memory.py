@@ -1,21 +1,17 @@
 """The memory that a step takes, as the allocator counts it."""
 
-import functools
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
-
-from engine.model import GPT
+from torch.profiler import ProfilerActivity, profile, record_function
 
 Step = Callable[[], None]
 
 
 def peak_bytes(build: Callable[[], Step], steps: int = 2) -> int:
-    """The most that building a step and running it holds at a time, on a CPU.
+    """The most that a step holds at a time, on a CPU, with what was built for it.
 
     The profiler hears every allocation and every release, what operators take for themselves included; a mode for
     dispatched tensors sees only what they return, and a process's resident memory also what is free by then.
@@ -24,22 +20,17 @@ def peak_bytes(build: Callable[[], Step], steps: int = 2) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = build()
-        for _ in range(steps):
-            step()
+        with record_function("steps"):
+            for _ in range(steps):
+                step()
     events = recorded.profiler.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == "steps")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
-    for _, change in changes:
+    for when, change in changes:
         held += change
-        peak = max(peak, held)
+        peak = max(peak, held) if when >= begin else held
     return peak
-
-
-def checkpointed(model: GPT) -> GPT:
-    """Keeps what enters each block, and computes the rest again in the backward pass."""
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    return model
 
 
 def packed(tokens: int, vocab: int, context: int) -> dict[str, Any]:

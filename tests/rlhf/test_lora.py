@@ -24,6 +24,7 @@ from rlhf.align import align, alignment_recipe
 from rlhf.reward_model import RewardModel, load_reference, reward_recipe, train_reward
 from tests.rlhf.test_policy import likes_small_ids
 from tests.train.conftest import Recorder
+from tests.train.team import train_on
 from train import trainer
 from train.finetune import finetune, finetuning_recipe
 from train.loop import Loop
@@ -170,3 +171,19 @@ def test_another_rank_is_another_model(learn: Learn, tmp_path: Path) -> None:
     run.write_recipe(override(run.read_recipe(), "lora.rank", 8))
     with pytest.raises(InputError, match=r"lora.rank is 8 by .*config.json, but .* was made with 4"):
         run.load_model(CPU)
+
+
+@pytest.mark.parametrize(("kind", "shard"), [("dpo", False), ("finetune", True)])
+def test_two_processes_learn_what_one_does(
+    kind: str, shard: bool, chat: Run, likes_foxes: DataConfig, tmp_path: Path
+) -> None:
+    _, recipe = begin(kind, chat, tmp_path, likes_foxes)
+    recipe = dataclasses.replace(recipe, lora=LoraConfig(rank=3), budget=BudgetConfig(steps=5))
+    for name, value in {"precision": "fp32", "loop.samples": 0, "loop.checkpoint_activations": shard}.items():
+        recipe = override(recipe, name, value)
+    train_on(recipe, tmp_path / "one", 1)
+    train_on(override(recipe, "loop.shard", shard), tmp_path / "two", 2)
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert trained(one).keys() == trained(two).keys()
+    torch.testing.assert_close(trained(two), trained(one), rtol=0, atol=1e-4)

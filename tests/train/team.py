@@ -78,6 +78,7 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     from rlhf.align import align
     from tests.train.conftest import Recorder
     from train import trainer
+    from train.finetune import finetune
     from train.pretrain import pretrain
 
     torch.set_num_threads(1)
@@ -93,7 +94,7 @@ def _work(rank: int, recipe_text: str, folder: str, count: int, port: int, trick
     told: dict[str, Any] = {"said": recorder.said, "failure": ""}
     try:
         runtime = Runtime(device, "fp32", processes)
-        begin = pretrain if recipe.alignment.method == "none" else align
+        begin = align if recipe.alignment.method != "none" else pretrain if recipe.base is None else finetune
         outcome = begin(recipe, run, runtime, recorder, resume=run.config.exists())
         told |= {"step": outcome.step, "evaluation": outcome.evaluation}
     except Exception as error:
