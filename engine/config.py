@@ -290,7 +290,7 @@ class OptimizerConfig(Settings):
     norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
     matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
     critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
-    adapter_rate: Annotated[Weight, "Learning rate of adapters (lora.rank) at its highest, by AdamW."] = 1e-3
+    adapter_rate: Annotated[Weight, "Learning rate of adapters (lora.rank) at its highest, by AdamW."] = 3e-3
     beta1: Annotated[Decay, "AdamW's decay of the mean of gradients."] = 0.9
     beta2: Annotated[Decay, "AdamW's decay of the mean of squared gradients."] = 0.95
     eps: Annotated[Positive, "What AdamW adds to the denominator."] = 1e-10

@@ -236,7 +236,7 @@ def _role(name: str, parameter: nn.Parameter) -> str:
     # Where a policy and a critic are trained together, their names stand before those of their parameters.
     if name.startswith("critic."):
         return "critic"
-    if "lora_" in name:
+    if "lora_" in name:  # Muon, at its best rate, learns them no better than AdamW
         return "adapter"
     if parameter.ndim < 2:
         return "norm"
