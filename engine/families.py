@@ -172,14 +172,19 @@ def _our_pattern(given: dict[str, Any]) -> dict[str, Any]:
     if rotates is None:
         interval = given.get("no_rope_layer_interval") or len(layers) + 1
         rotates = [int((layer + 1) % interval > 0) for layer in layers]
-    if kinds is None and isinstance(rotates, list):
-        first = given.get("max_window_layers", 0)
-        slides = [layer >= first and ("no_rope_layers" not in given or not rotates[layer]) for layer in layers]
+    elif isinstance(rotates, list):
+        rotates = rotates[: len(layers)]  # it may be said of more
+    if kinds is None:
+        # Qwen's last layers have the window, SmolLM3's without rotary positions, and all of Mistral's.
+        slides = [layer >= given.get("max_window_layers", 0) for layer in layers]
+        if "no_rope_layers" in given:
+            slides = [not turns for turns in rotates] if isinstance(rotates, list) else []
         kinds = [SLIDING if window is not None and each else FULL for each in slides]
-    if not (isinstance(rotates, list) and isinstance(kinds, list) and len(rotates) >= len(layers) == len(kinds)):
-        raise InputError(f"no_rope_layers {rotates!r} and layer_types {kinds!r} must be lists with one entry a layer")
+    for key, found in (("no_rope_layers", rotates), ("layer_types", kinds)):
+        if not isinstance(found, list) or len(found) != len(layers):
+            raise InputError(f"{key} {found!r}; it must be a list with one entry a layer, and there are {len(layers)}")
     letters = ""
-    for kind, turns in zip(kinds, rotates, strict=False):
+    for kind, turns in zip(kinds, rotates, strict=True):
         if kind not in (FULL, SLIDING) or (kind == SLIDING and (window is None or not turns)):
             raise InputError(
                 f"layer_types has {kind!r} with sliding_window {window}, no_rope_layers {turns!r}: not known"
