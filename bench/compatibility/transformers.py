@@ -32,17 +32,38 @@ CONVERSATION = [
     {"role": "user", "content": "And?"},
     {"role": "assistant", "content": "The end."},
 ]
-# Pythia's shape and others, and how each is saved.
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "as Pythia is, in fp32": ({"use_parallel_residual": True, "rotary_pct": 0.25, "attention_bias": True}, {}),
-    "sequential, tied, in bf16, in several files": (
-        {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
-        {"max_shard_size": "100KB"},
+# Pythia's shape and others of each family, and how each is saved.
+PARTS = {"max_shard_size": "100KB"}
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+WINDOWED = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+VARIANTS: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {
+    ("gpt_neox", "as Pythia is, in fp32"): (
+        {"use_parallel_residual": True, "rotary_pct": 0.25, "attention_bias": True},
+        {},
     ),
-    "without attention biases, base 50,000": (
+    ("gpt_neox", "sequential, tied, in bf16, in several files"): (
+        {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
+        PARTS,
+    ),
+    ("gpt_neox", "without attention biases, base 50,000"): (
         {"rotary_pct": 0.5, "rotary_emb_base": 50_000, "attention_bias": False},
         {},
     ),
+    ("llama", "as Llama 3.2 is, in bf16, in several files"): (
+        {"rope_scaling": LLAMA_3, "rope_theta": 5e5, "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
+        PARTS,
+    ),
+    ("llama", "with linear scaling, wide heads"): (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 32},
+        {},
+    ),
+    ("mistral", "with a window"): ({"sliding_window": 24, "attn_implementation": "eager"}, {}),
+    ("qwen2", "with a window from layer 1 on"): (WINDOWED | {"tie_word_embeddings": True}, {}),
+    ("qwen3", "with wide heads"): ({"head_dim": 32}, {}),
+    ("smollm3", "every other layer without rotary positions"): ({"no_rope_layer_interval": 2}, {}),
 }
 
 
@@ -77,17 +98,18 @@ def refusal(message: dict[str, Any]) -> str:
         return str(error)
 
 
-def write_neox(folder: str, changes: dict[str, Any], saving: dict[str, Any]) -> Any:
-    """Return a GPT-NeoX model of large random weights, saved with a byte-level tokenizer as that of Pythia."""
-    config = transformers.GPTNeoXConfig(
-        vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-        max_position_embeddings=128, bos_token_id=0, eos_token_id=0, **changes,
+def write(family: str, folder: str, changes: dict[str, Any], saving: dict[str, Any]) -> Any:
+    """Return a model of large random weights, saved with a byte-level tokenizer as that of Pythia."""
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+        **({} if family == "gpt_neox" else {"num_key_value_heads": 2}), **changes,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = transformers.GPTNeoXForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm.weight" in name else 0.0, std=0.3)
+            parameter.normal_(mean=1.0 if "norm.weight" in name else 0.0, std=0.3 if family == "gpt_neox" else 0.15)
     if "torch_dtype" in changes:
         model = model.to(torch.bfloat16)
     model.save_pretrained(folder, **saving)
@@ -159,9 +181,11 @@ with tried("our chat model, saved again by it, is imported as it was"):
     assert back["chat"] and back == expected
     assert difference(model, f"{SCRATCH}/back") < 1e-4
 
-for number, (what, (changes, saving)) in enumerate(VARIANTS.items()):
-    with tried(f"a GPT-NeoX that it saves is imported and exported with equal logits: {what}") as say:
-        model = write_neox(f"{SCRATCH}/{number}", changes, saving)
+for number, ((family, what), (changes, saving)) in enumerate(VARIANTS.items()):
+    if family not in transformers.CONFIG_MAPPING:  # an older version than the family
+        continue
+    with tried(f"a {family} that it saves is imported and exported with equal logits: {what}") as say:
+        model = write(family, f"{SCRATCH}/{number}", changes, saving)
         gpt("import", f"{SCRATCH}/{number}", "--out", f"{SCRATCH}/{number}-run")
         gpt("export", f"{SCRATCH}/{number}-run", "--out", f"{SCRATCH}/{number}-out")
         again, tokenizer = load(f"{SCRATCH}/{number}-out")
@@ -169,7 +193,7 @@ for number, (what, (changes, saving)) in enumerate(VARIANTS.items()):
             returned = float((again(TOKENS).logits[..., :384] - model(TOKENS).logits).abs().max())
         far = difference(model, f"{SCRATCH}/{number}-run")
         assert far < 1e-4 > returned, (far, returned)
-        rotary = {"rope_parameters", "rotary_pct"} & json.loads(
+        rotary = {"rope_parameters", "rotary_pct", "rope_theta"} & json.loads(
             Path(SCRATCH, f"{number}", "config.json").read_text()
         ).keys()
         files = len([*Path(SCRATCH, f"{number}").glob("*.safetensors")])

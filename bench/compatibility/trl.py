@@ -43,7 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def their_loss(policy: str, reference: str) -> float:
     """Return the mean loss over the pairs, as a step of the trainer computes it."""
     models = [transformers.AutoModelForCausalLM.from_pretrained(each, dtype="float32") for each in (policy, reference)]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    # AutoTokenizer would take Qwen2's own for every qwen2, whatever tokenizer.json says.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(policy)
     say = [{"role": "assistant", "content": ""}]
     rows = [
         {"prompt": [{"role": "user", "content": asked}]}
