@@ -94,12 +94,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "odd heads": {"hidden_size": 48, "num_attention_heads": 3},
         "linear": {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}, "num_hidden_layers": 3},
         "narrow MLP, epsilon": {"intermediate_size": 37, "layer_norm_eps": 0.02},
-        "64 wide, base": {
-            "hidden_size": 64,
-            "intermediate_size": 256,
-            "rotary_emb_base": 500,
-            "use_parallel_residual": False,
-        },
+        "64 wide, base": {"hidden_size": 64, "rotary_emb_base": 500, "use_parallel_residual": False},
     },
 }
 EACH = [pytest.param(family, case, id=f"{family}: {name}") for family in CASES for name, case in CASES[family].items()]
@@ -195,7 +190,7 @@ def test_gradients_are_theirs(family: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("family", "case"), SPECIAL.items())
 def test_the_greedy_text_is_theirs(family: str, case: dict[str, Any], tokenizer: Tokenizer) -> None:
-    theirs = theirs_of(family, case, vocab_size=tokenizer.vocab_size)
+    theirs = theirs_of(family, case, seed=2, vocab_size=tokenizer.vocab_size)  # of many words
     prompts = torch.randint(99, (2, 12))
     said = generate(ours_of(theirs), tokenizer, prompts.tolist(), Sampling(temperature=0), max_tokens=200, stop_ids=())
     tokens = torch.cat((prompts, torch.tensor([each.ids for each in said])), dim=1)
