@@ -60,7 +60,7 @@ VARIANTS: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 32},
         {},
     ),
-    ("mistral", "with a window"): ({"sliding_window": 24, "attn_implementation": "eager"}, {}),
+    ("mistral", "with a window"): ({"sliding_window": 24}, {}),
     ("qwen2", "with a window from layer 1 on"): (WINDOWED | {"tie_word_embeddings": True}, {}),
     ("qwen3", "with wide heads"): ({"head_dim": 32}, {}),
     ("smollm3", "every other layer without rotary positions"): ({"no_rope_layer_interval": 2}, {}),
@@ -182,7 +182,9 @@ with tried("our chat model, saved again by it, is imported as it was"):
     assert difference(model, f"{SCRATCH}/back") < 1e-4
 
 for number, ((family, what), (changes, saving)) in enumerate(VARIANTS.items()):
-    if family not in transformers.CONFIG_MAPPING:  # an older version than the family
+    # Older versions do not know each family, and computed Qwen's window with FlashAttention alone.
+    windows = family != "qwen2" or hasattr(transformers.Qwen2Config(), "layer_types")
+    if family not in transformers.CONFIG_MAPPING or not windows:
         continue
     with tried(f"a {family} that it saves is imported and exported with equal logits: {what}") as say:
         model = write(family, f"{SCRATCH}/{number}", changes, saving)
