@@ -190,14 +190,17 @@ def test_gradients_are_theirs(family: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("family", "case"), SPECIAL.items())
 def test_the_greedy_text_is_theirs(family: str, case: dict[str, Any], tokenizer: Tokenizer) -> None:
-    theirs = theirs_of(family, case, seed=2, vocab_size=tokenizer.vocab_size)  # of many words
+    theirs = theirs_of(family, case, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():  # large weights say many different tokens
+        for parameter in theirs.parameters():
+            parameter.mul_(2 if parameter.ndim == 2 else 1)
     prompts = torch.randint(99, (2, 12))
     said = generate(ours_of(theirs), tokenizer, prompts.tolist(), Sampling(temperature=0), max_tokens=200, stop_ids=())
     tokens = torch.cat((prompts, torch.tensor([each.ids for each in said])), dim=1)
     with torch.no_grad():
         # After all that comes before it, each token is the one that they choose: so their text is the same.
         assert torch.equal(theirs(tokens).logits.argmax(-1)[:, 11:-1], tokens[:, 12:])
-    assert tokens.shape == (2, 212) and min(len(set(each.ids)) for each in said) > 5
+    assert tokens.shape == (2, 212) and min(len(set(each.ids)) for each in said) > 20
 
 
 @pytest.mark.parametrize(("family", "case"), SPECIAL.items())
