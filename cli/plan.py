@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from cli import training
 from cli.console import FRAMELESS, print_table
-from cli.options import Batch, Few, Lora, Precision, Setting, Tokens
+from cli.options import Batch, Few, Precision, Setting, Tokens
 from engine.config import Weight
 from engine.errors import InputError, meant
 
@@ -31,7 +31,6 @@ def plan(
     context: Annotated[Few | None, Option(help="Tokens in a row.")] = None,
     tokens: Tokens = None,
     precision: Precision = "auto",
-    lora: Lora = None,
     price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None,
     setting: Setting = None,
     results: Annotated[Path, Option(help="Folder of measured rates, where there are any.")] = Path("bench/results"),
@@ -40,7 +39,7 @@ def plan(
 
     Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
 
-    Example: gpt plan runs/smollm2 --gpu 4090 --batch 8 --lora 16 --set loop.checkpoint_activations=true
+    Example: gpt plan runs/smollm2 --gpu 4090 --batch 8 --set lora.rank=16 --set loop.checkpoint_activations=true
     """
     from engine import config, planning
     from engine.run import Run
@@ -56,7 +55,7 @@ def plan(
         begin = replace(begin, budget=config.BudgetConfig(epochs=1), lora=config.LoraConfig(), precision="auto")
     else:
         begin = config.preset(preset)
-    recipe = training.adjust(begin, {**values, "lora.rank": lora}, setting)
+    recipe = training.adjust(begin, values, setting)
     notice = ""
     if rest := recipe.loop.batch % gpus:
         if batch is not None:

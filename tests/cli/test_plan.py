@@ -43,7 +43,7 @@ def test_finetuning_a_run_is_planned_with_adapters_and_without(gpt: Gpt) -> None
     Run(Path("smollm2")).path.mkdir()
     Run(Path("smollm2")).write_recipe(recipe)
     again = ("--gpu", "4090", "--set", "loop.checkpoint_activations=true")
-    whole, adapted = gpt("plan", "smollm2", *again), gpt("plan", "smollm2", *again, "--lora", "16")
+    whole, adapted = gpt("plan", "smollm2", *again), gpt("plan", "smollm2", *again, "--set", "lora.rank=16")
     assert "imported     361.8M parameters on 1 x RTX 4090: bf16" in whole.out
     assert "361.8M parameters and 7.2M in adapters, which alone learn, on 1 x RTX 4090: bf16" in adapted.out
     assert "memory    6.2 of 23 GiB" in whole.out and "memory    3.3 of 23 GiB" in adapted.out
