@@ -137,15 +137,18 @@ class Batcher:
         slots: int = 32,
         queue: int = 1024,
         chunk: int = 256,
+        capacity: int | None = None,
         ahead: bool | None = None,
         graphs: bool | None = None,
     ) -> None:
         """Make a batcher. At most `queue` requests wait, and a step reads at most `chunk` tokens of prompts.
 
+        A text holds at most `capacity` tokens, by default the model's context.
         With `ahead` a step returns what the step before it chose, and the host works while the device does; with
         `graphs` each size of batch has a CUDA graph. Both are for a GPU, where they are the default.
         """
         self.model, self.slots, self.queue, self.chunk = model, slots, queue, chunk
+        self.capacity = capacity or model.config.context
         weight = model.embedding.weight
         self.device, dtype = weight.device, model.compute_dtype or weight.dtype
         self.native = None
@@ -158,14 +161,14 @@ class Batcher:
             from engine.native import NativeDecoder  # and with it Numba, where it is used
 
             self.chunk = min(chunk, MOST_READ)
-            self.native = NativeDecoder(model, slots, self.chunk, MOST_TURNS)
+            self.native = NativeDecoder(model, slots, self.chunk, MOST_TURNS, self.capacity)
         self.turn_seconds = MOST_SECONDS  # what a token of all running sequences took last
         if self.native is None:
             # How much of one prompt a step reads at most.
-            self.width = min(chunk, model.config.context)
+            self.width = min(chunk, self.capacity)
             # A short prompt that is read beside a long one is padded to its width, and the padding is written as well.
-            capacity = model.config.context + self.width
-            self.cache = KVCache(model.config, slots, capacity, device=self.device, dtype=dtype)
+            room = self.capacity + self.width
+            self.cache = KVCache(model.config, slots, room, device=self.device, dtype=dtype)
             self.last = torch.zeros(slots, dtype=torch.int64, device=self.device)  # each slot's newest token
             self.decoder = make_decoder(model, self.cache, self.last, graphs=graphs)
         self.free_slots = list(range(slots))
@@ -181,31 +184,30 @@ class Batcher:
         self.numbers = itertools.count()
 
     @classmethod
-    def fitting(cls, model: GPT, slots: int, queue: int) -> Self:
+    def fitting(cls, model: GPT, slots: int, queue: int, capacity: int | None = None) -> Self:
         """Return one of so many slots, or of as many as half of the memory has room for: a long context takes much."""
         try:
-            return cls(model, slots=slots, queue=queue)
+            return cls(model, slots=slots, queue=queue, capacity=capacity)
         except NoRoomError as error:
             if error.most < 1:
                 raise
-            return cls(model, slots=max(1, error.most // 2), queue=queue)
+            return cls(model, slots=max(1, error.most // 2), queue=queue, capacity=capacity)
 
     def submit(self, request: Request) -> int:
         """Return the number that its steps carry. Raises InputError for a prompt that does not fit, QueueFullError."""
-        context = self.model.config.context
         if not request.prompt:
             raise InputError("the prompt is empty; begin it with the end-of-document token")
-        if len(request.prompt) >= context:
-            tokens = len(request.prompt)
-            raise InputError(f"the prompt has {tokens} tokens; this model's context holds {context}, answer included")
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if (tokens := len(request.prompt)) >= self.capacity:
+            whose = "this model's context" if self.capacity == self.model.config.context else "its cache"
+            raise InputError(f"the prompt has {tokens} tokens; {whose} holds {self.capacity}, answer included")
         vocab = self.model.config.vocab_size
         if beyond := [token for token, _ in request.sampling.logit_bias if not 0 <= token < vocab]:
             raise InputError(f"logit_bias names token {beyond[0]}; this model's tokens are 0 to {vocab - 1}")
         if len(self.waiting) >= self.queue:
             raise QueueFullError(f"{self.queue} requests are waiting already")
-        most = min(request.max_tokens, context - len(request.prompt))
+        most = min(request.max_tokens, self.capacity - len(request.prompt))
         group, generator = replace(request.sampling, seed=None), make_generator(request.sampling.seed)
         entry = Running(next(self.numbers), request, most, group, generator)
         self.waiting.append(entry)

@@ -90,7 +90,9 @@ def stream(
         return
     ends = frozenset([tokenizer.eod]) if stop_ids is None else stop_ids
     most = model.config.context if max_tokens is None else max_tokens
-    batcher = Batcher.fitting(model, min(len(prompts), SLOTS), len(prompts))
+    # A short answer needs no cache for all of a long context.
+    longest = min(max(map(len, prompts)) + max(most, 1), model.config.context)
+    batcher = Batcher.fitting(model, min(len(prompts), SLOTS), len(prompts), longest)
     texts = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
     for index, prompt in enumerate(prompts):
         try:

@@ -32,8 +32,11 @@ MATRICES = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
 class NativeDecoder:
     """The model's weights, packed, and a cache of its own. It does not see later changes of the model."""
 
-    def __init__(self, model: GPT, slots: int, most_read: int, most_turns: int = 1) -> None:
-        """Make room for so many sequences, and for steps that read at most `most_read` tokens of prompts besides."""
+    def __init__(self, model: GPT, slots: int, most_read: int, most_turns: int = 1, capacity: int = 0) -> None:
+        """Make room for so many sequences, and for steps that read at most `most_read` tokens of prompts besides.
+
+        A sequence has at most `capacity` tokens; 0 is the context.
+        """
         config, dtype = model.config, model.compute_dtype or model.embedding.weight.dtype
         self.kind = "int8" if model.decode_int8 else "bf16" if dtype == torch.bfloat16 else "fp32"
         self.members = torch.get_num_threads()
@@ -42,7 +45,7 @@ class NativeDecoder:
             config.norm == "rms", config.mlp == "gated", float(np.float32(config.norm_eps)), config.score_cap or 0.0,
         )  # fmt: skip
         self.work = config.matmul_parameters
-        self.slots, rows, capacity = slots, slots + most_read, _whole(config.context)
+        self.slots, rows, capacity = slots, slots + most_read, _whole(capacity or config.context)
         with torch.inference_mode():
             self.weights = _weights(model, self.kind, capacity)
         values_dim = -(-config.head_dim // LANES) * LANES

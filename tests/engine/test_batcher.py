@@ -1,5 +1,6 @@
 """Requests that come, go and are cancelled at any step; none notices the others."""
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -349,3 +350,21 @@ def test_a_batcher_has_no_more_slots_than_memory_has_room_for(gpt: GPT, monkeypa
     monkeypatch.setattr("engine.model.free_memory", lambda device: each - 1)
     with pytest.raises(NoRoomError, match="there is room for 0"):
         made(1)
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_a_short_text_needs_no_cache_for_a_long_context(
+    gpt: GPT, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_KERNELS", kernels)
+    config = dataclasses.replace(gpt.config, context=131_072)
+    long = GPT(config).eval()
+    long.load_state_dict(gpt.state_dict())
+    asked = Request([5] * 20, Sampling(0.8, seed=1), 12)
+    batcher = Batcher.fitting(long, 1, 1, 32)
+    held = batcher.cache.memory.numel() if batcher.native is None else batcher.native.cache.keys.size
+    assert batcher.capacity == 32 and held < 2 * config.blocks * config.width * (64 + 32)
+    number = batcher.submit(asked)
+    assert [step.token for step in drain(batcher)[number]] == alone(gpt, asked)
+    with pytest.raises(InputError, match="the prompt has 40 tokens; its cache holds 32, answer included"):
+        batcher.submit(Request([5] * 40, GREEDY, 3))
