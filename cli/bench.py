@@ -85,7 +85,7 @@ def bench_quality(
 
 
 def bench_decode(
-    preset: Annotated[str, Argument(help="nano, tiny or large.")] = "nano",
+    preset: Annotated[str, Argument(help="nano, tiny or large, or a run, for its shape alone.")] = "nano",
     batch: Annotated[str, Option(help="Sequences at once.")] = "1,8,32",
     threads: Annotated[str | None, Option(help="Of a CPU, as 1,2; else as many as PyTorch takes.")] = None,
     only: Annotated[str | None, Option(help="Of transformers, ours, without graphs.")] = None,
@@ -109,9 +109,11 @@ def bench_decode(
 
     from bench import decoding, harness
     from engine import config
+    from engine.run import Run
 
     machine = on.choose()
-    model = config.preset(preset).model
+    model = (Run(Path(preset)).read_recipe() if Path(preset).is_dir() else config.preset(preset)).model
+    preset = Path(preset).resolve().name if Path(preset).is_dir() else preset
     default = ["transformers", "ours"] + (["without graphs"] if machine.device.type == "cuda" else [])
     names = chosen(only, decoding.PROVIDERS, default)
     if "transformers" in names and importlib.util.find_spec("transformers") is None:
