@@ -260,7 +260,8 @@ def attend(shape, weights, cache, scratch, rows, layer, head, sharing, group, me
         query = 0
         for row in range(begin, end):
             cos, sin = weights.cos[rows.positions[row], :rotated], weights.sin[rows.positions[row], :rotated]
-            for at in range(head * dim, (head + sharing) * dim, dim):
+            for one in range(head, head + sharing):
+                at = one * dim
                 q = scratch.qkv[row, at : at + dim]
                 turned(q, q_norm[0], q_norm[1], shape.eps, cos, sin, queries[query])
                 query += 1
@@ -287,7 +288,8 @@ def attend(shape, weights, cache, scratch, rows, layer, head, sharing, group, me
                  mixed, 0, values_dim, count, values_dim, 0)  # fmt: skip
         query = 0
         for row in range(begin, end):
-            for at in range(head * dim, (head + sharing) * dim, dim):
+            for one in range(head, head + sharing):
+                at = one * dim
                 store(mixed[query, :dim], scratch.attended[row, at : at + dim], 1)
                 query += 1
 
