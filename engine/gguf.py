@@ -194,5 +194,6 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_bos_token_id(tokenizer.begin)
     for add in (writer.add_eos_token_id, writer.add_pad_token_id):
         add(tokenizer.eod)
-    writer.add_add_bos_token(True)
+    # Where their tokenizer puts nothing before a text, their chat template says all (Qwen).
+    writer.add_add_bos_token(tokenizer.foreign is None or tokenizer.begin != tokenizer.eod)
     writer.add_add_eos_token(False)

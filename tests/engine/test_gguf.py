@@ -24,6 +24,7 @@ from engine.runtime import choose
 from engine.sampling import Sampling
 from engine.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer
 from engine.tokenizer_json import tokenizer_json, with_special_tokens
+from tests.engine.foreign import imported
 from tests.engine.test_tokenizer_json import TEXTS, neox_like
 
 
@@ -165,6 +166,15 @@ def test_a_chat_model_takes_its_template_along_and_a_base_model_none(
     assert ends == {"bos": tokenizer.eod, "eos": tokenizer.eod, "padding": tokenizer.eod, "unknown": 0}
     assert settings["tokenizer.ggml.add_bos_token"] and not settings["tokenizer.ggml.add_space_prefix"]
     assert settings["general.name"] == "small" and settings["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+
+
+@pytest.mark.parametrize(("family", "adds"), [("qwen", False), ("llama", True)])
+def test_a_text_begins_as_an_imported_tokenizer_begins_it(family: str, adds: bool, tmp_path: Path) -> None:
+    tokenizer = imported(tmp_path / "folder", family)
+    write(GPT(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tmp_path / "out.gguf", "fp32", tokenizer, chat=True)
+    settings, _ = read(tmp_path / "out.gguf")
+    assert settings["tokenizer.ggml.add_bos_token"] is adds
+    assert settings["tokenizer.ggml.bos_token_id"] == tokenizer.begin
 
 
 def test_pieces_have_the_scores_and_kinds_of_sentencepiece(tokenizer: Tokenizer, tmp_path: Path) -> None:
