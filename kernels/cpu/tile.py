@@ -36,8 +36,13 @@ ROWS = (6, 4, 2, 1)  # of tiles: six of four vectors have 24 sums, which AVX-512
 WIDE = "+avx512f" in (_config.CPU_FEATURES or _codegen.get_host_cpu_features())
 
 
-def widths(rows: int) -> tuple[int, ...]:
-    """Return how many vectors wide tiles of so many rows may be. AVX2 has registers for 12 sums of half a vector."""
+def widths(kind: str, rows: int) -> tuple[int, ...]:
+    """Return how many vectors wide tiles of so many rows may be. AVX2 has registers for 12 sums of half a vector.
+
+    int8 has a second sum beside each.
+    """
+    if kind == "int8":
+        return (4, 1) if WIDE and rows <= 2 else (2, 1) if WIDE or rows == 1 else (1,)
     return (4, 1) if WIDE or rows == 1 else (1,)
 
 
@@ -130,14 +135,13 @@ def tile(module: Any, kind: str, rows: int, columns: int) -> Any:
             phi.add_incoming(ir.Constant(VECTOR, [0.0] * LANES), start)
             phi.add_incoming(value, held)
 
-    def step(builder: Any, k: Any, weights: Any, stride: Any, scales: list[Any] | None, sums: Sums) -> Sums:
+    def step(builder: Any, k: Any, weights: Any, stride: Any, sums: Sums) -> Sums:
         """Add the products of number k of each row of x with row `weights` of the strip."""
         loaded = []
         for column in range(columns):
             size = {"fp32": 4, "bf16": 2, "int8": 1}[kind]
             place = builder.add(builder.mul(stride[0], stride[1]), long(column * LANES))
-            values = load(builder, kind, at(builder, weights, place, size))
-            loaded.append(values if scales is None else builder.fmul(values, scales[column]))
+            loaded.append(load(builder, kind, at(builder, weights, place, size)))
         found = []
         for row in range(rows):
             number = splat(builder, builder.load(at(builder, x_rows[row], k, 4), typ=F32, align=4))
@@ -150,18 +154,24 @@ def tile(module: Any, kind: str, rows: int, columns: int) -> Any:
 
         def group(builder: Any, number: Any, sums: Sums) -> Sums:
             base = at(builder, w, number, GROUP_BYTES)
-            scaled = at(builder, base, w_stride, 2)
-            scales = [load(builder, "bf16", at(builder, scaled, long(c * LANES), 2)) for c in range(columns)]
             values = at(builder, base, builder.add(w_stride, long(2 * STRIP)), 1)
             first = builder.mul(number, long(GROUP))
 
             def inner(builder: Any, k: Any, sums: Sums) -> Sums:
                 for each in range(unrolled):
                     k_each = builder.add(k, long(each))
-                    sums = step(builder, builder.add(first, k_each), values, (k_each, long(STRIP)), scales, sums)
+                    sums = step(builder, builder.add(first, k_each), values, (k_each, long(STRIP)), sums)
                 return sums
 
-            return loop(builder, long(0), long(GROUP), unrolled, sums, inner)
+            # What a group adds is scaled once, at its end.
+            nothing = [[ir.Constant(VECTOR, [0.0] * LANES)] * columns for _ in range(rows)]
+            added = loop(builder, long(0), long(GROUP), unrolled, nothing, inner)
+            scaled = at(builder, base, w_stride, 2)
+            scales = [load(builder, "bf16", at(builder, scaled, long(c * LANES), 2)) for c in range(columns)]
+            return [
+                [builder.call(multiply_add, [*each]) for each in zip(part, scales, whole, strict=True)]
+                for part, whole in zip(added, sums, strict=True)
+            ]
 
         groups = builder.sdiv(builder.add(depth, long(GROUP - 1)), long(GROUP))
         sums = loop(builder, long(0), groups, 1, sums, group)
@@ -171,7 +181,7 @@ def tile(module: Any, kind: str, rows: int, columns: int) -> Any:
             def body(builder: Any, k: Any, sums: Sums) -> Sums:
                 for each in range(count):
                     k_each = builder.add(k, long(each))
-                    sums = step(builder, k_each, w, (k_each, w_stride), None, sums)
+                    sums = step(builder, k_each, w, (k_each, w_stride), sums)
                 return sums
 
             return body
@@ -229,7 +239,7 @@ def multiply(typing: Any, x: Any, x_at: Any, x_stride: Any, w: Any, w_at: Any, w
             x_here = at(builder, pointers["x"], builder.mul(first, x_stride), 4)
             out_here = at(builder, pointers["out"], builder.mul(first, out_stride), 4)
             column = cgutils.alloca_once_value(builder, long(0))
-            for width in widths(count):
+            for width in widths(kind, count):
                 with while_room(builder, column, wide, width) as number:
                     first_column = builder.mul(number, long(LANES))
                     weights = [at(builder, pointers["w"], first_column, size), w_stride]
