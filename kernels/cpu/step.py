@@ -195,13 +195,15 @@ def store(source, target, apart):
 
 
 @summing
-def rotate(x, cos, sin):
-    """Turn x [rotary_dim or more] in place by a position's angles. Halves are paired, as in GPT-NeoX."""
+def rotate(x, cos, sin, out):
+    """Write x [rotary_dim or more], turned by a position's angles, to out. Halves are paired, as in GPT-NeoX."""
     half = cos.shape[0]
     for i in range(half):
         one, other = x[i], x[half + i]
-        x[i] = one * cos[i] - other * sin[i]
-        x[half + i] = other * cos[i] + one * sin[i]
+        out[i] = one * cos[i] - other * sin[i]
+        out[half + i] = other * cos[i] + one * sin[i]
+    for i in range(2 * half, len(x)):
+        out[i] = x[i]
 
 
 @summing
@@ -223,9 +225,8 @@ def turned(x, weight, bias, eps, cos, sin, out):
     """Write a query or a key to out, normalised and rotated; without weights or angles it is not."""
     if weight.shape[0]:
         norm(x, weight, bias, eps, True, out)
-    else:
-        store(x, out, 1)
-    rotate(out, cos, sin)
+        x = out
+    rotate(x, cos, sin, out)
 
 
 @summing
@@ -356,6 +357,7 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
         units += shape.key_heads
         while shape.heads % units:
             units += shape.key_heads
+    sharing = shape.heads // units
     for turn in range(turns):
         first, last = share(count, member, members)
         for row in range(first, last):
@@ -367,9 +369,12 @@ def step(shape, weights, cache, scratch, rows, count, groups, choice, wanted, tu
             product(shape, weights, layer, QKV, normed, count, scratch.qkv, member, members)
             goal = meet(sync, members, goal)
             first, last = share(groups * units, member, members)
-            for unit in range(first, last):
-                head, group = unit % units * (shape.heads // units), unit // units
-                attend(shape, weights, cache, scratch, rows, layer, head, shape.heads // units, group, member)
+            group, unit = first // units, first % units
+            for _ in range(first, last):
+                attend(shape, weights, cache, scratch, rows, layer, unit * sharing, sharing, group, member)
+                unit += 1
+                if unit == units:
+                    group, unit = group + 1, 0
             goal = meet(sync, members, goal)
             if not shape.parallel:
                 product(shape, weights, layer, OUTPUT, scratch.attended, count, scratch.x, member, members)
