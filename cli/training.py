@@ -42,6 +42,7 @@ def located(data: str) -> str:
 def adjust(recipe: "Recipe", values: Mapping[str, object], settings: Sequence[str] | None) -> "Recipe":
     """Return the recipe with the settings of options, then those of --set. None and "auto" leave a setting as it is."""
     from engine import config
+    from engine.run import Run
 
     chosen = {name: value for name, value in values.items() if value not in (None, "auto")}
     budget = {name.removeprefix("budget."): chosen.pop(name) for name in list(chosen) if name.startswith("budget.")}
@@ -52,6 +53,12 @@ def adjust(recipe: "Recipe", values: Mapping[str, object], settings: Sequence[st
             length = config.BudgetConfig(tokens=int(length.tokens))
         adjusted = dataclasses.replace(recipe, budget=length)
     adjusted = adjust_group(adjusted, "", chosen, settings)
+    asked = {*chosen, *(setting.partition("=")[0].strip() for setting in settings or ())}
+    if adjusted.model.context != recipe.model.context and "loop.batch" not in asked:
+        begun = Run(Path(recipe.base)).read_recipe() if recipe.base else recipe
+        # The batch of an imported model comes of its context, and of PPO and GRPO it is a number of answers.
+        if begun.data.source == config.IMPORTED and recipe.alignment.method == "none":
+            adjusted = config.override(adjusted, "loop.batch", config.step_rows(adjusted.model.context))
     if adjusted.scores != recipe.scores:
         raise InputError("model.scalar_head and reward.implicit make reward models: train one with `gpt reward RUN`")
     return adjusted

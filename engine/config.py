@@ -17,6 +17,8 @@ from engine.errors import InputError, meant
 
 # The source of data that others have trained a model on: nothing can be read from it.
 IMPORTED = "imported"
+# A step that finetunes an imported model has so many tokens, or two sequences.
+IMPORTED_STEP = 16_384
 # Settings that may name a place on a disk.
 PATHS = ("base", "data.source", "data.tokenizer", "alignment.reward")
 # The products of a block, by the names of their modules.
@@ -510,6 +512,11 @@ def preset(name: str) -> Recipe:
 
 
 Config = TypeVar("Config")
+
+
+def step_rows(context: int) -> int:
+    """Return how many sequences, each as long as the context, a step has that finetunes an imported model."""
+    return max(2, IMPORTED_STEP // context)
 
 
 def override(config: Config, path: str, value: Any) -> Config:

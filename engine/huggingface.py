@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint, disk
-from engine.config import IMPORTED, BudgetConfig, DataConfig, LoopConfig, OptimizerConfig, Recipe, override
+from engine.config import IMPORTED, BudgetConfig, DataConfig, LoopConfig, OptimizerConfig, Recipe, override, step_rows
 from engine.errors import InputError
 from engine.families import our_config, our_tensors, their_config, their_tensors
 from engine.model import GPT
@@ -21,8 +21,8 @@ from engine.tokenizer_json import exported, import_tokenizer, read_json
 
 # AdamW has trained what others did, and goes on; a finetuning takes 0.3 of these rates (train/finetune.py). Adam's fall
 # with the width (Yang 2022, arXiv:2203.03466): to 2e-5 at 4,096, as Zephyr 7B has it, from 1.4e-3 at 64, where 80 steps
-# bring a loss of 3.6 to 2.3 with 1e-4, 1.2 with 1e-3 and 0.9 with 3e-3. A step has so many tokens, or two sequences.
-RATE_BY_WIDTH, STEP_TOKENS = 0.3, 16_384
+# bring a loss of 3.6 to 2.3 with 1e-4, 1.2 with 1e-3 and 0.9 with 3e-3.
+RATE_BY_WIDTH = 0.3
 
 EXPORTED_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|chat_template)\.json|"
@@ -89,7 +89,7 @@ def import_(
         data=DataConfig(source=IMPORTED, revision=revision),
         budget=BudgetConfig(steps=1),
         optimizer=OptimizerConfig("adamw", rate, rate, rate, rate, eps=1e-8),
-        loop=LoopConfig(batch=max(2, STEP_TOKENS // config.context)),
+        loop=LoopConfig(batch=step_rows(config.context)),
     )
     tensors = our_tensors(_read_tensors(folder), recipe.model)
     biases = [name for name in tensors if name.endswith("bias")]

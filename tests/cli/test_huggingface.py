@@ -138,3 +138,7 @@ def test_an_imported_model_may_see_less_than_it_could(gpt: Gpt, trained: Path, m
     assert "--context" not in less.err and "a text of all 32 tokens takes 4,096 bytes for its keys" in whole.err
     more = gpt("import", "hf", "--out", "more", "--context", "33")
     assert more.code == 2 and "--context is 33; it must be at most the model's own, 32" in more.err
+    # A step of its finetuning has as many tokens with another context, unless the batch is said.
+    assert "batch     1024 x 16 = 16,384" in gpt("plan", "whole", "--gpu", "4090", "--context", "16").out
+    said = gpt("plan", "whole", "--gpu", "4090", "--context", "16", "--set", "loop.batch=512").out
+    assert "batch     512 x 16 = 8,192" in said
