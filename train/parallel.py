@@ -13,7 +13,7 @@ from engine.config import Recipe
 from engine.errors import InputError
 from engine.planning import GIB, RESERVED, Setup, peak_memory, step_memory, total
 from engine.processes import Processes
-from engine.runtime import Runtime
+from engine.runtime import Runtime, free_memory
 
 # The loss of a model on a batch, summed.
 Loss = Callable[[Any, Any], Tensor]
@@ -31,11 +31,11 @@ class Layout:
 def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
     """Choose a layout that should fit: the whole model unless asked otherwise, and as few parts as possible.
 
-    Decided before training: one process that runs out of memory would leave the others waiting. Raises InputError for
-    what cannot be done.
+    Decided before training: one process that runs out of memory would leave the others waiting, and on a CPU it is
+    killed. Raises InputError for what cannot be done.
     """
     count, model = runtime.processes.count, recipe.model
-    if count == 1:
+    if count == 1 and runtime.device.type == "cuda":
         return Layout()
     # A share of the batch ends where a sequence does, at most one context later.
     tokens = recipe.tokens_per_pass // count + model.context
@@ -49,13 +49,16 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> Layout:
         return peak_memory(Setup(model, kind, at_a_time, size, gpu, count, shard, several, again, recipe.lora))
 
     cuts = [2**power for power in range((tokens // model.context).bit_length())]
-    layouts = [False, True] if recipe.loop.shard is None else [recipe.loop.shard]
-    options, memory = [(shard, parts) for shard in layouts for parts in cuts], device_memory(runtime)
+    layouts = [False] if count == 1 else [False, True] if recipe.loop.shard is None else [recipe.loop.shard]
+    memory = free_memory(runtime.device) if count == 1 else device_memory(runtime)
+    options = [(shard, parts) for shard in layouts for parts in cuts]
     shard, parts = next((each for each in options if memory_for(*each) <= memory), options[-1])
     if shard and runtime.precision == "fp16":
         raise InputError("a sharded model cannot be trained with --precision fp16: use bf16 or fp32")
     need = f"{memory_for(shard, parts) / GIB:.3g} of {memory / GIB:.3g} GiB at the peak, by estimate"
     how = "a share of the model on each (FSDP)" if shard else "the model on each (DDP)"
+    if count == 1:
+        return Layout(False, parts, f"memory     micro-batches in {parts} parts: {need}") if parts > 1 else Layout()
     cut = f", micro-batches in {parts} parts" if parts > 1 else ""
     return Layout(shard, parts, f"processes  {count}, {how}{cut}: {need}")
 

@@ -77,7 +77,7 @@ def run_stage(
             console.say(f"{run.path} has come to its end: all of its {stage.budget.describe()} are done")
     elif resume:
         console.say(f"{run.path} has no checkpoint yet: starting from the first step")
-    layout = [loop.layout.description] if processes.count > 1 else []
+    layout = [loop.layout.description] if loop.layout.description else []
     for line in (*describe(stage, runtime), *layout, *stage.notes):
         console.say(line)
     if processes.main:

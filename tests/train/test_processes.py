@@ -206,3 +206,14 @@ def test_what_does_not_fit_by_estimate_is_cut_and_then_sharded(
     if layout.shard:
         with pytest.raises(InputError, match="cannot be trained with --precision fp16"):
             parallel.lay_out(recipe, dataclasses.replace(runtime, precision="fp16"))
+
+
+def test_a_step_alone_is_cut_before_a_cpu_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU that is out of memory refuses nothing: the process is killed. A GPU refuses, and the step is then cut.
+    monkeypatch.setattr(parallel, "free_memory", lambda device: 20 * 2**30)
+    recipe = override(override(preset("large"), "loop.batch", 64), "loop.shard", True)
+    cut = parallel.lay_out(recipe, Runtime(torch.device("cpu"), "bf16"))
+    assert (cut.shard, cut.parts) == (False, 4) and cut.description.startswith("memory     micro-batches in 4 parts")
+    for alone in (Runtime(torch.device("cpu"), "bf16"), Runtime(torch.device("cuda"), "bf16")):
+        fits = recipe if alone.device.type == "cuda" else preset("nano")
+        assert parallel.lay_out(fits, alone) == parallel.Layout()
