@@ -166,7 +166,8 @@ class Console:
             now = time.perf_counter()
             if now - shown >= (DRAW_SECONDS if self.draws else PLAIN_LINE_SECONDS):
                 shown, bar.done, speed = now, done, done / (now - begin)
-                parts = [f"{done:,.0f}{'' if total is None else f' of {total:,.0f}'} {unit}", f"{speed:,.0f} {unit}/s"]
+                parts = [f"{done:,.0f}{'' if total is None else f' of {total:,.0f}'} {unit}"]
+                parts += [f"{speed:{',.0f' if speed >= 10 else '.2g'}} {unit}/s"] if speed else []
                 parts += [f"{span(max(total - done, 0) / speed)} left"] if total and speed else []
                 self._show(bar, "  ".join(parts))
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as Terminal
@@ -35,6 +36,21 @@ def test_a_line_says_all_that_matters() -> None:
     line = training_line(METRICS)
     assert line == "step 1,200  loss 3.142  1.234 bits/byte  12,346 tokens/s  46% of peak  3:07 left"
     assert training_line({**METRICS, "skipped": 2}).endswith("2 skipped")
+
+
+def test_slow_work_has_a_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cli.console.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    console, written = on_terminal(interactive=False)
+    with console.task("drawing answers", 6, "answers") as tell:
+        for now[0], done in ((10.0, 0), (20.0, 1), (100.0, 1500)):
+            tell(done)
+    lines = written.getvalue().splitlines()
+    assert lines[:2] == [
+        "drawing answers: 0 of 6 answers",
+        "drawing answers: 1 of 6 answers  0.05 answers/s  1:40 left",
+    ]
+    assert "  15 answers/s" in lines[2]
 
 
 @pytest.fixture(autouse=True)
