@@ -76,9 +76,8 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         "",
         "## Licence",
         "",
-        "Whoever shares this model has not said under which terms; those of its data hold in any case."
-        if license == UNKNOWN
-        else f"`{license}`; the terms of its data hold in any case.",
+        ("Whoever shares this model has not said under which terms" if license == UNKNOWN else f"`{license}`")
+        + f"; those of {about['base_model'] + ' and of ' * bool(about['base_model'])}its data hold in any case.",
         "",
         "## Use",
         "",

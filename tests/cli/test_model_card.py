@@ -80,6 +80,7 @@ def test_a_card_is_read_as_it_was_meant(runs: tuple[Run, Run], validator: list[d
     card.validate()
     assert validator == [{"path": "/api/validate-yaml", "repoType": "model", "content": str(card)}]
     assert text.endswith(card.text)
+    assert "`mit`; those of somebody/base and of its data hold in any case." in text
 
 
 def test_a_card_tells_how_the_model_came_to_be(runs: tuple[Run, Run], tmp_path: Path) -> None:
