@@ -113,7 +113,7 @@ def newest(run: Path) -> Path:
 def fingerprint(folder: str) -> Callable[[], None]:
     """The work that loads a run as generation does, and prints a number for all that it could then say."""
 
-    def load() -> None:
+    def load(**_: str) -> None:
         import torch
 
         from cli.console import notice
