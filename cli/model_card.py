@@ -39,13 +39,14 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
     family = family_of(model)
     kind = FAMILIES[family]["architectures"][0].removesuffix("ForCausalLM").replace("GPTNeoX", "GPT-NeoX")
     stages = [*history(run, run.find_checkpoint(which).step)]
+    base = base_model or (recipe.name if re.fullmatch(HUB_NAME, recipe.name) else "")
     about = {
         "license": license,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [family, "gpt-from-text", *(["conversational"] if recipe.chat else [])],
         "datasets": sorted({stage["set"] for stage in stages if stage["set"]}),
-        "base_model": base_model or (recipe.name if re.fullmatch(HUB_NAME, recipe.name) else ""),
+        "base_model": base,
     }
     name, place = " ".join(run.path.resolve().name.split()), out.resolve().name
     lines = [
@@ -77,7 +78,7 @@ def model_card(run: Run, out: Path, which: str = "latest", *, license: str = UNK
         "## Licence",
         "",
         ("Whoever shares this model has not said under which terms" if license == UNKNOWN else f"`{license}`")
-        + f"; those of {about['base_model'] + ' and of ' * bool(about['base_model'])}its data hold in any case.",
+        + f"; those of {base + ' and of ' * bool(base)}its data hold in any case.",
         "",
         "## Use",
         "",
