@@ -423,7 +423,7 @@ class AlignmentConfig(Settings):
 class Recipe:
     """A whole run: everything that decides its outcome but the machine."""
 
-    name: Annotated[str, "The preset that the recipe began as."]
+    name: Annotated[str, "The preset that the recipe began as, or the imported model."]
     model: ModelConfig
     budget: BudgetConfig
     data: DataConfig = field(default_factory=DataConfig)
