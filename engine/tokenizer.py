@@ -169,8 +169,12 @@ def _open(model: bytes) -> Tokenizer:
             raise ValueError(f"{len(tokenizer.token_bytes)} pieces for {tokenizer.vocab_size} ids")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         # The libraries take damaged files that they cannot work with.
-        raise InputError(f"it is damaged ({type(error).__name__}: {error}); bring it back from a copy") from None
+        raise _damaged(f"{type(error).__name__}: {error}") from None
     return tokenizer
+
+
+def _damaged(what: str) -> InputError:
+    return InputError(f"it is damaged ({what}); bring it back from a copy")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -243,7 +247,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, model: bytes) -> None:
         self.model = self.json = model
         if model.startswith(FOREIGN):
-            self.foreign = records.conform(records.parse(model.decode()), Foreign, lambda what: ValueError(what))
+            self.foreign = records.conform(records.parse(model.decode()), Foreign, _damaged)
             self.json = self.foreign.files[self.file_name].encode()
             self.begin, self.eod = self.foreign.begin, self.foreign.eod
             self.ends, self.header = self.foreign.ends, self.foreign.header

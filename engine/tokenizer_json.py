@@ -70,8 +70,10 @@ def _import(
     ours = [each.replace(END_OF_DOCUMENT, backend.id_to_token(begin)) for each in OURS]
     ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if template and template not in ours:
-        ends = (values | held["generation_config.json"]).get("eos_token_id")
-        ends = [each for each in (ends if isinstance(ends, list) else [ends]) if each in range(most + 1)]
+        said = (values | held["generation_config.json"]).get("eos_token_id")
+        ends = [
+            each for each in (said if isinstance(said, list) else [said]) if type(each) is int and 0 <= each <= most
+        ]
         foreign = Foreign(files, rows, begin, eod, [*dict.fromkeys([*ends, eod])], [], template, texts, ids)
         try:
             return _probed(JsonTokenizer(learn_template(foreign).dumps())), True

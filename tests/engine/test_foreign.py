@@ -240,6 +240,18 @@ def test_what_ends_and_begins_is_read_from_the_folder(tmp_path: Path) -> None:
         import_tokenizer(tmp_path, {}, 799)
 
 
+def test_ids_of_other_types_are_refused_by_name_or_left_out(tmp_path: Path) -> None:
+    foreign.write(tmp_path, "llama")
+    for ids in ("x", [True], {"a": 1}):
+        with pytest.raises(InputError, match=r"tokenizer\.json: it is damaged \(ids\.bos_token_id"):
+            import_tokenizer(tmp_path, {"bos_token_id": ids}, 1000)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 2.0, true, "x", null, [1], -1]}')
+    assert import_tokenizer(tmp_path, {}, 1000)[0].ends == [4, 3, 1]
+    foreign.write(tmp_path, "llama", chat_template=foreign.LLAMA + "\ud800")
+    with pytest.raises(InputError, match="it is damaged"):
+        import_tokenizer(tmp_path, {}, 1000)
+
+
 def test_of_many_templates_the_default_is_taken_and_one_that_is_none_is_not(tmp_path: Path) -> None:
     said: list[str] = []
     many = [{"name": name, "template": template} for name, template in (("rag", "{{"), ("default", foreign.CHATML))]
