@@ -71,13 +71,14 @@ def adjust_group(config: Config, prefix: str, values: Mapping[str, object], sett
     for name, value in values.items():
         if name.startswith(prefix):
             config = override(config, name.removeprefix(prefix), value)
+    texts = []
     for setting in settings or ():
         name, _, value = setting.partition("=")
         if name.strip() in PATHS:
             setting = f"{name}={located(value.strip())}"
         if setting.startswith(prefix):
-            config = override_text(config, setting.removeprefix(prefix))
-    return config
+            texts.append(setting.removeprefix(prefix))
+    return override_text(config, *texts)
 
 
 def data_config(options: TrainingOptions, default: str) -> "DataConfig":

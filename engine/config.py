@@ -3,11 +3,13 @@
 Each setting is declared here with its type, its bound, the sentence that `gpt settings` shows, and its default.
 """
 
+import contextlib
 import dataclasses
 import math
 import operator
 import re
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -524,31 +526,47 @@ def override(config: Config, path: str, value: Any) -> Config:
 
     Raises InputError for a path that does not exist (listing those that do) or a value of another type.
     """
-    name, _, rest = path.partition(".")
-    fields = _annotations(type(config))
-    if name not in fields:
-        like = meant(path, (each for each, _, _ in settings(config)))
-        raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}{like}")
-    current = getattr(config, name)
-    group = dataclasses.is_dataclass(current)
-    if rest and not group:
-        raise InputError(f"{name} is a single setting: {path!r} goes too deep")
-    if group and not rest:
-        inner = ", ".join(f"{name}.{each}" for each in _annotations(type(current)))
-        raise InputError(f"{name} is a group of settings: name one of {inner}")
-    value = override(current, rest, value) if group else _typed(name, value, fields[name][0])
-    return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
+    return _override(config, {path: value})
 
 
-def override_text(config: Config, setting: str) -> Config:
-    """Return what `override` does, from one `path=value` text."""
-    path, equals, value = setting.partition("=")
-    if not equals:
-        raise InputError(f"--set takes path=value, such as model.blocks=6; it got {setting!r}")
-    try:
-        return override(config, path.strip(), value.strip())
-    except InputError as error:
-        raise InputError(f"--set {setting}: {error}") from None
+def _override(config: Config, values: dict[str, Any]) -> Config:
+    fields, changes, inside = _annotations(type(config)), {}, defaultdict[str, dict[str, Any]](dict)
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if name not in fields:
+            like = meant(path, (each for each, _, _ in settings(config)))
+            raise InputError(f"no setting is called {name!r} here; there are {', '.join(fields)}{like}")
+        group = dataclasses.is_dataclass(getattr(config, name))
+        if rest and not group:
+            raise InputError(f"{name} is a single setting: {path!r} goes too deep")
+        if group and not rest:
+            inner = ", ".join(f"{name}.{each}" for each in _annotations(type(getattr(config, name))))
+            raise InputError(f"{name} is a group of settings: name one of {inner}")
+        if group:
+            inside[name][rest] = value
+        else:
+            changes[name] = _typed(name, value, fields[name][0])
+    changes |= {name: _override(getattr(config, name), inner) for name, inner in inside.items()}
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def override_text(config: Config, *texts: str) -> Config:
+    """Return what `override` does, from texts `path=value`. Together they must be right, not each beside old ones."""
+    changed, values, failure = config, {}, None
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes path=value, such as model.blocks=6; it got {text!r}")
+        values[path.strip()] = value.strip()
+        try:
+            changed = override(changed, path.strip(), value.strip())
+        except InputError as error:
+            failure = failure or InputError(f"--set {text}: {error}")
+    if failure:
+        with contextlib.suppress(InputError):
+            return _override(config, values)
+        raise failure
+    return changed
 
 
 def _typed(name: str, value: Any, kind: Any, *, parse: bool = True) -> Any:

@@ -75,6 +75,15 @@ def test_an_override_is_parsed_to_the_type_of_its_setting(setting: str, expected
     assert value == expected and type(value) is type(expected)
 
 
+def test_settings_need_to_fit_only_together() -> None:
+    texts = ["model.pattern=fw", "model.window=9", "model.heads=3", "model.width=24", "loop.batch=6"]
+    for order in (texts, texts[::-1]):
+        changed = override_text(preset("nano"), *order)
+        assert (changed.model.window, changed.model.heads, changed.model.width, changed.loop.batch) == (9, 3, 24, 6)
+    with pytest.raises(InputError, match=r"--set model\.pattern=fw: .* must come with a window"):
+        override_text(preset("nano"), "model.blocks=2", "model.pattern=fw", "model.heads=5")
+
+
 def test_an_override_leaves_the_rest_and_the_original_alone() -> None:
     original = preset("nano")
     changed = override(original, "model.blocks", 6)
