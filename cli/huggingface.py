@@ -88,6 +88,8 @@ def import_model(
             hub = {"name": model, "revision": folder.name}
         elif revision is not None:
             raise InputError(f"--revision is for models of the Hub, which {model} is not; leave it out")
+        elif not folder.exists():
+            raise InputError(f"there is no folder {model}; a model of the Hub is named as OWNER/MODEL")
         recipe = import_(folder, out, context=context, notice=notice, **hub)
     found = recipe.model
     if (cache := 8 * found.blocks * found.kv_heads * found.head_dim * found.context) > MUCH:
