@@ -99,10 +99,11 @@ def import_(
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     tokenizer, chat = import_tokenizer(folder, values, recipe.model.vocab_size, notice)
     for name in {"embedding.weight", "head.weight"} & tensors.keys():
-        # A new token's row is the mean of all, which hardly shifts a prediction (Hewitt 2021, "Initializing new word
-        # embeddings for pretrained language models").
+        # A new token's row is drawn around the mean of all, which hardly shifts a prediction (Hewitt 2021,
+        # "Initializing new word embeddings for pretrained language models"). Where adapters learn, like stays like.
         old = tensors[name]
-        tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(old), -1)])
+        drawn = torch.randn(tokenizer.vocab_size - len(old), old.shape[1], generator=torch.Generator().manual_seed(0))
+        tensors[name] = torch.cat([old, old.mean(0) + old.std(0) * drawn])
     if tokenizer.vocab_size > config.vocab_size:
         recipe = override(recipe, "model.came_with", config.vocab_size)
     recipe = dataclasses.replace(override(recipe, "model.vocab_size", tokenizer.vocab_size), chat=chat)

@@ -266,7 +266,7 @@ def test_an_imported_model_learns(documents: tuple[str, ...], tmp_path: Path) ->
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_tokens_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tmp_path: Path) -> None:
+def test_tokens_without_a_row_get_one_of_their_own_like_the_others(documents: tuple[str, ...], tmp_path: Path) -> None:
     own = neox_like(documents).get_vocab_size()
     theirs = neox(tmp_path / "neox", documents, rows=own + 1)
     assert import_(tmp_path / "neox", tmp_path / "run").model.vocab_size == own + 4
@@ -275,7 +275,10 @@ def test_tokens_without_a_row_get_the_mean_of_all(documents: tuple[str, ...], tm
     tokens = torch.randint(own, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(logits(model, tokens)[..., : own + 1], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.head_weight[own + 1], theirs.lm_head.weight.mean(0))
+    # Where adapters learn in place of these rows, tokens with the same row would be as likely as each other for ever.
+    old, new = theirs.lm_head.weight, model.head_weight[own + 1 :]
+    assert len(new) == len(new.unique(dim=0)) == 3
+    assert (new - old.mean(0)).abs().le(6 * old.std(0)).all() and 0.5 < float(new.std() / old.std()) < 2
     # Without having learnt to chat it goes out as it came; a chat model takes them along.
     (tmp_path / "neox" / "chat_template.jinja").write_text(JINJA)
     assert import_(tmp_path / "neox", tmp_path / "chat").chat
