@@ -251,10 +251,8 @@ class ModelConfig(Settings):
     def flops_per_token(self) -> int:
         """Count those of a training step: 6 per weight (2 forward, 4 backward), and attention over a full context."""
         windows = [min(self.window_of(layer) or self.context, self.context) for layer in range(self.blocks)]
-        seen = sum(
-            window * (2 * self.context - window) // self.context for window in windows
-        )  # twice what a token sees
-        return 6 * self.matmul_parameters + 6 * self.attended * seen
+        twice_seen = sum(window * (2 * self.context - window) // self.context for window in windows)
+        return 6 * self.matmul_parameters + 6 * self.attended * twice_seen
 
 
 @dataclass(frozen=True)

@@ -186,9 +186,8 @@ def _our_pattern(given: dict[str, Any]) -> dict[str, Any]:
     letters = ""
     for kind, turns in zip(kinds, rotates, strict=True):
         if kind not in (FULL, SLIDING) or (kind == SLIDING and (window is None or not turns)):
-            raise InputError(
-                f"layer_types has {kind!r} with sliding_window {window}, no_rope_layers {turns!r}: not known"
-            )
+            where = f"sliding_window {window}, no_rope_layers {turns!r}"
+            raise InputError(f"layer_types has {kind!r} with {where}: not known")
         letters += "w" if kind == SLIDING else "f" if turns else "n"
     period = next((size for size in layers if size and (letters[:size] * len(layers)).startswith(letters)), len(layers))
     return {"pattern": letters[:period], "window": window if "w" in letters else None}
@@ -308,9 +307,7 @@ def our_tensors(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
                 raise InputError(f"the tensor {their_name} is {shape}; by config.json it is {tuple(piece.shape)}")
             pieces.append(found.float())
             if not (found.is_floating_point() and pieces[-1].isfinite().all()):
-                raise InputError(
-                    f"the tensor {their_name} holds NaN, infinity, or no fp32, fp16 or bf16: it is damaged"
-                )
+                raise InputError(f"the tensor {their_name} holds NaN, infinity, or no fp32, fp16 or bf16")
         tensors[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if neox and "qkv" in name:
             tensors[name] = _restack(tensors[name], config.heads, 3)

@@ -50,10 +50,8 @@ class NativeDecoder:
             self.weights = _weights(model, self.kind, capacity)
         values_dim = -(-config.head_dim // LANES) * LANES
         # Beside weights in int8, bf16 takes nothing from keys and values that counts.
-        shape, kept = (
-            (config.blocks, slots, config.kv_heads),
-            np.dtype(np.float32 if self.kind == "fp32" else np.uint16),
-        )
+        shape = (config.blocks, slots, config.kv_heads)
+        kept = np.dtype(np.float32 if self.kind == "fp32" else np.uint16)
         dims = config.head_dim + values_dim
         check_room(slots, config.blocks * config.kv_heads * capacity * dims * kept.itemsize)
         self.cache = Cache(*(_room(*shape, capacity * dim, dtype=kept) for dim in (config.head_dim, values_dim)))

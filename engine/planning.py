@@ -41,9 +41,7 @@ class Setup:
     shard: bool = False  # FSDP2, a block at a time; else every rank has the whole state (DDP)
     accumulate: bool = False  # several passes to a step: gradients stay while the next one runs
     checkpointing: bool = False  # keep only what enters a block, and compute the rest again
-    lora: LoraConfig = field(
-        default_factory=LoraConfig
-    )  # where it has a rank, adapters alone learn: see engine/lora.py
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with a rank adapters alone learn: see engine/lora.py
 
     @property
     def row(self) -> int:
