@@ -59,10 +59,13 @@ def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
 def test_a_chart_is_read_with_the_keyboard_and_zoomed_with_the_others(page: Any) -> None:
     rate = chart(page, "Learning rate")
     page.get_by_text("steps", exact=True).first.click()
+    expect(page.locator("#table")).to_contain_text("1.84M")
     rate.get_by_role("img").focus()
     page.keyboard.press("ArrowLeft")
     expect(rate.locator(".at")).to_have_text("step 19")
     expect(chart(page, "Loss").locator(".at")).to_have_text("step 19")
+    page.get_by_text("Log scale").click()
+    expect(rate.locator(".at")).to_have_text("step 19")
     plot = chart(page, "Memory").locator(".u-over")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()

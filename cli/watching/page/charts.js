@@ -62,9 +62,12 @@ export class Chart {
       view.theme,
       tables.map(({ kind, run }) => [kind, run.slot, run.name]),
     ]);
+    let at = null;
     if (this.kind !== kind) {
+      if (this.over === view.over && this.plot?.cursor.left >= 0) at = this.plot.posToVal(this.plot.cursor.left, "x");
       this.plot?.destroy();
       this.kind = kind;
+      this.over = view.over;
       this.tables = tables;
       this.plot = new uPlot(this.options(), data, this.place);
     } else {
@@ -72,6 +75,8 @@ export class Chart {
       this.plot.setData(data, false);
     }
     this.zoom(view.zoom);
+    // A reader keeps the place that was pointed at.
+    if (at !== null) this.point(at);
     this.tell();
     return true;
   }
