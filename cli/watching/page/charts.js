@@ -64,7 +64,7 @@ export class Chart {
     ]);
     let at = null;
     if (this.kind !== kind) {
-      if (this.over === view.over && this.plot?.cursor.left >= 0) at = this.plot.posToVal(this.plot.cursor.left, "x");
+      if (this.over === view.over && this.plot?.cursor.left >= 0) at = this.plot.data[0][this.plot.cursor.idx] ?? null;
       this.plot?.destroy();
       this.kind = kind;
       this.over = view.over;
@@ -75,8 +75,8 @@ export class Chart {
       this.plot.setData(data, false);
     }
     this.zoom(view.zoom);
-    // A reader keeps the place that was pointed at.
-    if (at !== null) this.point(at);
+    // A reader keeps the place that was pointed at. uPlot, too, waits for a microtask before it knows its scales.
+    if (at !== null) queueMicrotask(() => this.point(at));
     this.tell();
     return true;
   }
