@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import MAPS
 from engine.decoders import Reading
 from engine.model import GPT, check_room, rotary_angles
 from engine.sampling import begin_past
@@ -26,7 +27,6 @@ from kernels.cpu.tile import LANES, STRIP
 LEAST_WORK = 300_000
 WITHOUT_END = 2**62  # a window that sees everything
 LINE = 128  # bytes of the cache that belong together: two lines, which many CPUs fetch at once
-MATRICES = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
 
 
 class NativeDecoder:
@@ -181,15 +181,15 @@ def _in_turn(rows: Tensor) -> Tensor:
 
 def _weights(model: GPT, kind: str, capacity: int) -> Weights:
     config = model.config
-    matrices: list[list[Any]] = [[block.get_submodule(name) for name in MATRICES] for block in model.blocks]
+    matrices: list[list[Any]] = [[block.get_submodule(name) for name in MAPS] for block in model.blocks]
 
     def laid(which: int, rows: Tensor) -> Tensor:
-        return _in_turn(rows) if config.mlp == "gated" and MATRICES[which] == "mlp.expand" else rows.detach()
+        return _in_turn(rows) if config.mlp == "gated" and MAPS[which] == "mlp.expand" else rows.detach()
 
     packed = [[pack(laid(which, each.merged()), kind) for which, each in enumerate(block)] for block in matrices]
     sizes = torch.tensor([[each.numel() for each in block] for block in packed])
     ends = sizes.flatten().cumsum(0)
-    places = np.zeros((config.blocks + 1, len(MATRICES)), np.int64)
+    places = np.zeros((config.blocks + 1, len(MAPS)), np.int64)
     places[:-1] = (ends.view(sizes.shape) - sizes).numpy()
     places[-1, 0] = ends[-1]
     outputs = [config.qkv_rows, config.width, config.mlp_columns, config.width, config.outputs]
