@@ -108,12 +108,12 @@ def bench_decode(
     import torch
 
     from bench import decoding, harness
+    from cli.training import named_recipe
     from engine import config
-    from engine.run import Run
 
     machine = on.choose()
-    model = (Run(Path(preset)).read_recipe() if Path(preset).is_dir() else config.preset(preset)).model
-    preset = Path(preset).resolve().name if Path(preset).is_dir() else preset
+    model = named_recipe(preset).model
+    preset = preset if preset in config.PRESETS else Path(preset).resolve().name
     default = ["transformers", "ours"] + (["without graphs"] if machine.device.type == "cuda" else [])
     names = chosen(only, decoding.PROVIDERS, default)
     if "transformers" in names and importlib.util.find_spec("transformers") is None:

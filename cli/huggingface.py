@@ -76,13 +76,13 @@ def import_model(
 
     Example: gpt import ./pythia-160m --out runs/pythia
     """
-    from engine.hub import fetch_model
+    from engine.hub import HUB_NAME, fetch_model
     from engine.huggingface import import_
     from engine.run import RUN_FILES
 
     folder, hub = Path(model), {}
     with _empty(out, RUN_FILES, "import"):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.exists():
+        if re.fullmatch(HUB_NAME, model) and not folder.exists():
             with Console(stderr=True):
                 folder = fetch_model(model, revision, notice)
             hub = {"name": model, "revision": folder.name}

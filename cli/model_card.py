@@ -10,6 +10,7 @@ from typing import Any
 from engine.config import IMPORTED
 from engine.errors import InputError
 from engine.families import FAMILIES, family_of
+from engine.hub import HUB_NAME
 from engine.run import Run
 from engine.runs import kind_of
 from rlhf.preferences import STORIES_PREFERENCES
@@ -17,7 +18,6 @@ from train.data.sources import HUB_CONVERSATIONS, HUB_PREFERENCES, HUB_TEXTS, ST
 from train.tracking import evaluation_parts, read_metrics
 
 ON_HUB = {name: path for name, (path, _) in HUB_TEXTS.items()} | HUB_CONVERSATIONS | HUB_PREFERENCES
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 # The Hub's own list of licences: https://huggingface.co/docs/hub/repositories-licenses.
 LICENSE, HUB_MODEL = r"[a-z0-9][a-z0-9.+-]*", rf"{HUB_NAME}|\w[\w.-]*"
 UNKNOWN = "unknown"

@@ -1,6 +1,5 @@
 """gpt plan: what a run would take on many GPUs."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +41,6 @@ def plan(
     Example: gpt plan runs/smollm2 --gpu 4090 --batch 8 --set lora.rank=16 --set loop.checkpoint_activations=true
     """
     from engine import config, planning
-    from engine.run import Run
 
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
@@ -50,11 +48,9 @@ def plan(
         known = (*planning.MACHINES, "cpu")
         raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(known)}{meant(gpu, known)}")
     values = {"budget.tokens": tokens, "loop.batch": batch, "model.context": context, "precision": precision}
-    if preset not in config.PRESETS and os.path.isdir(preset):  # noqa: PTH112 (Path's fails for a long name)
-        begin = Run(Path(preset)).read_recipe()
+    begin = training.named_recipe(preset)
+    if preset not in config.PRESETS:
         begin = replace(begin, budget=config.BudgetConfig(epochs=1), lora=config.LoraConfig(), precision="auto")
-    else:
-        begin = config.preset(preset)
     recipe = training.adjust(begin, values, setting)
     notice = ""
     if rest := recipe.loop.batch % gpus:

@@ -33,6 +33,16 @@ SETTINGS = {"data": "data.source", "reward": "alignment.reward", "implicit": "re
 PRETRAINED, FINETUNED, REWARD_MODEL = "a pretrained run", "a finetuned run", "a reward model"
 
 
+def named_recipe(name: str) -> "Recipe":
+    """Return the recipe of a preset, or of a run by its folder."""
+    from engine.config import PRESETS, preset
+    from engine.run import Run
+
+    if name not in PRESETS and os.path.isdir(name):  # noqa: PTH112 (Path's fails for a long name)
+        return Run(Path(name)).read_recipe()
+    return preset(name)
+
+
 def located(data: str) -> str:
     """Return the absolute path where `data` is a path or a glob: a run may be resumed from another folder."""
     path = Path(os.path.expanduser(data))  # noqa: PTH111 (Path's fails for an unknown user)

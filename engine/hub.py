@@ -16,6 +16,8 @@ from engine import disk
 from engine.errors import DiskError, InputError, UnfinishedError
 from engine.progress import Told, listener
 
+# What the Hub calls a model or a data set: its owner, and its own name.
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 # The seconds that the Hub may take to answer at first. Its own client would try for half a minute or more.
 PROBE_SECONDS = 8
 # The loggers of the libraries' own retries, of requests and of rows, and of files.

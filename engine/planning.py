@@ -56,8 +56,12 @@ class Setup:
 
 def matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
     """Return (how many, rows, columns) of the maps in a block, as Muon treats them."""
-    maps = model.maps().values()
-    return [(len([*same]), rows, columns) for outputs, columns in maps for rows, same in groupby(outputs)]
+    return [(count, rows, columns) for outputs, columns in model.maps().values() for count, rows in _alike(outputs)]
+
+
+def _alike(outputs: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return how many of the maps that are stacked in one matrix have so many rows."""
+    return [(len([*same]), rows) for rows, same in groupby(outputs)]
 
 
 def elements(setup: Setup) -> tuple[int, int, int]:
@@ -240,7 +244,7 @@ def _orthogonalisation(setup: Setup) -> int:
         -(-setup.model.blocks * count // ranks)
         * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
         for outputs, columns in setup.model.maps().values()
-        for count, rows in ((len([*same]), rows) for rows, same in groupby(outputs))
+        for count, rows in _alike(outputs)
     )
 
 

@@ -85,6 +85,8 @@ def test_what_is_no_model_is_refused(gpt: Gpt) -> None:
     assert other.code == 2 and "'gpt_neox'" in other.err and not Path("run").exists()
     owner = gpt("import", "HuggingFaceTB", "--out", "run")
     assert owner.code == 2 and "there is no folder HuggingFaceTB; a model of the Hub is named as OWNER" in owner.err
+    path = gpt("import", "./missing", "--out", "run")
+    assert path.code == 2 and "there is no folder ./missing" in path.err
 
 
 def test_data_is_prepared_with_an_imported_tokenizer_and_trained_on(gpt: Gpt, trained: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from engine.chat_template import Message
 from engine.config import DataConfig
 from engine.errors import InputError, meant
-from engine.hub import HubUnreachable
+from engine.hub import HUB_NAME, HubUnreachable
 from train.data import workers
 from train.data.formats import Conversation, read_conversations, read_texts, recognise
 from train.data.hub import HubSource
@@ -89,7 +89,7 @@ def open_source(
     if name not in HUB_TEXTS and (is_path or local.exists()):
         files, root = find_files(name)
         return FileSource(*options, files=files, root=root)
-    if hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", path):
+    if hub := re.fullmatch(rf"({HUB_NAME})(?::([\w.-]+))?", path):
         return HubSource(*options, path=hub[1], config=hub[2], commit=commit)
     raise InputError(
         f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
