@@ -171,8 +171,7 @@ def bench_decoding(
             clocks["llama.cpp"] = partial(outcome, clock_program, peer, size)
         found |= in_turn(clocks, rounds)
         # A step reads at least all weights, and the keys and values of half a sequence more than the prompt.
-        token = 2 * config.blocks * config.kv_heads * config.head_dim
-        cached = token * size.batch * (size.prompt + size.new // 2)
+        cached = config.cached * size.batch * (size.prompt + size.new // 2)
         read = config.matmul_parameters * weight + cached * number
         point: Figures = {**size._asdict(), "bytes_per_step": read}
         for name, figures in found.items():

@@ -92,7 +92,7 @@ def import_model(
             raise InputError(f"there is no folder {model}; a model of the Hub is named as OWNER/MODEL")
         recipe = import_(folder, out, context=context, notice=notice, **hub)
     found = recipe.model
-    if (cache := 8 * found.blocks * found.kv_heads * found.head_dim * found.context) > MUCH:
+    if (cache := 4 * found.cached * found.context) > MUCH:
         notice(
             f"a text of all {found.context:,} tokens takes {in_words(cache)} for its keys and values in fp32, and a "
             "sequence of finetuning is as long; --context sees less"

@@ -189,6 +189,11 @@ class ModelConfig(Settings):
         return self.key_heads or self.heads
 
     @property
+    def cached(self) -> int:
+        """Numbers that stay of a token in a cache: its keys and values of all blocks."""
+        return 2 * self.blocks * self.kv_heads * self.head_dim
+
+    @property
     def attended(self) -> int:
         """Numbers of a token that come out of all heads."""
         return self.heads * self.head_dim

@@ -93,7 +93,7 @@ class KVCache:
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         heads = 2 * config.kv_heads
-        check_room(batch, config.blocks * heads * capacity * config.head_dim * dtype.itemsize, torch.device(device))
+        check_room(batch, config.cached * capacity * dtype.itemsize, torch.device(device))
         # A head's keys lie together: attention reads them four times as fast as with the heads of a token together.
         # The keys of all heads come first, then the values.
         shape = (config.blocks, batch, heads, capacity, config.head_dim)

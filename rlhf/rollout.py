@@ -103,7 +103,7 @@ def most_slots(model: GPT) -> int:
     if weight.device.type == "cuda":
         most, room = SLOTS, torch.cuda.get_device_properties(weight.device).total_memory // GPU_SHARE
     size = (model.compute_dtype or weight.dtype).itemsize
-    return max(1, min(most, room // (4 * config.blocks * config.kv_heads * config.head_dim * config.context * size)))
+    return max(1, min(most, room // (2 * config.cached * config.context * size)))
 
 
 def rollout_log_probs(model: GPT, rollout: Rollout, temperature: float, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
