@@ -1,6 +1,8 @@
 """The machine: what can be chosen, and randomness that can be put back."""
 
+import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +134,18 @@ def test_peaks_are_measured() -> None:
     chosen = choose("cpu", "fp32")
     assert measured_peak(chosen, seconds=0.0) > 1e8
     assert chosen.peak_memory() > 10 * 2**20
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc is told what to keep"
+)
+def test_freed_memory_stays_with_the_process() -> None:
+    choose("cpu")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    for _ in range(2):  # what is freed once, glibc takes for a usual size
+        pieces = [ctypes.c_void_p(libc.malloc(10 * 2**20)) for _ in range(8)]
+        end = libc.sbrk(0)
+        for piece in pieces:
+            libc.free(piece)
+        assert libc.sbrk(0) == end
