@@ -25,6 +25,7 @@ SMALLEST_BLOCK = 256
 # 4,096. A block is no more than an eighth of the logits, so that it is a small part of the plain peak of memory; but
 # where there are few logits, it is not so small a part that the launches take longer than the work.
 GPU_BLOCK_BYTES = (32 * 2**20, 768 * 2**20)
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def linear_cross_entropy(
@@ -87,9 +88,9 @@ def linear_scores(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> 
         scores = torch.mm(rows, weight.T, out=out)
     elif hidden.is_cuda and not torch.is_grad_enabled():  # PyTorch has no gradient of this product
         scores = torch.mm(rows, weight.T, out_dtype=torch.float32, out=out)
-    elif hidden.dtype == torch.bfloat16 and not hidden.is_cuda:
+    elif hidden.dtype == torch.bfloat16 and not hidden.is_cuda and AMX:
         # A CPU has no such product, but its sums are fp32 inside. The product, minus itself as it was rounded, is what
-        # rounding took. Two bf16 products take no longer than one in fp32, and need no copy of the weights.
+        # rounding took. By AMX two bf16 products take no longer than one in fp32, and need no copy of the weights.
         minus = torch.mm(rows, weight.T).neg_()
         rest = torch.addmm(minus, rows, weight.T)
         if out is None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import linear_cross_entropy, linear_log_probs, linear_scores
+from kernels import cross_entropy, linear_cross_entropy, linear_log_probs, linear_scores
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -17,7 +17,11 @@ def layer(rows: int, vocab: int = 4096, width: int = 64) -> tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 512])
-def test_they_are_those_of_an_fp32_product(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_they_are_those_of_an_fp32_product(
+    amx: bool, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "AMX", amx)
     hidden, weight = (each.to(dtype) for each in layer(rows))
     scores, exact = linear_scores(hidden, weight), hidden.float() @ weight.float().T
     assert scores.dtype == torch.float32
