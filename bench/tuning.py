@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "triton", "bench.tuning"])
 
 Key = tuple[str, str, int]
-Task = Callable[[Tile], Figures]
+Task = Callable[[Any], Figures]
 
 
 def tune(runtime: Runtime, head_dims: Sequence[int], kernels: Sequence[str] = tuple(DIRECTION)) -> Iterator[Figures]:
@@ -81,7 +82,7 @@ def try_all(rows: Sequence[Tile], check: Task, clock: Task, workers: int | None 
         yield {"tile": vars(tile), **verdict, **times.get(tile, {})}
 
 
-def in_processes(task: Task, rows: Sequence[Tile], seconds: float) -> Iterator[Figures]:
+def in_processes(task: Task, rows: Sequence[Any], seconds: float) -> Iterator[Figures]:
     """Yield what `task` says of each row, in a process that is started anew where a row kills it or takes too long."""
     waiting = list(rows)
     while waiting:
@@ -105,7 +106,7 @@ def in_processes(task: Task, rows: Sequence[Tile], seconds: float) -> Iterator[F
             process.join()
 
 
-def serve(sender: Connection, task: Task, rows: Sequence[Tile]) -> None:
+def serve(sender: Connection, task: Task, rows: Sequence[Any]) -> None:
     # When the compiler gives up, it prints screens full of text.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for tile in rows:
