@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.findings import summarise
 from bench.harness import Figures, ending_together
 from bench.tuning import PROCESSES, in_processes
 from engine import runtime
@@ -78,8 +79,8 @@ class Task:
         """Return the settings that are not at their defaults: one that has come since changes nothing."""
         defaults = {name: value for name, value, _ in settings(Recipe)}
         own = {name: value for name, value, _ in settings(self.recipe) if value != defaults[name]}
-        # The same data in another folder is the same data.
-        return {name: value for name, value in own.items() if name not in ("name", "data.source")}
+        # The same data in another folder is the same data; and what rates are does not depend on where they are from.
+        return {name: value for name, value in own.items() if name not in ("name", "data.source", "optimizer.origin")}
 
     @property
     def key(self) -> str:
@@ -120,7 +121,7 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
             "loop.evaluate_every": max(1, math.ceil(tokens / recipe.tokens_per_step / 4)),
         }.items():
             recipe = override(recipe, setting, value)
-        about = {"kind": kind, "name": name, "rate": rate, "seed": seed, "data": given.data.name}
+        about = {"kind": kind, "name": name, "rate": rate, "seed": seed, "data": given.data.name, "budget": tokens}
         found.append(Task({**about, "unique_tokens": shards.tokens}, recipe, fingerprint))
     return found
 
@@ -231,7 +232,7 @@ def helped(lines: Sequence[Figures]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, int, str], list[Figures]] = {}
     for line in lines:
-        groups.setdefault((line["data"], line["settings"]["budget.tokens"], line["name"]), []).append(line)
+        groups.setdefault((line["data"], line["budget"], line["name"]), []).append(line)
     for (data, tokens, name), runs in sorted(groups.items(), key=lambda item: (item[0][:2], item[0][2] != "base")):
         base = groups.get((data, tokens, "base"), [])
         own, same = (np.array([run["bits_per_byte"] for run in each] or [math.nan]) for each in (runs, base))
@@ -269,6 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.kind == "fit":
+            runs = read(given.files)
+            print("\n".join(helped([run for run in runs if run["kind"] == "helped"])))
+            summarise(runs, given.out)
             return 0
         wanted = tasks(given.kind, given)
         PROCESSES.set_forkserver_preload(["train.pretrain", "bench.tuning"])

@@ -84,7 +84,7 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
 
 def test_a_change_counts_where_its_mean_falls_by_two_deviations() -> None:
     def runs(name: str, *found: float) -> list[Figures]:
-        about = {"data": "ts", "settings": {"budget.tokens": 600_000}, "name": name, "tokens_per_second": 9000}
+        about = {"data": "ts", "budget": 600_000, "name": name, "tokens_per_second": 9000}
         return [about | {"bits_per_byte": each} for each in found]
 
     lines = runs("good", 1.06, 1.08) + runs("base", 1.09, 1.11) + runs("noise", 1.08, 1.10) + runs("single", 1.0)

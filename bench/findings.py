@@ -1,0 +1,269 @@
+"""What sweeps have found: their valleys, the batch law and the forecast, as laws.json and as pictures beside it."""
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import fits
+from bench.harness import Figures
+from engine.disk import write_atomically
+
+Points = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
+
+# What may be meant by the size of a model: the one that predicts the largest runs best is taken.
+SIZES = {
+    "blocks": ("block_parameters",),
+    "blocks and head": ("block_parameters", "head_parameters"),
+    "all": ("parameters",),
+}
+# Up to this many more bits per byte, as a share, a larger batch costs nothing that matters.
+WITHIN = 0.01
+# How often runs are drawn anew, to see how the forecast varies.
+RESAMPLES = 100
+# The least steps before the loss of a run's course says something of another run's.
+COURSE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a picture: by label, points, lines and minima with the same colour."""
+
+    title: str
+    x: str
+    y: str
+    points: dict[str, Points] = field(default_factory=dict)
+    lines: dict[str, Points] = field(default_factory=dict)
+    minima: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def summarise(runs: Sequence[Figures], out: Path) -> Figures:
+    """Write what these runs say to `out`, and a picture beside it for each kind of sweep among them. Return it."""
+    found: Figures = {"commits": sorted({run["versions"]["commit"] for run in runs})}
+    noise = noise_of(runs)
+    found["noise"] = noise or fits.NOISE
+    for kind, find in {"transfer": valleys, "batch": batches, "size": forecasts}.items():
+        if mine := [run for run in runs if run["kind"] == kind]:
+            found[kind], panels = find(mine, found["noise"])
+            draw(panels, out.with_name(f"{out.stem}-{kind}.png"))
+    write_atomically(out, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def grouped(runs: Iterable[Figures], *names: str) -> dict[tuple[Any, ...], list[Figures]]:
+    """Return runs by the values of these fields, in their order."""
+    found: dict[tuple[Any, ...], list[Figures]] = {}
+    for run in sorted(runs, key=lambda run: tuple(run[name] for name in names)):
+        found.setdefault(tuple(run[name] for name in names), []).append(run)
+    return found
+
+
+def column(runs: Iterable[Figures], *names: str) -> np.ndarray:
+    """Return the sum of these fields of each run."""
+    return np.array([sum(run[name] for name in names) for run in runs], float)
+
+
+def noise_of(runs: Iterable[Figures]) -> float | None:
+    """Return the deviation between runs that differ in their seed alone, as a share of the loss; None without such."""
+    same = grouped(runs, "kind", "data", "name", "width", "blocks", "tokens_per_step", "tokens", "rate")
+    logs = [np.log(column(group, "bits_per_byte")) for group in same.values() if len(group) > 1]
+    return float(np.sqrt(np.mean([each.var(ddof=1) for each in logs]))) if logs else None
+
+
+def valleys(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
+    """Find the best multiple of the law's rates for each shape: at a law that transfers it is the same for all."""
+    found, spreads, panels = [], [], []
+    for (data, tokens), mine in grouped(runs, "data", "budget").items():
+        shapes = {}
+        for (width, blocks), group in grouped(mine, "width", "blocks").items():
+            rates, losses = column(group, "rate"), column(group, "bits_per_byte")
+            lowest = shapes[width, blocks] = fits.valley(rates, losses, noise)
+            # What it costs to take the law's rates as they are.
+            cost = float(losses[rates == 1].mean() / lowest.loss - 1) if 1 in rates else None
+            about = {"data": data, "tokens": tokens, "width": width, "blocks": blocks}
+            found.append({**about, **asdict(lowest), "at_the_law": cost})
+        best = [each.rate for each in shapes.values() if each.inside]
+        spread = max(best) / min(best) if best else None
+        spreads.append({"data": data, "tokens": tokens, "shapes": len(shapes), "inside": len(best), "spread": spread})
+        # A panel for the widths of each depth, and one for the depths of each width, where there are several.
+        for fixed, varied, unit in (("blocks", "width", "wide"), ("width", "blocks", "blocks")):
+            for (value,), group in grouped(mine, fixed).items():
+                if len(grouped(group, varied)) > 1:
+                    panel = Panel(
+                        f"{data}, {tokens:,} tokens, {fixed} {value}", "all rates / the law's", "bits per byte"
+                    )
+                    for (other,), line in grouped(group, varied).items():
+                        lowest = shapes[(other, value) if varied == "width" else (value, other)]
+                        panel.lines[f"{other} {unit}"] = panel.points[f"{other} {unit}"] = mean_line(line, "rate")
+                        if lowest.inside:
+                            panel.minima[f"{other} {unit}"] = (lowest.rate, lowest.loss)
+                    panels.append(panel)
+    inside = [each for each in found if each["inside"]]
+    corrections = rate_law(inside, "rate", ("width", "blocks", "tokens"))
+    return {"spreads": spreads, "corrections": corrections, "valleys": found}, panels
+
+
+def rate_law(found: Sequence[Figures], rate: str, names: Sequence[str]) -> Figures:
+    """Return the powers of the best rate over those of these fields that vary, with two standard errors about them."""
+    varied = [name for name in names if len({each[name] for each in found}) > 1]
+    if len(found) <= len(varied):
+        return {}
+    powers, errors = fits.powers(
+        column(found, rate), *(column(found, name) for name in varied), errors=column(found, "error")
+    )
+    intervals = [[power - 2 * error, power + 2 * error] for power, error in zip(powers, errors, strict=True)]
+    each = zip(varied, powers[1:].tolist(), intervals[1:], strict=True)
+    return {"constant": float(np.exp(powers[0])), **{name: {"power": p, "interval": i} for name, p, i in each}}
+
+
+def mean_line(runs: Iterable[Figures], x: str) -> Points:
+    """Return the mean loss over seeds at each x."""
+    at = {value: column(group, "bits_per_byte").mean() for (value,), group in grouped(runs, x).items()}
+    return list(at), list(at.values())
+
+
+def batches(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
+    """Find the best matrix rate of each batch and the loss there: their powers, and the largest cheap batch."""
+    found, panels = [], []
+    rate_panel = Panel("best rate", "tokens in a step", "rate of matrices")
+    cost_panel = Panel("cost of a batch", "tokens in a step", "bits per byte / the best batch's")
+    largest: list[Figures] = []
+    for (data, tokens), mine in grouped(runs, "data", "budget").items():
+        panel = Panel(f"{data}, {tokens:,} tokens", "all rates / the law's", "bits per byte")
+        lowest: dict[int, fits.Valley] = {}
+        for (batch,), group in grouped(mine, "tokens_per_step").items():
+            lowest[batch] = fits.valley(column(group, "rate"), column(group, "bits_per_byte"), noise)
+            label = f"{batch:,} a step"
+            panel.lines[label] = panel.points[label] = mean_line(group, "rate")
+            if lowest[batch].inside:
+                panel.minima[label] = (lowest[batch].rate, lowest[batch].loss)
+            unit = group[0]["rates"]["matrix_rate"] / group[0]["rate"]
+            about = {"data": data, "tokens": tokens, "batch": batch, "matrix_rate": unit * lowest[batch].rate}
+            found.append({**about, **asdict(lowest[batch])})
+        panels.append(panel)
+        label, sizes = f"{data}, {tokens:,}", np.array(list(lowest), float)
+        costs = np.array([each.loss for each in lowest.values()]) / min(each.loss for each in lowest.values())
+        cost_panel.lines[label] = cost_panel.points[label] = (sizes, costs)
+        if (last := crossing(sizes, costs)) is not None:
+            largest.append(
+                {"data": data, "tokens": tokens, "batch": last, "loss": min(each.loss for each in lowest.values())}
+            )
+            cost_panel.minima[label] = (last, 1 + WITHIN)
+        inside = [each for each in found[-len(lowest) :] if each["inside"]]
+        rate_panel.points[label] = (column(inside, "batch"), column(inside, "matrix_rate"))
+    inside = [each for each in found if each["inside"]]
+    rate = rate_law(inside, "matrix_rate", ("batch", "tokens"))
+    for (data, tokens), mine in grouped(found, "data", "tokens").items():
+        if "batch" in rate:
+            ends = np.array([mine[0]["batch"], mine[-1]["batch"]], float)
+            scale = rate["constant"] * tokens ** (rate["tokens"]["power"] if "tokens" in rate else 0)
+            rate_panel.lines[f"{data}, {tokens:,}"] = (ends, scale * ends ** rate["batch"]["power"])
+    return {"rate": rate, "largest_within_1%": largest, "valleys": found}, [*panels, rate_panel, cost_panel]
+
+
+def crossing(sizes: np.ndarray, costs: np.ndarray) -> float | None:
+    """Return the batch, past the best one, at which the cost reaches 1 + WITHIN; None where it never does."""
+    for n in range(int(costs.argmin()), len(sizes) - 1):
+        if costs[n] <= 1 + WITHIN < costs[n + 1]:
+            return float(np.exp(np.interp(1 + WITHIN, costs[n : n + 2], np.log(sizes[n : n + 2]))))
+    return None
+
+
+def forecasts(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
+    """Fit bits per byte over size and tokens, for each text, with what the fit of small runs makes of the largest."""
+    found, panels = {}, []
+    for (data,), mine in grouped(runs, "data").items():
+        losses = column(mine, "bits_per_byte")
+        tokens = fits.effective_tokens(column(mine, "tokens"), column(mine, "unique_tokens")) / 1e6
+        # What has taken the most work is held out, to see how far the others tell it.
+        last = np.argsort(column(mine, "parameters") * tokens)[-max(1, len(mine) // 7) :]
+        meant = {name: column(mine, *of) / 1e6 for name, of in SIZES.items()}
+        of_others = {name: fits.held_out(sizes, tokens, losses, last) for name, sizes in meant.items()}
+        chosen = min(of_others, key=lambda name: of_others[name][1])
+        sizes, others = meant[chosen], of_others[chosen][0]
+        own = fits.forecast(sizes, tokens, losses)
+        draws = fits.resampled(RESAMPLES, sizes, tokens, losses)
+        found[data] = {
+            "runs": len(mine),
+            "size": chosen,  # in millions of weights; tokens are in millions, and fresh
+            **{name: asdict(fits.forecast(its, tokens, losses)) for name, its in meant.items()},
+            "error_of_the_largest": {name: error for name, (_, error) in of_others.items()},
+            "scatter": float(np.std(own(sizes, tokens) / losses - 1)),
+            # The deviation of the logarithm of what is foretold, for so many times the largest size and most tokens.
+            "beyond": {
+                10**n: float(np.std([np.log(each(10**n * sizes.max(), 10**n * tokens.max())) for each in draws]))
+                for n in range(4)
+            },
+            "bytes_per_token": mine[0]["loss"] / mine[0]["bits_per_byte"] / np.log(2),
+            "course": course(mine, sizes, own),
+        }
+        panel = Panel(f"{data}: the law, and runs", "millions of tokens", "bits per byte")
+        for size in np.unique(sizes):
+            label, its = f"{size:.2f}M weights", sizes == size
+            reach = np.geomspace(tokens[its].min(), tokens[its].max(), 30)
+            panel.points[label], panel.lines[label] = (tokens[its], losses[its]), (reach, own(size, reach))
+        missed = Panel(f"{data}: the largest, from the others", "weights x tokens", "foretold / measured")
+        work, ratio, held = sizes * tokens * 1e12, others(sizes, tokens) / losses, np.isin(np.arange(len(mine)), last)
+        missed.points.update({"fitted": (work[~held], ratio[~held]), "held out": (work[held], ratio[held])})
+        panels += [panel, missed]
+    return found, panels
+
+
+def course(runs: Sequence[Figures], sizes: np.ndarray, own: fits.Forecast) -> Figures:
+    """Return how far the training loss within a run is above what the law says of a run that ends there.
+
+    By the share of the run: the mean ratio, its deviation, and of how many runs.
+    """
+    ratios: dict[float, list[float]] = {}
+    for run, size in zip(runs, sizes, strict=True):
+        for share, loss in run["training"]:
+            if share * run["tokens"] >= COURSE_STEPS * run["tokens_per_step"] and run["tokens"] <= run["unique_tokens"]:
+                ratios.setdefault(share, []).append(loss / float(own(size, share * run["tokens"] / 1e6)))
+    return {str(s): [float(np.mean(each)), float(np.std(each)), len(each)] for s, each in sorted(ratios.items())}
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """Draw panels in rows of up to four."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1 + 4.2 * columns, 0.5 + 3.8 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes, panel in itertools.zip_longest(grid.flat, panels):
+        if panel is None:
+            axes.axis("off")
+            continue
+        labels = list({**panel.points, **panel.lines})
+        for label, shade in zip(labels, pyplot.get_cmap("plasma")(np.linspace(0.05, 0.85, len(labels))), strict=True):
+            if label in panel.lines:
+                axes.plot(*panel.lines[label], color=shade, lw=1.2)
+            if label in panel.points:
+                axes.plot(*panel.points[label], "o", ms=4, color=shade, label=label)
+            if label in panel.minima:
+                axes.plot(*panel.minima[label], "*", ms=13, mec="black", mew=0.6, color=shade, zorder=5)
+        ticks = sorted({float(x) for xs, _ in panel.points.values() for x in xs})
+        if len(ticks) < 10 and panel.x != "weights x tokens":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
+            axes.minorticks_off()
+        else:
+            axes.set_xscale("log")
+        if panel.y == "rate of matrices":
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.25)
+        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(picture := io.BytesIO(), dpi=110)
+    write_atomically(path, picture.getvalue())
+    pyplot.close(figure)
+    print(f"drawn in {path}")

@@ -1,0 +1,147 @@
+"""What many runs say together: the best rate of a valley, powers between quantities, and a forecast of the loss.
+
+Plain NumPy. Losses are in any unit, bits per byte in what is published; logarithms make all of them relative.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Numbers = Sequence[float] | np.ndarray
+
+# Two runs that differ in their seed alone differ by about so much of the loss, where no seeds were repeated.
+NOISE = 0.003
+# Residuals beyond this, as a share of the loss, count by their size and no more by its square (Huber).
+DELTA = 0.005
+# Epochs after which more of the same tokens is worth nothing, by exp(-epochs / this) (Muennighoff et al. 2023, R_D*).
+REPEATS = 15.39
+
+
+@dataclass(frozen=True)
+class Valley:
+    """The lowest point of a valley of losses over rates, with the standard error of its rate as a factor.
+
+    `inside` is false where the lowest loss is at an end of what was tried: the best rate lies there or beyond.
+    """
+
+    rate: float
+    error: float
+    loss: float
+    inside: bool
+
+
+def valley(rates: Numbers, losses: Numbers, noise: float = NOISE) -> Valley:
+    """Fit a parabola in log rate to the losses within a factor of two of the lowest: farther out a valley is none.
+
+    A rate may come more than once, with another seed. `noise` is the deviation of a loss as a share of it.
+    """
+    x, y = np.log2(rates), np.asarray(losses, float)
+    places = np.unique(x)
+    means = np.array([y[x == place].mean() for place in places])
+    best = places[means.argmin()]
+    near = np.abs(x - best) < 1.01
+    x, y = x[near] - best, y[near]
+    if best in (places[0], places[-1]):
+        return Valley(2.0**best, float("inf"), float(means.min()), False)
+    columns = np.stack([x**2, x, np.ones_like(x)], 1)
+    (a, b, c), *_ = np.linalg.lstsq(columns, y)
+    freedom = len(x) - 3
+    scatter = np.sqrt(((columns @ (a, b, c) - y) ** 2).sum() / freedom) if freedom > 0 else 0.0
+    covariance = max(scatter, noise * y.mean()) ** 2 * np.linalg.inv(columns.T @ columns)
+    slope = np.array([b / (2 * a**2), -1 / (2 * a), 0.0])
+    error = float(np.sqrt(slope @ covariance @ slope))
+    return Valley(float(2 ** (best - b / (2 * a))), 2**error, float(c - b**2 / (4 * a)), True)
+
+
+def powers(y: Numbers, *xs: Numbers, errors: Numbers | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Fit y = constant * x1^p1 * x2^p2 ... in logarithms. Return log constant and powers, and their standard errors.
+
+    `errors` are factors by which each y may be wrong; without them all are as good. Raises LinAlgError where the xs do
+    not vary independently.
+    """
+    columns = np.stack([np.ones(len(y)), *(np.log(x) for x in xs)], 1)
+    weights = np.ones(len(y)) if errors is None else 1 / np.log(errors)
+    found, residuals, *_ = np.linalg.lstsq(columns * weights[:, None], np.log(y) * weights)
+    inverse = np.linalg.inv((columns * weights[:, None]).T @ (columns * weights[:, None]))
+    freedom = len(y) - columns.shape[1]
+    # Known errors may be too small for what the points show, and then those count.
+    scale = residuals[0] / freedom if freedom > 0 and len(residuals) else np.nan
+    scale = scale if errors is None else np.fmax(scale, 1.0)
+    return found, np.sqrt(np.diag(inverse) * scale)
+
+
+def effective_tokens(tokens: ArrayLike, unique: ArrayLike) -> np.ndarray:
+    """Return how many fresh tokens are worth as much as these, of which so many are unique (Muennighoff et al.)."""
+    tokens, fresh = np.asarray(tokens, float), np.minimum(tokens, unique)
+    return fresh * (1 + REPEATS * (1 - np.exp(-(tokens / fresh - 1) / REPEATS)))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """L(N, D) = floor + of_weights N^-weights_power + of_tokens D^-tokens_power (Hoffmann et al. 2022, approach 3)."""
+
+    floor: float
+    of_weights: float
+    weights_power: float
+    of_tokens: float
+    tokens_power: float
+
+    def __call__(self, sizes: ArrayLike, tokens: ArrayLike) -> np.ndarray:
+        sizes, tokens = np.asarray(sizes, float), np.asarray(tokens, float)
+        return self.floor + self.of_weights * sizes**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
+
+
+def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers) -> Forecast:
+    """Fit the law to runs, by the Huber loss of relative residuals.
+
+    Only the powers are searched for, on a grid that closes in on the best: for given powers the rest is linear, and is
+    solved (with weights that make squares Huber's loss). So there are no starts to choose, and no bad minimum.
+    """
+    losses = np.asarray(losses, float)
+    n, d = (np.log(each) for each in (np.asarray(sizes, float), np.asarray(tokens, float)))
+    middle, reach = np.array([0.6, 0.6]), 0.57
+    for _ in range(4):
+        steps = np.linspace(-reach, reach, 15)
+        grid = np.clip(middle + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2), 0.02, 2.0)
+        # [grid, runs, 3]: each column is divided by what it is to add up to, together with the others.
+        shapes = [
+            np.ones((len(grid), len(n))),
+            np.exp(-grid[:, :1] * (n - n.mean())),
+            np.exp(-grid[:, 1:] * (d - d.mean())),
+        ]
+        found, cost = _solve(np.stack(shapes, -1) / losses[:, None])
+        best = cost.argmin()
+        middle, reach = grid[best], reach / 5
+    floor, size, data = found[best] * np.exp([0, middle[0] * n.mean(), middle[1] * d.mean()])
+    return Forecast(float(floor), float(size), float(middle[0]), float(data), float(middle[1]))
+
+
+def _solve(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors, none below 0, with which the columns [G, runs, 3] add up to 1, and the Huber loss of each."""
+    weights = np.ones(columns.shape[:2])
+    for _ in range(10):
+        weighted = (columns * weights[..., None]).mT
+        gram, right = weighted @ columns + 1e-12 * np.eye(3), weighted.sum(-1, keepdims=True)
+        found = np.linalg.solve(gram, right)[..., 0]
+        # A floor below 0 is none.
+        without = np.linalg.solve(gram[:, 1:, 1:], right[:, 1:])[..., 0]
+        below = found[:, 0] < 0
+        found[below, 0], found[below, 1:] = 0.0, without[below]
+        wrong = np.abs((columns @ found[..., None])[..., 0] - 1)
+        weights = DELTA / np.maximum(wrong, DELTA)
+    cost = np.where(wrong < DELTA, wrong**2 / 2, DELTA * (wrong - DELTA / 2)).sum(1)
+    return found, np.where((found < 0).any(1), np.inf, cost)
+
+
+def resampled(times: int, *columns: np.ndarray) -> list[Forecast]:
+    """Return forecasts from bootstrap resamples of sizes, tokens and losses: what they differ by is uncertain."""
+    picks = np.random.default_rng(0).integers(len(columns[0]), size=(times, len(columns[0])))
+    return [forecast(*(column[pick] for column in columns)) for pick in picks]
+
+
+def held_out(sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, held: np.ndarray) -> tuple[Forecast, float]:
+    """Fit without the runs `held` (their numbers). Return that, and the mean of |foretold / measured - 1| over them."""
+    law = forecast(*(np.delete(each, held) for each in (sizes, tokens, losses)))
+    return law, float(np.abs(law(sizes[held], tokens[held]) / losses[held] - 1).mean())

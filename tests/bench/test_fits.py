@@ -1,0 +1,63 @@
+"""The fits find the constants of points that were made with them, and say how sure they are."""
+
+import numpy as np
+import pytest
+
+from bench import fits
+
+RANDOM = np.random.default_rng(0)
+# About as many runs as a sweep over sizes has.
+SIZES, TOKENS = (each.ravel() for each in np.meshgrid(np.geomspace(0.04, 3, 8), np.geomspace(0.1, 3, 6)))
+LAW = fits.Forecast(floor=0.5, of_weights=0.13, weights_power=0.25, of_tokens=0.32, tokens_power=0.38)
+
+
+def test_a_valley_is_lowest_where_it_was_put_and_knows_how_well() -> None:
+    rates = 2.0 ** np.arange(-2, 2.5, 0.5)
+    exact = fits.valley(rates, 1.2 + 0.01 * np.log2(rates / 1.3) ** 2)
+    assert exact.inside and exact.rate == pytest.approx(1.3) and exact.loss == pytest.approx(1.2)
+    # Two seeds, and noise as it is said: four in five of the minima are within 1.28 errors of the truth.
+    twice, hits = np.tile(rates, 2), 0
+    for _ in range(200):
+        losses = (1.2 + 0.02 * np.log2(twice / 1.3) ** 2) * (1 + 0.002 * RANDOM.standard_normal(len(twice)))
+        found = fits.valley(twice, losses, noise=0.002)
+        hits += abs(np.log(found.rate / 1.3)) < 1.28 * np.log(found.error)
+    assert 140 <= hits <= 190
+
+
+def test_a_valley_whose_lowest_point_is_the_last_has_no_minimum_inside() -> None:
+    found = fits.valley([0.5, 1, 2], [1.3, 1.2, 1.1])
+    assert not found.inside and found.rate == 2 and found.error == np.inf
+
+
+def test_powers_are_found_with_their_errors() -> None:
+    batches, tokens = (each.ravel() for each in np.meshgrid(2.0 ** np.arange(10, 16), [6e5, 2.4e6]))
+    rates = 3e-4 * batches**0.5 * tokens**-0.2
+    found, errors = fits.powers(rates, batches, tokens)
+    assert found == pytest.approx([np.log(3e-4), 0.5, -0.2]) and errors.max() < 1e-6
+    noisy = rates * np.exp(0.1 * RANDOM.standard_normal(len(rates)))
+    for known in (None, np.full(len(rates), np.exp(0.1))):
+        found, errors = fits.powers(noisy, batches, tokens, errors=known)
+        assert (np.abs(found[1:] - (0.5, -0.2)) < 3 * errors[1:]).all() and errors[1] < 0.05
+
+
+def test_a_forecast_is_the_law_that_made_the_runs() -> None:
+    found = fits.forecast(SIZES, TOKENS, LAW(SIZES, TOKENS))
+    assert found.weights_power == pytest.approx(0.25, abs=0.01) and found.tokens_power == pytest.approx(0.38, abs=0.01)
+    assert found.floor == pytest.approx(0.5, abs=0.05) and found(20, 300) == pytest.approx(LAW(20, 300), rel=0.01)
+
+
+def test_a_run_that_went_wrong_moves_a_forecast_little_and_noise_is_in_its_interval() -> None:
+    losses = LAW(SIZES, TOKENS) * (1 + 0.003 * RANDOM.standard_normal(len(SIZES)))
+    losses[7] *= 1.2
+    small, error = fits.held_out(SIZES, TOKENS, losses, np.argsort(SIZES * TOKENS)[-7:])
+    assert error < 0.01 and small != fits.forecast(SIZES, TOKENS, losses)
+    draws = fits.resampled(10, SIZES, TOKENS, losses)
+    low, high = np.quantile([draw(10, 10) for draw in draws], (0.025, 0.975))
+    assert low < LAW(10, 10) < high < 1.1 * low
+
+
+def test_tokens_that_come_again_are_worth_less() -> None:
+    assert fits.effective_tokens([1e6, 2e6], 2e6).tolist() == [1e6, 2e6]
+    # Up to four epochs are nearly as good as fresh tokens; forty are worth little more than sixteen.
+    assert fits.effective_tokens([4e6], 1e6)[0] == pytest.approx(3.73e6, rel=0.01)
+    assert fits.effective_tokens([1e9], 1e6)[0] == pytest.approx(16.39e6)
