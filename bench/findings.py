@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ class Panel:
     lines: dict[str, Points] = field(default_factory=dict)
     minima: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    def add(self, label: str, runs: Iterable[Figures], lowest: fits.Valley) -> None:
+        """Add a valley: the mean loss over seeds at each rate, and its minimum."""
+        at = {rate: column(its, "bits_per_byte").mean() for (rate,), its in grouped(runs, "rate").items()}
+        self.lines[label] = self.points[label] = (list(at), list(at.values()))
+        if lowest.inside:
+            self.minima[label] = (lowest.rate, lowest.loss)
+
 
 def summarise(runs: Sequence[Figures], out: Path) -> Figures:
     """Write what these runs say to `out`, and a picture beside it for each kind of sweep among them. Return it."""
@@ -53,6 +60,30 @@ def summarise(runs: Sequence[Figures], out: Path) -> Figures:
             draw(panels, out.with_name(f"{out.stem}-{kind}.png"))
     write_atomically(out, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def in_words(found: Figures) -> Iterator[str]:
+    """Yield what was found, in a line each."""
+    for each in found.get("transfer", {}).get("spreads", ()):
+        inside = f"{each['inside']} of {each['shapes']} minima inside, within a factor of {each['spread'] or 1:.2f}"
+        yield f"{each['data']}, {each['tokens']:,} tokens, rates varied: {each['varied']}: {inside}"
+    for varied, law in found.get("transfer", {}).get("corrections", {}).items():
+        yield f"left in the best rates ({varied}): {powers_in_words(law)}"
+    if batch := found.get("batch"):
+        yield f"best rate of matrices: {powers_in_words(batch['rate'])}"
+        for each in batch["largest_within_1%"]:
+            yield f"{each['data']}, {each['tokens']:,} tokens: up to {each['batch']:,.0f} a step within 1% of the best"
+    for data, each in found.get("size", {}).items():
+        law, error = each[each["size"]], each["error_of_the_largest"][each["size"]]
+        terms = "{floor:.3f} + {of_weights:.3g} / N^{weights_power:.2f} + {of_tokens:.3g} / D^{tokens_power:.2f}"
+        yield f"{data}: {terms.format(**law)}, in millions (N: {each['size']}); the largest within {error:.1%}"
+
+
+def powers_in_words(law: Figures) -> str:
+    powers = ((name, each) for name, each in law.items() if name != "constant")
+    return ", ".join(
+        f"{name}^{each['power']:.2f} ({each['interval'][0]:.2f} to {each['interval'][1]:.2f})" for name, each in powers
+    )
 
 
 def grouped(runs: Iterable[Figures], *names: str) -> dict[tuple[Any, ...], list[Figures]]:
@@ -78,33 +109,31 @@ def noise_of(runs: Iterable[Figures]) -> float | None:
 def valleys(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
     """Find the best multiple of the law's rates for each shape: at a law that transfers it is the same for all."""
     found, spreads, panels = [], [], []
-    for (data, tokens), mine in grouped(runs, "data", "budget").items():
+    for (varied, data, tokens), mine in grouped(runs, "varied", "data", "budget").items():
         shapes = {}
         for (width, blocks), group in grouped(mine, "width", "blocks").items():
             rates, losses = column(group, "rate"), column(group, "bits_per_byte")
             lowest = shapes[width, blocks] = fits.valley(rates, losses, noise)
             # What it costs to take the law's rates as they are.
             cost = float(losses[rates == 1].mean() / lowest.loss - 1) if 1 in rates else None
-            about = {"data": data, "tokens": tokens, "width": width, "blocks": blocks}
+            about = {"varied": varied, "data": data, "tokens": tokens, "width": width, "blocks": blocks}
             found.append({**about, **asdict(lowest), "at_the_law": cost})
         best = [each.rate for each in shapes.values() if each.inside]
         spread = max(best) / min(best) if best else None
-        spreads.append({"data": data, "tokens": tokens, "shapes": len(shapes), "inside": len(best), "spread": spread})
+        about = {"varied": varied, "data": data, "tokens": tokens, "shapes": len(shapes)}
+        spreads.append({**about, "inside": len(best), "spread": spread})
         # A panel for the widths of each depth, and one for the depths of each width, where there are several.
-        for fixed, varied, unit in (("blocks", "width", "wide"), ("width", "blocks", "blocks")):
+        for fixed, other, unit in (("blocks", "width", "wide"), ("width", "blocks", "blocks")):
             for (value,), group in grouped(mine, fixed).items():
-                if len(grouped(group, varied)) > 1:
-                    panel = Panel(
-                        f"{data}, {tokens:,} tokens, {fixed} {value}", "all rates / the law's", "bits per byte"
-                    )
-                    for (other,), line in grouped(group, varied).items():
-                        lowest = shapes[(other, value) if varied == "width" else (value, other)]
-                        panel.lines[f"{other} {unit}"] = panel.points[f"{other} {unit}"] = mean_line(line, "rate")
-                        if lowest.inside:
-                            panel.minima[f"{other} {unit}"] = (lowest.rate, lowest.loss)
-                    panels.append(panel)
-    inside = [each for each in found if each["inside"]]
-    corrections = rate_law(inside, "rate", ("width", "blocks", "tokens"))
+                if len(lines := grouped(group, other)) < 2:
+                    continue
+                x = "all rates / the law's" if varied == "all" else f"{varied} / the law's"
+                panels.append(panel := Panel(f"{data}, {tokens:,} tokens, {fixed} {value}", x, "bits per byte"))
+                for (size,), line in lines.items():
+                    lowest = shapes[(size, value) if other == "width" else (value, size)]
+                    panel.add(f"{size} {unit}", line, lowest)
+    inside = grouped((each for each in found if each["inside"]), "varied")
+    corrections = {varied: rate_law(its, "rate", ("width", "blocks", "tokens")) for (varied,), its in inside.items()}
     return {"spreads": spreads, "corrections": corrections, "valleys": found}, panels
 
 
@@ -121,12 +150,6 @@ def rate_law(found: Sequence[Figures], rate: str, names: Sequence[str]) -> Figur
     return {"constant": float(np.exp(powers[0])), **{name: {"power": p, "interval": i} for name, p, i in each}}
 
 
-def mean_line(runs: Iterable[Figures], x: str) -> Points:
-    """Return the mean loss over seeds at each x."""
-    at = {value: column(group, "bits_per_byte").mean() for (value,), group in grouped(runs, x).items()}
-    return list(at), list(at.values())
-
-
 def batches(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
     """Find the best matrix rate of each batch and the loss there: their powers, and the largest cheap batch."""
     found, panels = [], []
@@ -138,10 +161,7 @@ def batches(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]
         lowest: dict[int, fits.Valley] = {}
         for (batch,), group in grouped(mine, "tokens_per_step").items():
             lowest[batch] = fits.valley(column(group, "rate"), column(group, "bits_per_byte"), noise)
-            label = f"{batch:,} a step"
-            panel.lines[label] = panel.points[label] = mean_line(group, "rate")
-            if lowest[batch].inside:
-                panel.minima[label] = (lowest[batch].rate, lowest[batch].loss)
+            panel.add(f"{batch:,} a step", group, lowest[batch])
             unit = group[0]["rates"]["matrix_rate"] / group[0]["rate"]
             about = {"data": data, "tokens": tokens, "batch": batch, "matrix_rate": unit * lowest[batch].rate}
             found.append({**about, **asdict(lowest[batch])})

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.findings import summarise
+from bench.findings import in_words, summarise
 from bench.harness import Figures, ending_together
 from bench.tuning import PROCESSES, in_processes
 from engine import runtime
@@ -96,6 +96,9 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
     batches, budgets = ([int(float(each)) for each in text.split(",")] for text in (given.batches, given.tokens))
     rates = sorted(map(float, given.rates.split(",")), key=lambda rate: abs(math.log(rate)))
     changes = read_changes(given.change) if kind == "helped" else {kind: []}
+    varied = RATES if given.vary == "all" else given.vary.split(",")
+    if unknown := set(varied) - set(RATES):
+        raise InputError(f"--vary names {unknown.pop()}; it must be all, or of {', '.join(RATES)}")
     found = []
     for tokens, seed, rate, (width, blocks), batch, (name, change) in product(
         sorted(budgets), range(given.seeds), rates, shapes, batches, changes.items()
@@ -108,21 +111,21 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
             size = preset("nano").tokens_per_step if kind == "batch" else base.tokens_per_step
             base = dataclasses.replace(base, optimizer=law(base, size, tokens))
         recipe = override_text(base, *given.set, *change)
-        optimizer = {each: rate * getattr(recipe.optimizer, each) for each in RATES}
+        optimizer = {each: rate * getattr(recipe.optimizer, each) for each in varied}
         recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **optimizer))
         for setting, value in {
             "data.source": str(given.data.resolve()),
             "data.fallback": None,
-            "data.evaluation_tokens": 20_000,
-            "data.final_evaluation_tokens": 10**15,
+            "data.evaluation_tokens": 10_000,
+            "data.final_evaluation_tokens": given.held_out,
             "loop.seed": seed,
             "loop.samples": 0,
             "loop.keep": 1,
             "loop.evaluate_every": max(1, math.ceil(tokens / recipe.tokens_per_step / 4)),
         }.items():
             recipe = override(recipe, setting, value)
-        about = {"kind": kind, "name": name, "rate": rate, "seed": seed, "data": given.data.name, "budget": tokens}
-        found.append(Task({**about, "unique_tokens": shards.tokens}, recipe, fingerprint))
+        about = {"kind": kind, "name": name, "varied": given.vary, "rate": rate, "seed": seed, "data": given.data.name}
+        found.append(Task({**about, "budget": tokens, "unique_tokens": shards.tokens}, recipe, fingerprint))
     return found
 
 
@@ -200,15 +203,22 @@ def train(folder: str, task: Task) -> Figures:
 
 
 def read(files: Sequence[Path]) -> list[Figures]:
-    """Return the runs of files, those that diverged left out."""
-    lines = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines() if line]
-    return [line for line in lines if "bits_per_byte" in line]
+    """Return the lines of files; of a run that diverged a line has the `reason`, and no `bits_per_byte`."""
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines() if line]
 
 
 def sweep(wanted: Sequence[Task], out: Path, workers: int) -> Iterator[Figures]:
-    """Make the runs that `out` does not hold, several at a time. Yield the line of each, or the `reason` for none."""
-    known = {json.loads(line)["key"] for line in out.read_text().splitlines() if line} if out.exists() else set()
-    left = [task for task in {task.key: task for task in wanted}.values() if task.key not in known]
+    """Make the runs that `out` does not hold, several at a time. Yield the line of each, or the `reason` for none.
+
+    What another sweep has made for itself is written once more, as a line of this one.
+    """
+    known: dict[str, list[Figures]] = {}
+    for line in read([out]):
+        known.setdefault(line["key"], []).append(line)
+    for task in (task for task in wanted if task.key in known):
+        if not any(task.about.items() <= line.items() for line in known[task.key]):
+            append(out, json.dumps(known[task.key][0] | task.about) + "\n")
+    left = [task for task in wanted if task.key not in known]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         try:
             work = partial(train, folder)
@@ -228,11 +238,12 @@ def helped(lines: Sequence[Figures]) -> Iterator[str]:
 
     These two are of a single run, of the change's and the base's together.
     """
-    yield "| data, tokens | change | bits per byte | difference | beats two deviations | tokens/s | seeds |"
-    yield "|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, int, str], list[Figures]] = {}
-    for line in lines:
+    for line in (line for line in lines if line["kind"] == "helped"):
         groups.setdefault((line["data"], line["budget"], line["name"]), []).append(line)
+    if groups:
+        yield "| data, tokens | change | bits per byte | difference | beats two deviations | tokens/s | seeds |"
+        yield "|---|---|---|---|---|---|---|"
     for (data, tokens, name), runs in sorted(groups.items(), key=lambda item: (item[0][:2], item[0][2] != "base")):
         base = groups.get((data, tokens, "base"), [])
         own, same = (np.array([run["bits_per_byte"] for run in each] or [math.nan]) for each in (runs, base))
@@ -258,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own.add_argument("--out", type=Path, required=True, help="a file of JSON lines")
         own.add_argument("--workers", type=int, default=2, help="runs at a time, each with one thread")
         own.add_argument("--precision", default="fp32", help="fp32 or bf16")
+        own.add_argument("--held-out", type=int, default=10**15, help="tokens to evaluate on; all unless given")
+        own.add_argument("--vary", default="all", help="the rates that --rates multiply, with commas between")
         own.add_argument("--set", action="append", default=[], help="setting=value, of all runs")
         for name, default in defaults.items():
             kind_of = int if name == "seeds" else str
@@ -270,24 +283,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.kind == "fit":
-            runs = read(given.files)
-            print("\n".join(helped([run for run in runs if run["kind"] == "helped"])))
-            summarise(runs, given.out)
+            runs = [line for line in read(given.files) if "bits_per_byte" in line]
+            print("\n".join([*helped(runs), *in_words(summarise(runs, given.out))]))
             return 0
         wanted = tasks(given.kind, given)
         PROCESSES.set_forkserver_preload(["train.pretrain", "bench.tuning"])
         with ending_together():
             for number, line in enumerate(sweep(wanted, given.out, given.workers), 1):
-                print(f"{number} of {len(wanted)}: {in_words(line)}", flush=True)
+                print(f"{number} of {len(wanted)}: {told(line)}", flush=True)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     if given.kind == "helped":
-        print("\n".join(helped([line for line in read([given.out]) if line["kind"] == "helped"])))
+        print("\n".join(helped([line for line in read([given.out]) if "bits_per_byte" in line])))
     return 0
 
 
-def in_words(line: Figures) -> str:
+def told(line: Figures) -> str:
     if "reason" in line:
         return line["reason"]
     shape = f"{line['width']}x{line['blocks']}, {line['tokens']:,} tokens by {line['tokens_per_step']:,}"

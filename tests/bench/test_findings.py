@@ -20,7 +20,16 @@ def line(
     """Return a run: the best rate rises by the root of the batch and falls with depth; large batches cost."""
     weights, best = 12 * blocks * width**2, (batch / 2048) ** 0.5 * (blocks / 4) ** -0.3
     loss = float(LAW(weights / 1e6, tokens / 1e6)) * (1 + (batch / 2**18) ** 2 + 0.02 * math.log2(rate / best) ** 2)
-    about = {"kind": kind, "name": kind, "data": "text", "width": width, "blocks": blocks, "rate": rate, "seed": seed}
+    about = {
+        "kind": kind,
+        "name": kind,
+        "data": "text",
+        "width": width,
+        "blocks": blocks,
+        "varied": "all",
+        "rate": rate,
+        "seed": seed,
+    }
     return about | {
         "budget": tokens, "tokens": tokens, "unique_tokens": 10**7, "tokens_per_step": batch,
         "bits_per_byte": loss * (1 + 0.002 * seed), "loss": 3 * loss, "rates": {"matrix_rate": 0.02 * rate},
@@ -59,13 +68,16 @@ def test_what_made_the_runs_is_found_and_drawn(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
     assert found["noise"] == pytest.approx(0.002 / 2**0.5, rel=0.01)
 
-    (spread,), depth = found["transfer"]["spreads"], found["transfer"]["corrections"]["blocks"]
+    (spread,), depth = found["transfer"]["spreads"], found["transfer"]["corrections"]["all"]["blocks"]
     assert spread["spread"] == pytest.approx(4**0.3, rel=0.01) and depth["power"] == pytest.approx(-0.3, abs=0.01)
-    assert found["transfer"]["corrections"]["width"]["power"] == pytest.approx(0, abs=0.01)
+    assert found["transfer"]["corrections"]["all"]["width"]["power"] == pytest.approx(0, abs=0.01)
     assert found["batch"]["rate"]["batch"]["power"] == pytest.approx(0.5, abs=0.01)
     # At 2^18 x 0.1 tokens a step the loss is 1% higher.
     for largest in found["batch"]["largest_within_1%"]:
         assert largest["batch"] == pytest.approx(2**18 * 0.1, rel=0.15)
+    said = list(findings.in_words(found))
+    assert said[1].startswith("left in the best rates (all): width^") and "blocks^-0.30 (-0.3" in said[1]
+    assert said[0] == "text, 300,000 tokens, rates varied: all: 5 of 5 minima inside, within a factor of 1.52"
     own = found["size"]["text"]
     assert own["size"] == "blocks" and own["blocks"]["tokens_power"] == pytest.approx(0.38, abs=0.02)
     assert own["course"]["0.1"][0] == pytest.approx(1.1, rel=0.01)

@@ -28,7 +28,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(data: Path, kind: str = "transfer", **changed: object) -> argparse.Namespace:
     small = {"shapes": "32x1,64x2", "batches": "2", "rates": "0.5,1,2", "tokens": "2000,1000", "seeds": 1}
-    given = {"data": data, "precision": "fp32", "set": [], "change": []} | small | changed
+    given = (
+        {"data": data, "precision": "fp32", "set": [], "change": [], "vary": "all", "held_out": 10**15}
+        | small
+        | changed
+    )
     return argparse.Namespace(kind=kind, **given)
 
 
@@ -41,6 +45,11 @@ def test_each_shape_is_trained_at_each_rate_fewest_tokens_and_middle_rates_first
     assert (base.model.heads, base.model.blocks) == (2, 2) and len({task.key for task in found}) == len(found)
     for each in sweeps.RATES:
         assert getattr(halved.optimizer, each) == getattr(base.optimizer, each) / 2
+    (_, head) = sweeps.tasks("transfer", options(data, shapes="64x2", rates="1,2", tokens="1000", vary="head_rate"))
+    changed = {each for each in sweeps.RATES if getattr(head.recipe.optimizer, each) != getattr(base.optimizer, each)}
+    assert changed == {"head_rate"}
+    with pytest.raises(InputError, match="--vary names haed_rate"):
+        sweeps.tasks("transfer", options(data, vary="haed_rate"))
 
 
 def test_changes_are_compared_with_a_base_that_has_what_all_runs_are_given(data: Path, tmp_path: Path) -> None:
@@ -79,12 +88,18 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
     crashing.clear()
     (other,) = sweeps.sweep(wanted, out, workers=1)
     assert other["rate"] == 0.5 and list(sweeps.sweep(wanted, out, workers=1)) == []
+    # What stands there for another sweep is not made again, and is a line of this one too.
+    same = sweeps.tasks("size", options(data, "size", shapes="32x1", rates="1", tokens="2000"))
+    assert list(sweeps.sweep(same, out, workers=1)) == [] == list(sweeps.sweep(same, out, workers=1))
+    assert [(line["kind"], line["key"]) for line in sweeps.read([out])][1:] == [
+        ("transfer", other["key"]), ("size", run["key"])
+    ]  # fmt: skip
     assert [file.name for file in tmp_path.iterdir()] == ["runs.jsonl"]
 
 
 def test_a_change_counts_where_its_mean_falls_by_two_deviations() -> None:
     def runs(name: str, *found: float) -> list[Figures]:
-        about = {"data": "ts", "budget": 600_000, "name": name, "tokens_per_second": 9000}
+        about = {"kind": "helped", "data": "ts", "budget": 600_000, "name": name, "tokens_per_second": 9000}
         return [about | {"bits_per_byte": each} for each in found]
 
     lines = runs("good", 1.06, 1.08) + runs("base", 1.09, 1.11) + runs("noise", 1.08, 1.10) + runs("single", 1.0)
