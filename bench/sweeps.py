@@ -42,7 +42,12 @@ from engine.tokenizer import Tokenizer
 from train.data.shards import TokenShards
 from train.pretrain import pretrain
 
-RATES = ("embedding_rate", "head_rate", "norm_rate", "matrix_rate")
+# Those of what pretraining trains.
+RATES = tuple(
+    each.name
+    for each in dataclasses.fields(OptimizerConfig)
+    if each.name.endswith("_rate") and each.name not in ("critic_rate", "adapter_rate")
+)
 HEAD_DIM = 32
 # The shares of a run at which its training loss is noted: the mean over the fifth before each.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -107,9 +112,7 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
         base = override_text(base, f"model.blocks={blocks}", f"model.vocab_size={vocabulary}", f"loop.batch={batch}")
         base = dataclasses.replace(base, budget=BudgetConfig(tokens=tokens), precision=given.precision)
         if kind != "helped":
-            # What is to be found of the batch must not be in the rates already.
-            size = preset("nano").tokens_per_step if kind == "batch" else base.tokens_per_step
-            base = dataclasses.replace(base, optimizer=law(base, size, tokens))
+            base = dataclasses.replace(base, optimizer=law(base, tokens))
         recipe = override_text(base, *given.set, *change)
         optimizer = {each: rate * getattr(recipe.optimizer, each) for each in varied}
         recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **optimizer))
@@ -129,10 +132,10 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
     return found
 
 
-def law(recipe: Recipe, tokens_per_step: int, tokens: int) -> OptimizerConfig:
+def law(recipe: Recipe, tokens: int) -> OptimizerConfig:
     """Return the rates that the laws give a shape; where there are none yet, nano's, with the head's by its width."""
     if importlib.util.find_spec("engine.laws"):
-        return importlib.import_module("engine.laws").optimizer(recipe.model, tokens_per_step, tokens)
+        return importlib.import_module("engine.laws").optimizer(recipe.model, recipe.tokens_per_step, tokens)
     return dataclasses.replace(recipe.optimizer, head_rate=recipe.optimizer.head_rate * 128 / recipe.model.width)
 
 
