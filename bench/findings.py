@@ -51,9 +51,8 @@ class Panel:
 
 def summarise(runs: Sequence[Figures], out: Path) -> Figures:
     """Write what these runs say to `out`, and a picture beside it for each kind of sweep among them. Return it."""
-    found: Figures = {"commits": sorted({run["versions"]["commit"] for run in runs})}
-    noise = noise_of(runs)
-    found["noise"] = noise or fits.NOISE
+    commits = sorted({run["versions"]["commit"] for run in runs})
+    found: Figures = {"commits": commits, "noise": noise_of(runs) or fits.NOISE}
     for kind, find in {"transfer": valleys, "batch": batches, "size": forecasts}.items():
         if mine := [run for run in runs if run["kind"] == kind]:
             found[kind], panels = find(mine, found["noise"])
@@ -101,7 +100,7 @@ def column(runs: Iterable[Figures], *names: str) -> np.ndarray:
 
 def noise_of(runs: Iterable[Figures]) -> float | None:
     """Return the deviation between runs that differ in their seed alone, as a share of the loss; None without such."""
-    same = grouped(runs, "kind", "data", "name", "width", "blocks", "tokens_per_step", "tokens", "rate")
+    same = grouped(runs, "kind", "varied", "data", "name", "width", "blocks", "tokens_per_step", "tokens", "rate")
     logs = [np.log(column(group, "bits_per_byte")) for group in same.values() if len(group) > 1]
     return float(np.sqrt(np.mean([each.var(ddof=1) for each in logs]))) if logs else None
 
@@ -132,7 +131,7 @@ def valleys(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]
                 for (size,), line in lines.items():
                     lowest = shapes[(size, value) if other == "width" else (value, size)]
                     panel.add(f"{size} {unit}", line, lowest)
-    inside = grouped((each for each in found if each["inside"]), "varied")
+    inside = grouped((each for each in found if each["error"]), "varied")
     corrections = {varied: rate_law(its, "rate", ("width", "blocks", "tokens")) for (varied,), its in inside.items()}
     return {"spreads": spreads, "corrections": corrections, "valleys": found}, panels
 
@@ -140,11 +139,11 @@ def valleys(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]
 def rate_law(found: Sequence[Figures], rate: str, names: Sequence[str]) -> Figures:
     """Return the powers of the best rate over those of these fields that vary, with two standard errors about them."""
     varied = [name for name in names if len({each[name] for each in found}) > 1]
-    if len(found) <= len(varied):
+    xs = [column(found, name) for name in varied]
+    # Width and depth, say, have to vary each by itself.
+    if np.linalg.matrix_rank(np.stack([np.ones(len(found)), *map(np.log, xs)])) <= len(varied):
         return {}
-    powers, errors = fits.powers(
-        column(found, rate), *(column(found, name) for name in varied), errors=column(found, "error")
-    )
+    powers, errors = fits.powers(column(found, rate), *xs, errors=column(found, "error"))
     intervals = [[power - 2 * error, power + 2 * error] for power, error in zip(powers, errors, strict=True)]
     each = zip(varied, powers[1:].tolist(), intervals[1:], strict=True)
     return {"constant": float(np.exp(powers[0])), **{name: {"power": p, "interval": i} for name, p, i in each}}
@@ -167,16 +166,14 @@ def batches(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]
             found.append({**about, **asdict(lowest[batch])})
         panels.append(panel)
         label, sizes = f"{data}, {tokens:,}", np.array(list(lowest), float)
-        costs = np.array([each.loss for each in lowest.values()]) / min(each.loss for each in lowest.values())
-        cost_panel.lines[label] = cost_panel.points[label] = (sizes, costs)
-        if (last := crossing(sizes, costs)) is not None:
-            largest.append(
-                {"data": data, "tokens": tokens, "batch": last, "loss": min(each.loss for each in lowest.values())}
-            )
+        losses = np.array([each.loss for each in lowest.values()])
+        cost_panel.lines[label] = cost_panel.points[label] = (sizes, losses / losses.min())
+        if (last := crossing(sizes, losses / losses.min())) is not None:
+            largest.append({"data": data, "tokens": tokens, "batch": last, "loss": losses.min()})
             cost_panel.minima[label] = (last, 1 + WITHIN)
-        inside = [each for each in found[-len(lowest) :] if each["inside"]]
+        inside = [each for each in found[-len(lowest) :] if each["error"]]
         rate_panel.points[label] = (column(inside, "batch"), column(inside, "matrix_rate"))
-    inside = [each for each in found if each["inside"]]
+    inside = [each for each in found if each["error"]]
     rate = rate_law(inside, "matrix_rate", ("batch", "tokens"))
     for (data, tokens), mine in grouped(found, "data", "tokens").items():
         if "batch" in rate:
@@ -273,10 +270,10 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         ticks = sorted({float(x) for xs, _ in panel.points.values() for x in xs})
         if len(ticks) < 10 and panel.x != "weights x tokens":
             axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
-            axes.minorticks_off()
+            axes.set_xticks(ticks, [f"{tick:,.0f}" if tick > 99 else f"{tick:.3g}" for tick in ticks])
         else:
             axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
         if panel.y == "rate of matrices":
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter("{x:g}")

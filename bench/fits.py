@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+# The powers of a forecast lie in here: others have found 0.2 to 0.5, and what a few runs say beyond is noise.
+POWERS = (0.1, 0.9)
+
 Numbers = Sequence[float] | np.ndarray
 
 # Two runs that differ in their seed alone differ by about so much of the loss, where no seeds were repeated.
@@ -23,43 +26,50 @@ REPEATS = 15.39
 class Valley:
     """The lowest point of a valley of losses over rates, with the standard error of its rate as a factor.
 
-    `inside` is false where the lowest loss is at an end of what was tried: the best rate lies there or beyond.
+    Where the lowest loss is at an end of what was tried it has no minimum inside, and no error: the best rate is there
+    or beyond.
     """
 
     rate: float
-    error: float
     loss: float
-    inside: bool
+    error: float | None = None
+
+    @property
+    def inside(self) -> bool:
+        return self.error is not None
 
 
 def valley(rates: Numbers, losses: Numbers, noise: float = NOISE) -> Valley:
-    """Fit a parabola in log rate to the losses within a factor of two of the lowest: farther out a valley is none.
+    """Fit a parabola in log rate to the losses within a factor of two of the lowest, its neighbours at least.
 
-    A rate may come more than once, with another seed. `noise` is the deviation of a loss as a share of it.
+    Farther out a valley is no parabola: it is steeper where rates are high. A rate may come more than once, with
+    another seed. `noise` is the deviation of a loss as a share of it.
     """
     x, y = np.log2(rates), np.asarray(losses, float)
     places = np.unique(x)
     means = np.array([y[x == place].mean() for place in places])
-    best = places[means.argmin()]
-    near = np.abs(x - best) < 1.01
+    at = int(means.argmin())
+    best, outside = places[at], Valley(float(2 ** places[at]), float(means[at]))
+    if at in (0, len(places) - 1):
+        return outside
+    near = (x >= min(best - 1.01, places[at - 1])) & (x <= max(best + 1.01, places[at + 1]))
     x, y = x[near] - best, y[near]
-    if best in (places[0], places[-1]):
-        return Valley(2.0**best, float("inf"), float(means.min()), False)
     columns = np.stack([x**2, x, np.ones_like(x)], 1)
     (a, b, c), *_ = np.linalg.lstsq(columns, y)
+    if a <= 0:
+        return outside
     freedom = len(x) - 3
     scatter = np.sqrt(((columns @ (a, b, c) - y) ** 2).sum() / freedom) if freedom > 0 else 0.0
     covariance = max(scatter, noise * y.mean()) ** 2 * np.linalg.inv(columns.T @ columns)
     slope = np.array([b / (2 * a**2), -1 / (2 * a), 0.0])
     error = float(np.sqrt(slope @ covariance @ slope))
-    return Valley(float(2 ** (best - b / (2 * a))), 2**error, float(c - b**2 / (4 * a)), True)
+    return Valley(float(2 ** (best - b / (2 * a))), float(c - b**2 / (4 * a)), 2**error)
 
 
 def powers(y: Numbers, *xs: Numbers, errors: Numbers | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Fit y = constant * x1^p1 * x2^p2 ... in logarithms. Return log constant and powers, and their standard errors.
 
-    `errors` are factors by which each y may be wrong; without them all are as good. Raises LinAlgError where the xs do
-    not vary independently.
+    `errors` are factors by which each y may be wrong; without them all are as good.
     """
     columns = np.stack([np.ones(len(y)), *(np.log(x) for x in xs)], 1)
     weights = np.ones(len(y)) if errors is None else 1 / np.log(errors)
@@ -101,10 +111,10 @@ def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers) -> Forecast:
     """
     losses = np.asarray(losses, float)
     n, d = (np.log(each) for each in (np.asarray(sizes, float), np.asarray(tokens, float)))
-    middle, reach = np.array([0.6, 0.6]), 0.57
+    middle, reach = np.full(2, np.mean(POWERS)), np.ptp(POWERS) / 2
     for _ in range(4):
         steps = np.linspace(-reach, reach, 15)
-        grid = np.clip(middle + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2), 0.02, 2.0)
+        grid = np.clip(middle + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2), *POWERS)
         # [grid, runs, 3]: each column is divided by what it is to add up to, together with the others.
         shapes = [
             np.ones((len(grid), len(n))),
