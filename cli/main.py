@@ -44,7 +44,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "finetune": (train.finetune, "Go on with other text, or with conversations"),
         "reward": (train.reward, "Learn what people like from pairs of answers"),
         "demo": (demo.demo, "From stories to aligned chat models, in minutes"),
-        "plan": (plan.plan, "What a run would take on many GPUs"),
+        "plan": (plan.plan, "What a run would take, and what it should reach"),
     },
     "Use": {
         "generate": (generate.generate, "Let a model go on from a prompt"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ON_RESUME = object()
 # Processes, machines, seconds, texts: of these nobody wants a million.
 Few = Annotated[int, "at least 1 and at most 1000000"]
+Blocks = Annotated[int, "at least 1 and at most 100"]
 
 RunArgument = Annotated[Path, Argument(help="Folder of a run, such as runs/nano.", show_default=False)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one."), ON_RESUME]
@@ -124,6 +125,21 @@ class PreferenceColumns:
     prompt_column: PromptColumn = None
     chosen_column: Annotated[str | None, Option(help="The column of better answers."), "data.chosen_column"] = None
     rejected_column: Annotated[str | None, Option(help="The column of worse answers."), "data.rejected_column"] = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """These options say how large a model is whose recipe engine/laws.py derives; time alone takes what ends best."""
+
+    depth: Annotated[Blocks | None, Option(help="So many blocks; the rest follows.")] = None
+    params: Annotated[str | None, Option(help="About so many parameters, such as 30M; the rest follows.")] = None
+    hours: Annotated[config.Positive | None, Option(help="As --minutes, 60 times as long."), ON_RESUME] = None
+
+    def length(self, minutes: float | None = None) -> float | None:
+        """Return for how long to train, where that was given, by --hours or by --minutes."""
+        if None not in (self.hours, minutes):
+            raise InputError("--hours and --minutes both say how long to train: leave out one of them")
+        return minutes if self.hours is None else 60 * self.hours
 
 
 @dataclass(frozen=True)

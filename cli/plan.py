@@ -1,15 +1,16 @@
 """gpt plan: what a run would take on many GPUs."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Column
 from typer import Argument, Option
 
-from cli import training
+from cli import sizing, training
 from cli.console import FRAMELESS, print_table
-from cli.options import Batch, Few, Precision, Setting, Tokens
+from cli.options import Batch, Few, Precision, Setting, Size, Tokens
 from engine.config import Weight
 from engine.errors import InputError, meant
 
@@ -17,83 +18,84 @@ if TYPE_CHECKING:
     from engine.config import Recipe
     from engine.planning import Machine, Plan, Rate
 
+PRESET = "nano, tiny or large; the folder of a run, to finetune it; or none, with --depth, --params or --hours."
+
+
+@dataclass(frozen=True)
+class PlanOptions(Size):
+    gpus: Annotated[Few, Option(help="How many in all.")] = 1
+    nodes: Annotated[Few, Option(help="In how many machines.")] = 1
+    gpu: Annotated[str, Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100"
+    shard: Annotated[bool, Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False
+    batch: Batch = None
+    context: Annotated[Few | None, Option(help="Tokens in a row.")] = None
+    tokens: Tokens = None
+    precision: Precision = "auto"
+    price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None
+    setting: Setting = None
+    results: Annotated[Path, Option(help="Folder of measured rates, where there are any.")] = sizing.RESULTS
+
 
 def plan(
-    preset: Annotated[
-        str, Argument(help="nano, tiny or large; or the folder of a run, to finetune it.", show_default=False)
-    ],
-    gpus: Annotated[Few, Option(help="How many in all.")] = 1,
-    nodes: Annotated[Few, Option(help="In how many machines.")] = 1,
-    gpu: Annotated[str, Option(help="h100, h200, a100, 4090, or cpu: this machine's.")] = "h100",
-    shard: Annotated[bool, Option("--shard", help="FSDP2: each GPU keeps a part of the state.")] = False,
-    batch: Batch = None,
-    context: Annotated[Few | None, Option(help="Tokens in a row.")] = None,
-    tokens: Tokens = None,
-    precision: Precision = "auto",
-    price: Annotated[Weight | None, Option(help="US dollars for a GPU and an hour.")] = None,
-    setting: Setting = None,
-    results: Annotated[Path, Option(help="Folder of measured rates, where there are any.")] = Path("bench/results"),
+    asked: PlanOptions,
+    preset: Annotated[str | None, Argument(help=PRESET, show_default=False)] = None,
 ) -> None:
-    """Say what a run would take on many GPUs: memory, tokens a second, communication, hours and cost.
+    """Say what a run would take on many GPUs: memory, tokens a second, hours and cost; and what it should reach.
 
     Example: gpt plan large --gpus 64 --nodes 8 --batch 512 --price 2.50
+
+    Example: gpt plan --hours 10 --gpu 4090 --set data.source=dsir-pile
 
     Example: gpt plan runs/smollm2 --gpu 4090 --batch 8 --set lora.rank=16 --set loop.checkpoint_activations=true
     """
     from engine import config, planning
 
+    gpus, nodes, gpu, batch = asked.gpus, asked.nodes, asked.gpu, asked.batch
     if gpus % nodes:
         raise InputError(f"--gpus {gpus} do not divide among --nodes {nodes}")
     if gpu not in (*planning.MACHINES, "cpu"):
         known = (*planning.MACHINES, "cpu")
         raise InputError(f"--gpu is {gpu!r}; it must be one of {', '.join(known)}{meant(gpu, known)}")
-    values = {"budget.tokens": tokens, "loop.batch": batch, "model.context": context, "precision": precision}
-    begin = training.named_recipe(preset)
-    if preset not in config.PRESETS:
-        begin = replace(begin, budget=config.BudgetConfig(epochs=1), lora=config.LoraConfig(), precision="auto")
-    recipe = training.adjust(begin, values, setting)
+    minutes = asked.length()
+    values = {
+        "budget.tokens": asked.tokens, "budget.minutes": minutes, "loop.batch": batch,
+        "model.context": asked.context, "precision": asked.precision,
+    }  # fmt: skip
+    name = sizing.name_of(preset, asked, minutes)
+
+    def adjust(recipe: "Recipe") -> "Recipe":
+        return training.adjust(recipe, values, asked.setting)
+
+    if preset is None:
+        learnt = sizing.learning_on(lambda recipe: sizing.machine_of(gpu, recipe, asked.results), gpus)
+        recipe, reasons = sizing.derive(name, asked, minutes, learnt, adjust, gpus)
+        print("\n".join(reasons))
+    else:
+        begin = training.named_recipe(preset)
+        if preset not in config.PRESETS:
+            begin = replace(begin, budget=config.BudgetConfig(epochs=1), lora=config.LoraConfig(), precision="auto")
+        recipe = adjust(begin)
     notice = ""
     if rest := recipe.loop.batch % gpus:
         if batch is not None:
             raise InputError(f"--batch {batch} does not divide among {gpus} GPUs")
         notice = f"; its own {recipe.loop.batch} do not divide among {gpus}: --batch sets how many"
         recipe = config.override(recipe, "loop.batch", recipe.loop.batch + gpus - rest)
-    machine, rate, chosen = _machine(gpu, recipe, results)
-    found = planning.plan(recipe, machine, rate, chosen, gpus=gpus, nodes=nodes, shard=shard)
+    machine, rate, chosen = sizing.machine_of(gpu, recipe, asked.results)
+    found = planning.plan(recipe, machine, rate, chosen, gpus=gpus, nodes=nodes, shard=asked.shard)
     where = f"{gpus} x {machine.name}" + (f" in {nodes} nodes" if nodes > 1 else "")
-    how = ("FSDP2" if shard else "DDP") + ", " if gpus > 1 else ""
-    learnt, size = recipe.lora.parameters(recipe.model) / 1e6, recipe.model.parameters / 1e6
-    adapters = f" and {learnt:,.1f}M in adapters, which alone learn," if learnt else ""
+    how = ("FSDP2" if asked.shard else "DDP") + ", " if gpus > 1 else ""
+    learnt_alone, size = recipe.lora.parameters(recipe.model) / 1e6, recipe.model.parameters / 1e6
+    adapters = f" and {learnt_alone:,.1f}M in adapters, which alone learn," if learnt_alone else ""
     print(f"{recipe.name}     {size:,.1f}M parameters{adapters} on {where}: {how}{chosen}")
     print(
         f"batch     {recipe.loop.batch} x {recipe.model.context} = {recipe.tokens_per_step:,} tokens a step"
         f"{notice}; on each GPU {found.passes} x {found.setup.tokens:,}"
     )
     _print_memory(found, machine)
-    _print_speed(found, recipe, machine, rate, gpus, price)
-
-
-def _machine(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rate, str]":
-    """Return the machine, how fast it trains this model, and in which precision."""
-    from engine import planning
-
-    if gpu != "cpu":
-        precision = "bf16" if recipe.precision == "auto" else recipe.precision
-        machine = planning.MACHINES[gpu]
-        measured = planning.measured_rate(recipe, precision, gpu, results)
-        return machine, measured or planning.assumed_rate(machine, precision), precision
-    from bench.harness import device_name
-    from engine import precision as precisions
-    from engine import runtime
-
-    here = runtime.choose("cpu", recipe.precision)
-    if recipe.precision == "auto":
-        here, _ = precisions.for_training(here, recipe.model)
-    rate = planning.measured_rate(recipe, here.precision, device_name(here), results)
-    if rate is None:
-        peak, share = runtime.measured_peak(here), planning.EFFICIENCY
-        rate = planning.Rate(share * peak, f"{share:.0%}, ASSUMED, of {peak / 1e12:.2f} TFLOP/s, measured just now")
-    return planning.this_cpu(), rate, here.precision
+    _print_speed(found, recipe, machine, rate, gpus, asked.price)
+    if preset is None or preset in config.PRESETS:
+        _print_forecast(found, recipe)
 
 
 def _print_memory(found: "Plan", machine: "Machine") -> None:
@@ -145,3 +147,29 @@ def _print_speed(
         muon = "each GPU does its share of Muon's matrices, ASSUMED" if found.setup.shard else "each GPU repeats Muon"
         hidden = "the whole pass" if found.setup.shard else "the backward pass"
         print(f"overlap   communication hides behind {hidden}, ASSUMED; {muon}")
+
+
+def _print_forecast(found: "Plan", recipe: "Recipe") -> None:
+    """Print what the run should reach, and stand at on the way, beside the reference where there is one."""
+    from engine import laws
+    from train.optimizer import rate_factor
+
+    budget, text = recipe.budget, recipe.data.source
+    epoch = laws.EPOCHS.get(text)
+    tokens = budget.tokens or (budget.steps or 0) * recipe.tokens_per_step
+    if budget.minutes is not None:
+        tokens = int(60 * budget.minutes * recipe.tokens_per_step / found.step_seconds)
+    elif budget.epochs is not None and epoch is not None:
+        tokens = int(budget.epochs * epoch)
+        print(f"epochs    {budget.epochs:g} x {epoch / 1e6:,.0f}M tokens of {text}, ASSUMED")
+    if laws.forecast(recipe.model, tokens, text) is None:
+        print(f"forecast  none for {tokens:,} tokens of {text}: measured were {', '.join(laws.LOSSES)}")
+    for share in (0.01, 0.1, 1.0):
+        rate, repeated = rate_factor(recipe.schedule, share), epoch or math.inf
+        if at := laws.forecast(recipe.model, share * tokens, text, epoch=repeated, rate=rate):
+            print(f"forecast  {at} after {share * tokens / 1e6:,.4g}M tokens, {share:.0%} of the run")
+    if reference := laws.REFERENCES.get(recipe.name):
+        print(
+            f"reference {reference.bits_per_byte:.3f} bits per byte: loss {reference.loss:g} per token at "
+            f"{reference.bytes_per_token:g} bytes per token, ASSUMED"
+        )

@@ -1,6 +1,7 @@
 """gpt train, finetune, reward, and rlhf ppo, grpo and dpo: all that changes weights."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from cli import options, rlhf_answers, training
+from cli import options, rlhf_answers, sizing, training
+from cli.launch import rank_here
 from cli.options import ON_RESUME, Few, RunArgument, folder
 from engine import config
 from engine.errors import InputError
@@ -17,9 +19,10 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.config import Recipe
+    from engine.planning import Machine, Rate
     from engine.run import Run
 
-PRESET = "nano (1.8M parameters), tiny (24M) or large (360M)."
+PRESET = "nano (1.8M parameters), tiny (24M) or large (360M); or none, with --depth, --params or a time."
 TEXT = "stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
 CONVERSATIONS = (
     "Conversations: stories-instruct (by default), stories-instruct:brief, dolly, alpaca, oasst1, smoltalk, "
@@ -33,8 +36,8 @@ PREFERENCES = (
 
 
 @dataclass(frozen=True)
-class TrainOptions(options.Length, options.Sharding, options.TrainingOptions):
-    out: Annotated[Path | None, folder("runs/PRESET"), ON_RESUME] = None
+class TrainOptions(options.Size, options.Length, options.Sharding, options.TrainingOptions):
+    out: Annotated[Path | None, folder("runs/PRESET, or such as runs/depth-6,"), ON_RESUME] = None
     data: Annotated[str | None, Option(help=TEXT)] = None
     column: options.Column = None
     stream: Annotated[bool, Option("--stream", help="Tokenize while training, not before."), "data.stream"] = False
@@ -46,6 +49,8 @@ def train(asked: TrainOptions, preset: Annotated[str | None, Argument(help=PRESE
 
     Example: gpt train nano --minutes 3
 
+    Example: gpt train --depth 6 --data stories.txt
+
     Example: gpt train tiny --data 'stories/*.jsonl' --epochs 2 --set model.blocks=8
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on from there.
@@ -56,20 +61,39 @@ def train(asked: TrainOptions, preset: Annotated[str | None, Argument(help=PRESE
     from train.data.sources import open_source
     from train.pretrain import SPLITS_USED, pretrain
 
-    if preset is None and not (asked.resume and asked.out):
-        raise InputError("name a preset: gpt train nano, gpt train tiny or gpt train large")
-    run = Run(asked.out or Path("runs") / str(preset))
-    recipe = training.resumed(run, training.PRETRAINED, asked) if asked.resume else config.preset(str(preset))
-    if preset not in (None, recipe.name):
-        raise InputError(
-            f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
-            f"{training.kind_and_command(run, recipe)[1]}, or leave --resume and choose another --out"
-        )
-    if asked.data is not None and not asked.resume:
-        recipe = config.override(recipe, "data.source", training.located(asked.data))
-        # Where data was asked for by name, nothing else will do.
-        recipe = config.override(recipe, "data.fallback", None)
-    recipe = training.adjust(recipe, options.given_settings(asked), None if asked.resume else asked.setting)
+    asked = dataclasses.replace(asked, minutes=asked.length(asked.minutes), hours=None)
+    name = preset or ""
+    if not (asked.resume and asked.out):
+        name = sizing.name_of(preset, asked, asked.minutes)
+    run = Run(asked.out or Path("runs") / name)
+
+    def adjust(recipe: "Recipe") -> "Recipe":
+        if asked.data is not None and not asked.resume:
+            recipe = config.override(recipe, "data.source", training.located(asked.data))
+            # Where data was asked for by name, nothing else will do.
+            recipe = config.override(recipe, "data.fallback", None)
+        return training.adjust(recipe, options.given_settings(asked), None if asked.resume else asked.setting)
+
+    if asked.resume:
+        recipe = training.resumed(run, training.PRETRAINED, asked)
+        if preset not in (None, recipe.name):
+            raise InputError(
+                f"{run.path} is a run of {recipe.name}, not of {preset}: go on with it by "
+                f"{training.kind_and_command(run, recipe)[1]}, or leave --resume and choose another --out"
+            )
+        recipe = adjust(recipe)
+    elif preset is not None:
+        recipe = adjust(config.preset(preset))
+    else:
+        rank, processes = rank_here(), int(os.environ.get("WORLD_SIZE", "1"))
+
+        def machine(known: "Recipe") -> "tuple[Machine, Rate, str]":
+            return sizing.this_machine(asked.choose(), config.override(known, "precision", asked.precision))
+
+        learnt = sizing.learning_on(machine, processes)
+        recipe, reasons = sizing.derive(name, asked, asked.minutes, learnt, adjust, processes)
+        for line in reasons if not rank else ():
+            typer.echo(line)
 
     if asked.verify:
         prepared = next((each for each in (Path(recipe.data.source), run.data) if is_prepared(each)), None)

@@ -64,6 +64,8 @@ def adjust(recipe: "Recipe", values: Mapping[str, object], settings: Sequence[st
         adjusted = dataclasses.replace(recipe, budget=length)
     adjusted = adjust_group(adjusted, "", chosen, settings)
     asked = {*chosen, *(setting.partition("=")[0].strip() for setting in settings or ())}
+    if (origin := adjusted.optimizer.origin) and (own := [name for name in asked if name.endswith("_rate")]):
+        adjusted = config.override(adjusted, "optimizer.origin", f"{origin}; as asked: {', '.join(sorted(own))}")
     if adjusted.model.context != recipe.model.context and "loop.batch" not in asked:
         begun = Run(Path(recipe.base)).read_recipe() if recipe.base else recipe
         # The batch of an imported model comes of its context, and of PPO and GRPO it is a number of answers.
@@ -155,11 +157,12 @@ def refuse_changes(options: TrainingOptions, recipe: "Recipe", asked: Mapping[st
 
 def kind_and_command(run: "Run", recipe: "Recipe", base: Path | str | None = None) -> tuple[str, str]:
     """Return what a run is, and the command that goes on with it. `base` is the run that it began with, as typed."""
+    from engine.config import PRESETS
     from engine.runs import kind_of
 
     base = base or recipe.base
     known = {
-        "pretrain": (PRETRAINED, f"train {recipe.name}"),
+        "pretrain": (PRETRAINED, f"train {recipe.name}" if recipe.name in PRESETS else "train"),
         "finetune": (FINETUNED, f"finetune {base}"),
         "reward": (REWARD_MODEL, f"reward {base}"),
         "ipo": ("a run of ipo", f"rlhf dpo {base} --ipo"),

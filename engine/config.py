@@ -303,6 +303,7 @@ class OptimizerConfig(Settings):
     eps: Annotated[Positive, "What AdamW adds to the denominator."] = 1e-10
     weight_decay: Annotated[Weight, "Decoupled weight decay of matrices."] = 0.1
     clip: Annotated[Positive, "The norm that gradients are clipped to."] = 1.0
+    origin: Annotated[str | None, "Where the rates come from, in words."] = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""From one number to a recipe: a model's shape, its learning rates and its batch. Arithmetic, without a tensor.
+"""From one number to a recipe: a model's shape, learning rates, batch and length, and the loss to expect of it.
 
-What is tuned is tuned small, on nano, and carried to other sizes by power laws (Yang et al., arXiv:2203.03466). All
-exponents stand in the table below, and a test holds it to what bench/sweeps.py has measured: bench/results/laws.json.
+It is arithmetic, without a tensor. What is tuned is tuned small, on nano, and carried to other sizes by power laws
+(Yang et al., arXiv:2203.03466). All constants stand in the table below, and a test holds it to what bench/sweeps.py has
+measured: bench/results/laws.json.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config import PRESETS, ModelConfig, OptimizerConfig
+from engine.config import PRESETS, BudgetConfig, ModelConfig, OptimizerConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,71 @@ RATES = {
     "head_rate": Powers(width=-1.0, batch=0.5, tokens=-0.32),
     "norm_rate": Powers(batch=0.5, tokens=-0.32),
 }
+# Below so many tokens of a run rates rise no further: nothing was measured there, and they would explode.
+LEAST_TOKENS = 300_000
+# A built-in story has at least so many tokens.
+TOKENS_PER_STORY = 150
 # Tokens a step grow by this power of the tokens of the run (Zhang et al., arXiv:2410.21676), between two bounds.
 BATCH_POWER, LEAST_BATCH, MOST_BATCH = 0.5, 2048, 2**20
 # So wide for each block: nano's 32, between tiny's 21 and large's 43; thin and deep is better below a billion (Liu et
 # al., arXiv:2402.14905).
 ASPECT = 32
-MOST_BLOCKS = 100
+LEAST_BLOCKS, MOST_BLOCKS = 2, 100
 # The vocabulary grows by this power of the blocks, such that its tables keep to the weights inside blocks as in Tao et
 # al., arXiv:2407.13623. Fewer pieces than nano's were worse on little text, too (bench/README.md).
 VOCABULARY_POWER, MOST_VOCABULARY = 1.5, 32_768
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Bits per byte of held-out text: floor + of_weights / N^weights_power + of_tokens / D^tokens_power.
+
+    N are millions of weights inside blocks, and D millions of tokens (Hoffmann et al., arXiv:2203.15556).
+    """
+
+    floor: float
+    of_weights: float
+    weights_power: float
+    of_tokens: float
+    tokens_power: float
+    spread: float  # the standard deviation of the logarithm of what was measured around it
+    weights: tuple[float, float]  # the fewest and the most of the runs that it was fitted to, in millions
+    tokens: tuple[float, float]
+
+
+# By the source of the data.
+LOSSES = {
+    "stories": Loss(0.14, 0.02, 0.3, 0.15, 0.7, 0.03, (0.1, 3.2), (0.3, 5.0)),
+    "tinystories": Loss(0.2, 0.42, 0.3, 0.44, 0.35, 0.03, (0.1, 3.2), (0.3, 5.0)),
+    "dsir-pile": Loss(0.56, 1.0, 0.34, 1.4, 0.28, 0.03, (0.1, 3.2), (0.3, 5.0)),
+}
+# What each decade beyond the runs of a fit adds to its spread.
+SPREAD_PER_DECADE = 0.03
+# By this share of itself a loss stands higher at the full learning rate than where that has fallen to 0.
+UNDECAYED = 0.08
+# Text that comes again counts as new for so many times, in the end (Muennighoff et al., arXiv:2305.16264).
+REPEATS = 15.4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference model reached: nats per token, and how many bytes of text a token stands for."""
+
+    loss: float
+    bytes_per_token: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) / self.bytes_per_token
+
+
+# By preset. ASSUMED bytes per token: tokenizers of 28,000 pieces give 4.2 on held-out stories of a sample; on the Pile
+# one from a sample gives 3.8 on other and 4.3 on its own text.
+REFERENCES = {"tiny": Reference(1.15, 4.2), "large": Reference(2.0, 4.0)}
+# Tokens of all training text, ASSUMED: 1.91 GB by its data card, at 4.2 bytes per token.
+EPOCHS = {"tinystories": 455_000_000}
+
+ORIGIN = "nano's, carried to this width, depth, batch and length by the powers in engine/laws.py"
 
 # What was tuned, and for which length of a run.
 TUNED = PRESETS["nano"]
@@ -63,7 +121,7 @@ def shape(depth: int) -> ModelConfig:
 
 def shape_of_parameters(parameters: float) -> ModelConfig:
     """Return the member of the family whose parameters are nearest, as a ratio."""
-    members = [shape(depth) for depth in range(1, MOST_BLOCKS + 1)]
+    members = [shape(depth) for depth in range(LEAST_BLOCKS, MOST_BLOCKS + 1)]
     return min(members, key=lambda model: abs(math.log(model.parameters / parameters)))
 
 
@@ -82,10 +140,110 @@ def optimizer(model: ModelConfig, tokens_per_step: float, tokens: float) -> Opti
         "width": model.width / TUNED.model.width,
         "depth": model.blocks / TUNED.model.blocks,
         "batch": tokens_per_step / TUNED.tokens_per_step,
-        "tokens": tokens / TUNED_TOKENS,
+        "tokens": max(tokens, LEAST_TOKENS) / TUNED_TOKENS,
     }
     rates: dict[str, Any] = {}
     for name, powers in RATES.items():
         factor = math.prod(ratio ** getattr(powers, what) for what, ratio in ratios.items())
         rates[name] = float(f"{getattr(TUNED.optimizer, name) * factor:.3g}")
-    return replace(TUNED.optimizer, **rates)
+    return replace(TUNED.optimizer, origin=ORIGIN, **rates)
+
+
+def recipe(model: ModelConfig, tokens: float, processes: int = 1) -> Recipe:
+    """Return nano's recipe, carried to a model and to the length of its run."""
+    rows = batch(tokens, model.context, processes)
+    steps = math.ceil(tokens / (rows * model.context))
+    return replace(
+        TUNED,
+        name=f"depth-{model.blocks}",
+        model=model,
+        budget=BudgetConfig(tokens=math.ceil(tokens)),
+        data=replace(TUNED.data, documents=max(TUNED.data.documents or 0, round(tokens / TOKENS_PER_STORY))),
+        optimizer=optimizer(model, rows * model.context, tokens),
+        loop=replace(TUNED.loop, batch=rows, log_every=1 if steps < 10_000 else 10),
+    )
+
+
+def explain(recipe: Recipe, tokens: float, size: str, length: str, processes: int = 1) -> list[str]:
+    """Return what of a recipe follows from its blocks and its tokens, and why: lines for a person.
+
+    `size` and `length` say where these two come from.
+    """
+    model, own = recipe.model, shape(recipe.model.blocks)
+    rows = batch(tokens, model.context, processes)
+    ratio = f"{TUNED.tokens_per_step:,} x ({tokens / 1e6:,.3g}M / {TUNED_TOKENS / 1e6:g}M tokens)^{BATCH_POWER:g}"
+    pieces = f"{TUNED.model.vocab_size:,} x ({model.blocks} / {TUNED.model.blocks})^{VOCABULARY_POWER:g}"
+    lines = (
+        ("width", model.width, own.width, f"{ASPECT} for each block, in multiples of 64 from 512 on"),
+        ("heads", model.heads, own.heads, f"each {own.head_dim} wide: 32, and 64 from a width of 512 on"),
+        ("vocabulary", model.vocab_size, own.vocab_size, f"{pieces}, at most {MOST_VOCABULARY:,}"),
+        ("batch", recipe.loop.batch, rows, f"rows of {model.context}: {ratio} a step, at least {LEAST_BATCH:,}"),
+    )
+    reasons = [
+        f"{name:10} {value:,}: {why if value == law else f'as asked; by the law {law:,}'}"
+        for name, value, law, why in lines
+    ]
+    return [f"size       {model.blocks} blocks: {size}", *reasons, f"length     {tokens / 1e6:,.3g}M tokens: {length}"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bits per byte: nine runs in ten end between `low` and `high`."""
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3f} bits per byte ({self.low:.3f} to {self.high:.3f})"
+
+
+def forecast(
+    model: ModelConfig, tokens: float, text: str, *, epoch: float = math.inf, rate: float = 0.0
+) -> Forecast | None:
+    """Return what a model should reach after so many tokens of a text, of which `epoch` differ; None if none knows it.
+
+    text: the source of the data, of which the fewest tokens that were measured are the fewest that can be foretold.
+    rate: the share of the peak learning rate at which the run is by then.
+    """
+    law, n, d = LOSSES.get(text), _millions(model), tokens / 1e6
+    if law is None or d < law.tokens[0]:
+        return None
+    if tokens > epoch:
+        d = epoch / 1e6 * (1 + REPEATS * (1 - math.exp((1 - tokens / epoch) / REPEATS)))
+    middle = law.floor + law.of_weights / n**law.weights_power + law.of_tokens / d**law.tokens_power
+    middle *= 1 + UNDECAYED * rate
+    beyond = sum(
+        max(0.0, math.log10(least / value), math.log10(value / most))
+        for value, (least, most) in ((n, law.weights), (d, law.tokens))
+    )
+    factor = math.exp(1.645 * (law.spread + SPREAD_PER_DECADE * beyond))
+    return Forecast(middle / factor, middle, middle * factor)
+
+
+def _millions(model: ModelConfig) -> float:
+    """Return the weights inside blocks, in millions: what tables add depends on the vocabulary, and teaches little."""
+    return (model.matmul_parameters - model.outputs * model.width) / 1e6
+
+
+def known(text: str) -> str:
+    """Return the text whose law decides where that of `text` is not known: of the most different documents."""
+    return text if text in LOSSES else "dsir-pile"
+
+
+def optimal_tokens(model: ModelConfig, text: str) -> int:
+    """Return for how many tokens a model of this size is the best use of the work: a percent more of either gains as
+    much."""
+    law = LOSSES[known(text)]
+    of_weights = law.weights_power * law.of_weights / _millions(model) ** law.weights_power
+    return int(1e6 * (law.tokens_power * law.of_tokens / of_weights) ** (1 / law.tokens_power))
+
+
+def best_shape(learnt: Callable[[ModelConfig], float], text: str) -> ModelConfig:
+    """Return the member of the family that ends best in a time, in which each learns so many tokens (0: it cannot)."""
+
+    def reached(model: ModelConfig) -> float:
+        found = forecast(model, learnt(model), known(text))
+        return math.inf if found is None else found.middle
+
+    return min(map(shape, range(LEAST_BLOCKS, MOST_BLOCKS + 1)), key=reached)

@@ -289,6 +289,11 @@ def this_cpu() -> Machine:
     return Machine("CPU", memory, 0.0, 0.0, 20 * GB, 5 * GB, 1.25 * GB, source)
 
 
+def gpu_like(name: str) -> Machine:
+    """Return the GPU of this name, as its driver says it; for one that is not known the smallest of the table."""
+    return next((machine for key, machine in MACHINES.items() if key in name.lower()), MACHINES["4090"])
+
+
 @dataclass(frozen=True)
 class Rate:
     """The FLOP/s that the model's own products reach in training, and where that number is from."""

@@ -36,11 +36,12 @@ def finetuning_recipe(base: Run, checkpoint: Checkpoint, data: DataConfig, rate:
     # The rates of a run that was finetuned itself are low already.
     share = rate if rate is not None else RATE if before.base is None else 1.0
     rates = {name: share * peak for name, peak in vars(before.optimizer).items() if name.endswith("_rate")}
+    origin = before.optimizer.origin if share == 1 else f"{share:g} times those of {base.path}"
     return dataclasses.replace(
         before,
         budget=BudgetConfig(epochs=1),
         data=data,
-        optimizer=dataclasses.replace(before.optimizer, **rates),
+        optimizer=dataclasses.replace(before.optimizer, **rates, origin=origin),
         lora=LoraConfig(),
         alignment=AlignmentConfig(),
         precision="auto",

@@ -181,6 +181,8 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
     rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
     rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
     learner, rank = str(optimizer.kind), recipe.lora.rank
+    roles = ("matrix", "embedding", "head", "norm")
+    rates = ", ".join(f"{role} {getattr(optimizer, f'{role}_rate'):g}" for role in roles)
     if rank:
         learner = f"adamw, of {recipe.lora.parameters(model):,} parameters in adapters of rank {rank}"
     return [
@@ -189,6 +191,7 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
         f"data       {recipe.data.source}: {stage.amounts.data}",
         f"batch      {stage.amounts.step or rows}",
         f"optimizer  {learner}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
+        *([f"rates      {rates}: {optimizer.origin}"] if optimizer.origin else []),
         f"budget     {extent}",
         f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
         f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",

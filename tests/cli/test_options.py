@@ -26,7 +26,7 @@ GROUPS = [
 # What a run that goes on may be told; everything else is its own recipe's.
 FREE = {
     *("out", "device", "resume", "wandb", "gpus", "shard", "nodes", "rendezvous", "verify", "ipo"),
-    *("steps", "tokens", "epochs", "minutes"),
+    *("steps", "tokens", "epochs", "minutes", "hours"),
 }
 
 

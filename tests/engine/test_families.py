@@ -211,7 +211,7 @@ def test_a_step_of_finetuning_is_theirs(family: str, case: dict[str, Any]) -> No
     learnt = real & (torch.arange(40) >= 5) & (torch.arange(40) < 39)
     labels = torch.randint(99, tokens.shape).masked_fill(~learnt, -100)
     rate, eps = 0.01, 1e-4  # a small epsilon would make much of gradients that are all but 0
-    rates = dict.fromkeys(("embedding_rate", "head_rate", "norm_rate", "matrix_rate"), rate)
+    rates: dict[str, Any] = dict.fromkeys(("embedding_rate", "head_rate", "norm_rate", "matrix_rate"), rate)
     config = OptimizerConfig(kind="adamw", eps=eps, weight_decay=0.0, **rates)
     optimizer = Optimizer(ours, config, matmul_dtype=torch.float32)
     (ours.loss(tokens[real], labels[real], cu_seqlens=bounds(), max_seqlen=40) / (labels >= 0).sum()).backward()
