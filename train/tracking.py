@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from engine import records
 from engine.disk import append, write_atomically
 from engine.errors import InputError
+from engine.laws import Forecast
 from engine.processes import ALONE, Processes
 
 Metrics = Mapping[str, Any]
@@ -27,6 +29,8 @@ WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 BEGIN_SECONDS, END_SECONDS = 15, 60
 # The one metric that is a list of numbers.
 PER_PROCESS = "process_tokens_per_second"
+# A run is compared with its forecast after this share of it, by the mean of so many lines or by an evaluation.
+BAND_FROM, BAND_LINES = 0.01, 50
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,39 @@ class MetricsFile:
                 return
             file.truncate(size)
         append(self.path, line)  # it hardly fits now, and this says why
+
+    def close(self) -> None: ...
+
+
+class Band:
+    """Says once that a run has left what is `expected` of it after so many tokens, at a share of its peak rate."""
+
+    def __init__(self, expected: Callable[[float, float], Forecast | None], say: Callable[[str], None]) -> None:
+        self.expected, self.say = expected, say
+        self.told, self.rate = False, 1.0
+        self.recent: list[tuple[float, float]] = []  # tokens and bits per byte
+
+    def log(self, metrics: Metrics) -> None:
+        if "validation_bits_per_byte" in metrics:
+            seen = [(metrics["tokens"], metrics["validation_bits_per_byte"])]
+        elif "bits_per_byte" in metrics and metrics["progress"] >= BAND_FROM:
+            self.rate = metrics["rate"]
+            self.recent.append((metrics["tokens"], metrics["bits_per_byte"]))
+            if len(self.recent) < BAND_LINES:
+                return
+            seen, self.recent = self.recent, []
+        else:
+            return
+        tokens, value = (statistics.fmean(each) for each in zip(*seen, strict=True))
+        band = self.expected(tokens, self.rate)
+        if band is None or band.low <= value <= band.high or self.told:
+            return
+        self.told = True
+        side = "above" if value > band.high else "below"
+        self.say(
+            f"step {metrics['step']:,}: {value:.3f} bits per byte are {side} the forecast of this step, {band}: "
+            "look at rates, batch and data before you go on"
+        )
 
     def close(self) -> None: ...
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from engine import checkpoint, disk
 from engine.checkpoint import Checkpoint, at_step
 from engine.config import DataConfig, Recipe, from_dict, override, settings, to_dict
 from engine.errors import DiskError, InputError
+from engine.laws import Forecast, forecast
 from engine.lora import adapt
-from engine.planning import checkpoint_bytes
+from engine.planning import EFFICIENCY, checkpoint_bytes
 from engine.run import Run, versions
 from engine.runtime import Runtime, measured_peak, random_state, seed_everything, set_random_state
 from train.data.sources import pinned
@@ -20,7 +22,7 @@ from train.evaluation import write_evaluations
 from train.loop import Loop
 from train.parallel import require_memory, should_compile
 from train.stage import Outcome, Stage, State
-from train.tracking import Console, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
+from train.tracking import Band, Console, MetricsFile, Tracker, Wandb, evaluation_parts, read_metrics, require_wandb
 
 # Even a short run prepares this much text, so that a larger budget (--resume) finds more to read.
 LEAST_TOKENS = 1_000_000
@@ -69,6 +71,8 @@ def run_stage(
         run.write_recipe(recipe)
     # Only the main process writes to files and to the console.
     trackers = open_trackers(recipe, run, console, step or 0, wandb=wandb) if processes.main else []
+    if processes.main:
+        trackers.append(Band(partial(expected, stage), console.say))
     loop = Loop(model, stage, run, runtime, trackers, console.say if processes.main else lambda message: None)
     if found:
         loop.resume(found)
@@ -169,6 +173,15 @@ def open_trackers(recipe: Recipe, run: Run, console: Console, step: int, *, wand
     return trackers
 
 
+def expected(stage: Stage, tokens: float, rate: float = 0.0) -> Forecast | None:
+    """Return what a run should have reached after so many tokens, at this share of its peak rate, where a law says."""
+    recipe = stage.recipe
+    if recipe.base is not None or recipe.chat or stage.byte_lengths is None:
+        return None
+    epoch = stage.budget.steps_per_epoch * recipe.tokens_per_step
+    return forecast(recipe.model, tokens, recipe.data.source, epoch=epoch, rate=rate)
+
+
 def describe(stage: Stage, runtime: Runtime) -> list[str]:
     """Return every derived value of a run, for a person, before it starts."""
     recipe, budget, peak = stage.recipe, stage.budget, runtime.peak_flops
@@ -178,6 +191,11 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
         extent += f", {stage.amounts.steps(budget.steps, budget.steps / budget.steps_per_epoch)}"
         hours = budget.steps * recipe.tokens_per_step * recipe.flops_per_token / peak / 3600
         extent += f"; at least {hours:,.1f} hours at the speed of bare matrix products" if hours > 1 else ""
+    tokens, guess = (budget.steps or 0) * recipe.tokens_per_step, ""
+    if budget.steps is None:
+        tokens = int(budget.seconds * EFFICIENCY * peak / recipe.flops_per_token)
+        guess = f", if {tokens:,} tokens are learnt by then"
+    found = expected(stage, tokens)
     rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
     rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
     learner, rank = str(optimizer.kind), recipe.lora.rank
@@ -193,6 +211,7 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
         f"optimizer  {learner}, {recipe.schedule.shape} schedule, {100 * recipe.schedule.warmup:g}% warm-up",
         *([f"rates      {rates}: {optimizer.origin}"] if optimizer.origin else []),
         f"budget     {extent}",
+        *([f"forecast   {found} at the end{guess}"] if found else []),
         f"machine    {runtime.describe()}{', compiled' if should_compile(recipe, runtime) else ''}; "
         f"one large matrix product: {peak / 1e12:.3g} TFLOP/s",
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,56 @@ def test_a_longer_run_has_larger_steps_between_bounds_and_a_multiple_of_the_proc
     assert all(laws.batch(10.0**power, 256, 6) % 6 == 0 for power in range(4, 12))
 
 
+def bits(depth: int, tokens: float, **rest: float) -> laws.Forecast:
+    found = laws.forecast(laws.shape(depth), tokens, "tinystories", **rest)
+    assert found is not None and found.low < found.middle < found.high
+    return found
+
+
+def test_more_weights_and_more_tokens_forecast_less_and_what_is_beyond_the_measured_less_surely() -> None:
+    law = laws.LOSSES["tinystories"]
+    most = 1e6 * law.tokens[1]
+    assert bits(4, most).middle < bits(4, most / 2).middle and bits(6, most).middle < bits(4, most).middle
+    spreads = [bits(4, most * 10**n).high / bits(4, most * 10**n).middle for n in (-0.5, 0, 1, 2)]
+    assert (
+        spreads[0] == spreads[1] == pytest.approx(math.exp(1.645 * law.spread)) and spreads[1] < spreads[2] < spreads[3]
+    )
+    assert bits(40, most).high / bits(40, most).middle > spreads[0]
+    assert bits(4, most, rate=1.0).middle == pytest.approx(bits(4, most).middle * (1 + laws.UNDECAYED))
+    assert laws.forecast(laws.shape(4), 0.9e6 * law.tokens[0], "tinystories") is None
+    assert laws.forecast(laws.shape(4), 1e9, "my.txt") is None
+    assert str(laws.Forecast(0.9, 1.0, 1.1)) == "1.000 bits per byte (0.900 to 1.100)"
+
+
+def test_text_that_comes_again_counts_less_and_less() -> None:
+    epoch = 1e6
+    once, twice, often, ever = (bits(4, times * epoch, epoch=epoch).middle for times in (1, 2, 100, 10_000))
+    assert once == bits(4, epoch).middle > twice > often
+    assert bits(4, 2 * epoch).middle < twice < bits(4, 1.9 * epoch).middle
+    assert (
+        often == pytest.approx(ever, rel=0.001) == pytest.approx(bits(4, epoch * (1 + laws.REPEATS)).middle, rel=0.001)
+    )
+
+
+def test_weights_and_tokens_gain_alike_at_the_length_that_suits_a_size() -> None:
+    for text, law in laws.LOSSES.items():
+        model = laws.shape(6)
+        n, d = (model.matmul_parameters - model.outputs * model.width) / 1e6, laws.optimal_tokens(model, text) / 1e6
+        of_weights = law.weights_power * law.of_weights / n**law.weights_power
+        assert of_weights == pytest.approx(law.tokens_power * law.of_tokens / d**law.tokens_power, rel=1e-3)
+    assert laws.optimal_tokens(laws.shape(6), "my.txt") == laws.optimal_tokens(laws.shape(6), "dsir-pile")
+
+
+def test_the_references_loss_is_said_in_bits_per_byte() -> None:
+    assert laws.REFERENCES["tiny"].bits_per_byte == pytest.approx(1.15 / math.log(2) / 4.2)
+    assert laws.REFERENCES.keys() <= PRESETS.keys()
+
+
 @pytest.mark.skipif(not RESULTS.exists(), reason="the laws have not been measured")
 def test_the_table_is_what_was_measured() -> None:
     measured = json.loads(RESULTS.read_text())["constants"]
     assert {name: dataclasses.asdict(powers) for name, powers in laws.RATES.items()} == measured["rates"]
     assert measured["batch_power"] == laws.BATCH_POWER
+    fits = {text: dataclasses.asdict(law) for text, law in laws.LOSSES.items()}
+    assert json.loads(json.dumps(fits)) == measured["losses"]
+    assert (measured["undecayed"], measured["spread_per_decade"]) == (laws.UNDECAYED, laws.SPREAD_PER_DECADE)

@@ -10,10 +10,35 @@ import pytest
 
 from engine.config import Recipe
 from engine.errors import DiskError, InputError
+from engine.laws import Forecast
 from tests.train.conftest import Train
 from tests.train.wandb_server import serve
 from train import tracking
-from train.tracking import MetricsFile, RunningMetrics, Wandb, read_metrics, require_wandb
+from train.tracking import BAND_LINES, Band, MetricsFile, RunningMetrics, Wandb, read_metrics, require_wandb
+
+
+def test_a_run_that_leaves_its_band_is_warned_about_once() -> None:
+    said: list[str] = []
+    asked: list[tuple[float, float]] = []
+
+    def expected(tokens: float, rate: float) -> Forecast | None:
+        asked.append((tokens, rate))
+        return None if tokens < 100 else Forecast(0.9, 1.0, 1.1)
+
+    band = Band(expected, said.append)
+    line = {"step": 7, "tokens": 200, "rate": 0.5, "progress": 0.009, "bits_per_byte": 9.0}
+    for _ in range(2 * BAND_LINES):
+        band.log(line)  # within the first percent
+    for value in (0.5, 1.5) * (BAND_LINES // 2):
+        band.log({**line, "progress": 0.02, "bits_per_byte": value})  # their mean is what was expected
+    band.log({"step": 8, "tokens": 50, "validation_bits_per_byte": 9.0})  # too early for a forecast
+    band.log({"step": 8, "tokens": 300, "validation_bits_per_byte": 1.05})
+    band.log({"step": 8, "tokens": 300, "validation_loss": 3.0})
+    assert not said and asked == [(200, 0.5), (50, 0.5), (300, 0.5)]
+    band.log({"step": 9, "tokens": 400, "validation_bits_per_byte": 1.2})
+    band.log({"step": 10, "tokens": 400, "validation_bits_per_byte": 0.2})
+    assert len(said) == 1 and "step 9: 1.200 bits per byte are above the forecast" in said[0]
+    assert "1.000 bits per byte (0.900 to 1.100)" in said[0]
 
 
 def test_lines_are_on_disk_as_they_are_logged(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from engine import disk
 from engine.checkpoint import checkpoints
 from engine.config import DataConfig, Recipe, override
 from engine.errors import DiskError
+from engine.laws import LOSSES, Loss
 from engine.planning import checkpoint_bytes
 from engine.run import Run
 from engine.runtime import Runtime
@@ -26,6 +27,19 @@ def test_pretraining_counts_tokens_and_epochs(small: Recipe, train: Train) -> No
     )
     assert "batch      4 x 32 = 128 tokens a step, 2 rows at a time" in recorder.said
     assert f"budget     6 steps, 768 tokens, {768 / tokens['train']:.2f} epochs" in recorder.said
+
+
+def test_a_run_on_known_text_says_what_it_should_reach_and_that_it_does_not(
+    small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, unknown = train(override(small, "loop.samples", 0), "unknown")
+    assert not [line for line in unknown.said if "forecast" in line]
+    easy = Loss(0.1, 0.0, 0.3, 0.0, 0.3, spread=0.1, weights=(0.0001, 10), tokens=(0.0001, 10))
+    monkeypatch.setitem(LOSSES, small.data.source, easy)
+    _, known = train(override(small, "loop.samples", 0), "known")
+    said = [line for line in known.said if "forecast" in line]
+    assert said[0] == "forecast   0.100 bits per byte (0.085 to 0.118) at the end"
+    assert len(said) == 2 and "bits per byte are above the forecast of this step" in said[1]
 
 
 def test_epochs_of_conversations_are_right_although_they_leave_padding(
