@@ -82,7 +82,8 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
     assert run == json.loads(json.dumps(lines[0]))
     model = wanted[0].recipe.model
     assert run["parameters"] == model.parameters and run["block_parameters"] == 12 * 32**2
-    assert run["tokens"] == 4 * run["tokens_per_step"] == 2048 and run["rates"]["matrix_rate"] == 0.02
+    assert run["tokens"] == 4 * run["tokens_per_step"] == 2048
+    assert run["rates"]["matrix_rate"] == wanted[0].recipe.optimizer.matrix_rate
     assert run["validation"][-1] == [2048, round(run["bits_per_byte"], 4)] and len(run["validation"]) == 4
     assert run["training"][-1][0] == 1 and 0 < run["bits_per_byte"] < run["training"][0][1]
     crashing.clear()
