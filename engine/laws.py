@@ -8,7 +8,7 @@ measured: bench/results/laws.json.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import PRESETS, BudgetConfig, ModelConfig, OptimizerConfig, Recipe
 
@@ -51,8 +51,10 @@ VOCABULARY_POWER, MOST_VOCABULARY = 1.5, 32_768
 class Loss:
     """Bits per byte of held-out text: floor + of_weights / N^weights_power + of_tokens / D^tokens_power.
 
-    N are millions of weights inside blocks, and D millions of tokens (Hoffmann et al., arXiv:2203.15556).
+    N are millions of weights, and D millions of tokens (Hoffmann et al., arXiv:2203.15556).
     """
+
+    size: Literal["blocks", "blocks and head", "all"]  # which weights count
 
     floor: float
     of_weights: float
@@ -60,15 +62,15 @@ class Loss:
     of_tokens: float
     tokens_power: float
     spread: float  # the standard deviation of the logarithm of what was measured around it
-    weights: tuple[float, float]  # the fewest and the most of the runs that it was fitted to, in millions
+    weights: tuple[float, float]  # the fewest and the most of the runs that it was fitted to, in millions, as counted
     tokens: tuple[float, float]
 
 
 # By the source of the data.
 LOSSES = {
-    "stories": Loss(0.14, 0.02, 0.3, 0.15, 0.7, 0.03, (0.1, 3.2), (0.3, 5.0)),
-    "tinystories": Loss(0.2, 0.42, 0.3, 0.44, 0.35, 0.03, (0.1, 3.2), (0.3, 5.0)),
-    "dsir-pile": Loss(0.56, 1.0, 0.34, 1.4, 0.28, 0.03, (0.1, 3.2), (0.3, 5.0)),
+    "stories": Loss("blocks", 0.14, 0.02, 0.3, 0.15, 0.7, 0.03, (0.1, 3.2), (0.3, 5.0)),
+    "tinystories": Loss("blocks", 0.2, 0.42, 0.3, 0.44, 0.35, 0.03, (0.1, 3.2), (0.3, 5.0)),
+    "dsir-pile": Loss("blocks", 0.56, 1.0, 0.34, 1.4, 0.28, 0.03, (0.1, 3.2), (0.3, 5.0)),
 }
 # What each decade beyond the runs of a fit adds to its spread.
 SPREAD_PER_DECADE = 0.03
@@ -114,6 +116,8 @@ def shape(depth: int) -> ModelConfig:
         blocks=depth,
         width=width,
         heads=width // (64 if width >= 512 else 32),
+        # Three maps of a gated MLP have the weights of two that are four times as wide (Shazeer, arXiv:2002.05202).
+        mlp_width=8 * math.ceil(width / 3) if TUNED.model.mlp == "gated" else None,
         vocab_size=min(MOST_VOCABULARY, 1024 * round(pieces / 1024)),
         context=512 if width >= 512 else TUNED.model.context,
     )
@@ -206,9 +210,10 @@ def forecast(
     text: the source of the data, of which the fewest tokens that were measured are the fewest that can be foretold.
     rate: the share of the peak learning rate at which the run is by then.
     """
-    law, n, d = LOSSES.get(text), _millions(model), tokens / 1e6
+    law, d = LOSSES.get(text), tokens / 1e6
     if law is None or d < law.tokens[0]:
         return None
+    n = _millions(model, law)
     if tokens > epoch:
         d = epoch / 1e6 * (1 + REPEATS * (1 - math.exp((1 - tokens / epoch) / REPEATS)))
     middle = law.floor + law.of_weights / n**law.weights_power + law.of_tokens / d**law.tokens_power
@@ -221,9 +226,11 @@ def forecast(
     return Forecast(middle / factor, middle, middle * factor)
 
 
-def _millions(model: ModelConfig) -> float:
-    """Return the weights inside blocks, in millions: what tables add depends on the vocabulary, and teaches little."""
-    return (model.matmul_parameters - model.outputs * model.width) / 1e6
+def _millions(model: ModelConfig, law: Loss) -> float:
+    """Return the weights of a model that a law counts, in millions."""
+    head = model.outputs * model.width
+    of = {"blocks": model.matmul_parameters - head, "blocks and head": model.matmul_parameters, "all": model.parameters}
+    return of[law.size] / 1e6
 
 
 def known(text: str) -> str:
@@ -235,7 +242,7 @@ def optimal_tokens(model: ModelConfig, text: str) -> int:
     """Return for how many tokens a model of this size is the best use of the work: a percent more of either gains as
     much."""
     law = LOSSES[known(text)]
-    of_weights = law.weights_power * law.of_weights / _millions(model) ** law.weights_power
+    of_weights = law.weights_power * law.of_weights / _millions(model, law) ** law.weights_power
     return int(1e6 * (law.tokens_power * law.of_tokens / of_weights) ** (1 / law.tokens_power))
 
 

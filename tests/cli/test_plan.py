@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import ModelConfig, Recipe, override, preset
+from engine.laws import EPOCHS, forecast
 from engine.planning import MACHINES, Rate, assumed_rate, measured_rate, muon_flops, plan, ring_seconds
 from engine.run import Run
 from tests.cli.conftest import Gpt
@@ -49,6 +50,19 @@ def test_finetuning_a_run_is_planned_with_adapters_and_without(gpt: Gpt) -> None
     assert "memory    6.2 of 23 GiB" in whole.out and "memory    3.3 of 23 GiB" in adapted.out
     assert "optimizer's work" in whole.out and "optimizer's work" not in adapted.out
     assert gpt("plan", ".").code == 2
+
+
+def test_a_plan_says_what_a_run_should_reach_on_its_way_and_what_the_reference_reached(gpt: Gpt) -> None:
+    lines = [line for line in gpt("plan", "tiny").out.splitlines() if line.startswith(("epochs", "forecast", "refer"))]
+    assert lines[0] == "epochs    6 x 455M tokens of tinystories, ASSUMED"
+    ends = ["27.3M tokens, 1% of the run", "273M tokens, 10% of the run", "2,730M tokens, 100% of the run"]
+    assert [line.rpartition(" after ")[2] for line in lines[1:4]] == ends
+    epoch = EPOCHS["tinystories"]
+    assert f"{forecast(preset('tiny').model, 6 * epoch, 'tinystories', epoch=epoch)} after" in lines[3]
+    assert "0.395 bits per byte: loss 1.15 per token" in lines[4] and "ASSUMED" in lines[4]
+    hours = gpt("plan", "--hours", "2", "--gpu", "4090").out
+    assert "should end best after 120 minutes" in hours and "budget    2.00 hours" in hours
+    assert "forecast  none for" in gpt("plan", "nano", "--set", "data.source=my.txt").out
 
 
 @pytest.mark.parametrize(

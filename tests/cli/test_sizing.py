@@ -98,7 +98,7 @@ def test_what_is_no_number_of_parameters_is_refused(text: str) -> None:
         sizing.count(text)
 
 
-def test_a_run_of_a_depth_is_begun_explained_and_gone_on_with_by_the_same_command(gpt: Gpt) -> None:
+def test_a_run_of_a_depth_explains_itself_and_the_same_command_goes_on_with_it(gpt: Gpt) -> None:
     command = ("train", "--depth", "1", *SMALL)
     done = gpt(*command, "--steps", "1")
     assert done.code == 0, done.err
@@ -106,7 +106,7 @@ def test_a_run_of_a_depth_is_begun_explained_and_gone_on_with_by_the_same_comman
     assert "rates      matrix" in done.out and laws.ORIGIN in done.out
     written = json.loads(Path("runs/depth-1/config.json").read_text())
     assert written["recipe"]["optimizer"]["origin"] == laws.ORIGIN and written["recipe"]["name"] == "depth-1"
-    again = gpt(*command, "--steps", "2", "--resume")
-    assert again.code == 0 and "resuming runs/depth-1 after step 1" in again.out, again.err
+    again = gpt(*command, "--steps", "2", "--seed", "5", "--resume")
+    assert again.code == 2 and "--seed is 0, not 5" in again.err
     other = gpt("train", "--depth", "3", "--out", "runs/depth-1", "--resume")
     assert other.code == 2 and "--depth is 1, not 3" in other.err

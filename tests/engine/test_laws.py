@@ -73,9 +73,8 @@ def test_more_weights_and_more_tokens_forecast_less_and_what_is_beyond_the_measu
     most = 1e6 * law.tokens[1]
     assert bits(4, most).middle < bits(4, most / 2).middle and bits(6, most).middle < bits(4, most).middle
     spreads = [bits(4, most * 10**n).high / bits(4, most * 10**n).middle for n in (-0.5, 0, 1, 2)]
-    assert (
-        spreads[0] == spreads[1] == pytest.approx(math.exp(1.645 * law.spread)) and spreads[1] < spreads[2] < spreads[3]
-    )
+    assert spreads[0] == spreads[1] == pytest.approx(math.exp(1.645 * law.spread))
+    assert spreads[1] < spreads[2] < spreads[3]
     assert bits(40, most).high / bits(40, most).middle > spreads[0]
     assert bits(4, most, rate=1.0).middle == pytest.approx(bits(4, most).middle * (1 + laws.UNDECAYED))
     assert laws.forecast(laws.shape(4), 0.9e6 * law.tokens[0], "tinystories") is None
@@ -88,9 +87,8 @@ def test_text_that_comes_again_counts_less_and_less() -> None:
     once, twice, often, ever = (bits(4, times * epoch, epoch=epoch).middle for times in (1, 2, 100, 10_000))
     assert once == bits(4, epoch).middle > twice > often
     assert bits(4, 2 * epoch).middle < twice < bits(4, 1.9 * epoch).middle
-    assert (
-        often == pytest.approx(ever, rel=0.001) == pytest.approx(bits(4, epoch * (1 + laws.REPEATS)).middle, rel=0.001)
-    )
+    at_most = bits(4, epoch * (1 + laws.REPEATS)).middle
+    assert often == pytest.approx(ever, rel=0.001) and ever == pytest.approx(at_most, rel=0.001)
 
 
 def test_weights_and_tokens_gain_alike_at_the_length_that_suits_a_size() -> None:
@@ -109,9 +107,13 @@ def test_the_references_loss_is_said_in_bits_per_byte() -> None:
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the laws have not been measured")
 def test_the_table_is_what_was_measured() -> None:
-    measured = json.loads(RESULTS.read_text())["constants"]
-    assert {name: dataclasses.asdict(powers) for name, powers in laws.RATES.items()} == measured["rates"]
-    assert measured["batch_power"] == laws.BATCH_POWER
-    fits = {text: dataclasses.asdict(law) for text, law in laws.LOSSES.items()}
-    assert json.loads(json.dumps(fits)) == measured["losses"]
-    assert (measured["undecayed"], measured["spread_per_decade"]) == (laws.UNDECAYED, laws.SPREAD_PER_DECADE)
+    measured = json.loads(RESULTS.read_text())
+    assert measured["size"].keys() & laws.LOSSES.keys()
+    for text, found in measured["size"].items():
+        law = laws.LOSSES[text]
+        assert law.size == found["size"]
+        for name, value in found[law.size].items():
+            assert getattr(law, name) == pytest.approx(value, rel=0.01, abs=1e-3), f"{text}: {name}"
+        # A forecast is no surer than its fit, at its largest runs and a thousand times beyond.
+        assert law.spread >= found["scatter"]
+        assert law.spread + 6 * laws.SPREAD_PER_DECADE >= found["beyond"]["1000"]
