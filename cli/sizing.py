@@ -78,7 +78,7 @@ def derive(
         model, why = laws.shape(size.depth), "as asked"
     elif size.params is not None:
         model = laws.shape_of_parameters(count(size.params))
-        why = f"{model.parameters / 1e6:,.3g}M parameters: the nearest to {size.params}"
+        why = f"{model.parameters / 1e6:,.1f}M parameters: the nearest to {size.params}"
     else:
         model = laws.best_shape(lambda each: learnt(each, 60 * (minutes or 0.0)), text)
         why = f"of all sizes the one that should end best after {minutes:g} minutes on this machine ({by})"

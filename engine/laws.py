@@ -155,6 +155,7 @@ def optimizer(model: ModelConfig, tokens_per_step: float, tokens: float) -> Opti
 
 def recipe(model: ModelConfig, tokens: float, processes: int = 1) -> Recipe:
     """Return nano's recipe, carried to a model and to the length of its run."""
+    tokens = min(max(tokens, 1.0), 1e15)  # as many as a budget takes
     rows = batch(tokens, model.context, processes)
     steps = math.ceil(tokens / (rows * model.context))
     return replace(
@@ -175,7 +176,7 @@ def explain(recipe: Recipe, tokens: float, size: str, length: str, processes: in
     """
     model, own = recipe.model, shape(recipe.model.blocks)
     rows = batch(tokens, model.context, processes)
-    ratio = f"{TUNED.tokens_per_step:,} x ({tokens / 1e6:,.3g}M / {TUNED_TOKENS / 1e6:g}M tokens)^{BATCH_POWER:g}"
+    ratio = f"{TUNED.tokens_per_step:,} x ({tokens:,.0f} / {TUNED_TOKENS:,} tokens)^{BATCH_POWER:g}"
     pieces = f"{TUNED.model.vocab_size:,} x ({model.blocks} / {TUNED.model.blocks})^{VOCABULARY_POWER:g}"
     lines = (
         ("width", model.width, own.width, f"{ASPECT} for each block, in multiples of 64 from 512 on"),
@@ -187,7 +188,7 @@ def explain(recipe: Recipe, tokens: float, size: str, length: str, processes: in
         f"{name:10} {value:,}: {why if value == law else f'as asked; by the law {law:,}'}"
         for name, value, law, why in lines
     ]
-    return [f"size       {model.blocks} blocks: {size}", *reasons, f"length     {tokens / 1e6:,.3g}M tokens: {length}"]
+    return [f"size       {model.blocks} blocks: {size}", *reasons, f"length     {tokens:,.0f} tokens: {length}"]
 
 
 @dataclass(frozen=True)

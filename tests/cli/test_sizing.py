@@ -51,7 +51,7 @@ def test_what_is_asked_for_wins_and_the_rest_follows_it() -> None:
     follows = laws.optimizer(recipe.model, 24 * 256, 20_000_000)
     assert (recipe.model.width, recipe.loop.batch, recipe.budget.tokens) == (256, 24, 20_000_000)
     assert recipe.optimizer == dataclasses.replace(follows, head_rate=0.5)
-    assert "256: as asked; by the law 192" in lines[1] and "20M tokens: as asked" in lines[5]
+    assert "256: as asked; by the law 192" in lines[1] and "20,000,000 tokens: as asked" in lines[5]
     steps, _ = derived(Size(depth=6), **{"budget.steps": 1000})
     assert steps.loop.batch == pytest.approx(laws.batch(1000 * steps.tokens_per_step, 256), abs=1)
     assert "ASSUMED" in derived(Size(depth=6), **{"budget.epochs": 2.0})[1][5]
