@@ -104,9 +104,9 @@ def kept_by_block(setup: Setup, layer: int) -> int:
 def _attention(setup: Setup, layer: int) -> int:
     """Return the bytes that attention keeps of a token besides what enters it.
 
-    That are log-sum-exps, where our kernels run. On a CPU, for sequences taken to fill half a context: the
-    probabilities of blocks of queries; or with shared key heads or a window what SDPA keeps, its output for each
-    sequence, and a mask; or all scores three times where they are capped.
+    That are log-sum-exps, where our kernels run. On a CPU, for sequences taken to fill half a context: fp32 copies of
+    what enters it where Numba compiles it, else the probabilities of blocks of queries; or with shared key heads or a
+    window what SDPA keeps, its output for each sequence, and a mask; or all scores three times where they are capped.
     """
     model, size, length = setup.model, setup.element_size, max(1, setup.model.context // 2)
     if setup.gpu:
@@ -116,6 +116,8 @@ def _attention(setup: Setup, layer: int) -> int:
         return 3 * model.heads * length * size + (2 * model.attended + model.kv_heads * model.head_dim) * size + length
     if masked or model.kv_heads != model.heads:
         return 4 * model.heads + model.attended * size + (length * size if masked else 0)
+    if length <= KEPT_LENGTH and model.head_dim % 16 == 0:
+        return 3 * model.attended * (4 - size)
     seen = (length + min(length, ROWS)) // 2 if length <= KEPT_LENGTH else 0
     return model.heads * seen * size
 

@@ -6,7 +6,8 @@ differentiable: every other implementation is compared with it.
 The torch backend is PyTorch's SDPA, but on a CPU where it can batched products: SDPA multiplies one head of one
 sequence at a time there, which takes two to four times as long where sequences are short or in bf16. BlockAttention
 multiplies all heads of many sequences at once, the longest first, a block of queries at a time, whose probabilities
-stay in cache: a block belongs to the first so many sequences, and nothing is computed for those that have ended.
+stay in cache: a block belongs to the first so many sequences, and nothing is computed for those that have ended. Where
+Numba compiles, causal attention of short sequences is kernels/cpu/attention.py's, which uses all threads.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels import cpu
 from kernels.backend import uncompiled
 
 # Queries of a block under a causal mask, at the usual head dims: half of the scores on the diagonal are for nothing,
@@ -346,6 +348,13 @@ class BlockAttention(torch.autograd.Function):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool, scale: float) -> Tensor:
     """Return attention of sequences to themselves: [B, T, H, D] or, packed, [tokens, H, D], in fp32 or bf16."""
+    short = 0 < max(lengths, default=0) <= KEPT_LENGTH
+    if causal and short and q.shape[-1] % 16 == 0 and cpu.why_not(q.device, q.dtype) is None:
+        # Imported here: a machine that trains on a GPU needs no Numba.
+        from kernels.cpu.attention import attend
+
+        tokens = [each.flatten(0, -3) for each in (q, k, v)]  # [tokens, H, D]
+        return attend(tokens[0], tokens[1], tokens[2], lengths, scale).view(q.shape)
     out: Tensor = BlockAttention.apply(q, k, v, lengths, causal, scale)  # type: ignore[no-untyped-call]
     return out
 

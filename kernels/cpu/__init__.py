@@ -1,4 +1,4 @@
-"""Decoding on a CPU, compiled by Numba: the fused step of a whole model, and the choice of the next token.
+"""What Numba compiles for a CPU: a whole model's step of decoding with the next token's choice, and short attention.
 
 Importing a file of this package imports Numba. `why_not` says beforehand whether that is any use.
 """

@@ -82,9 +82,17 @@ def test_outputs_and_gradients_are_within_twice_the_error_of_plain_pytorch(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [[70, 7, 0, 65, 1], [70, 70]], ids=["packed", "dense"])
 @pytest.mark.parametrize(("causal", "head_dim"), [(True, 32), (True, 80), (False, 32)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_of_queries_on_a_cpu_are_within_twice_the_error(
-    causal: bool, head_dim: int, lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    compiled: bool,
+    causal: bool,
+    head_dim: int,
+    lengths: list[int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not compiled:
+        monkeypatch.setenv("GPT_KERNELS", "torch")
     bounds = ints(0, *torch.tensor(lengths).cumsum(0).tolist())
 
     def one_by_one(*leaves: Tensor) -> Tensor:
