@@ -43,7 +43,7 @@ def _runs(folder: str, depth: int) -> Iterator[Path]:
 def data_names(incomplete: str) -> list[str]:
     from train.data import sources
 
-    own = (sources.STORIES, sources.STORIES_INSTRUCT, sources.STORIES_BRIEF)
+    own = (sources.STORIES, sources.STORIES_INSTRUCT, sources.STORIES_BRIEF, sources.STORIES_CHAT)
     return [*own, *sources.HUB_TEXTS, *sources.HUB_CONVERSATIONS]
 
 

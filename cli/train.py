@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 PRESET = "nano (1.8M parameters), tiny (24M) or large (360M); or none, with --depth, --params or a time."
 TEXT = "stories, tinystories, dsir-pile, a Hub data set owner/name, a file, folder or glob, or prepared data."
 CONVERSATIONS = (
-    "Conversations: stories-instruct (by default), stories-instruct:brief, dolly, alpaca, oasst1, smoltalk, "
-    "smol-smoltalk, ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or documents, as for gpt "
-    "train."
+    "Conversations: stories-instruct (by default), stories-instruct:brief, stories-instruct:chat, dolly, alpaca, "
+    "oasst1, smoltalk, smol-smoltalk, ultrafeedback, tinystories-instruct, a Hub data set owner/name or a file. Or "
+    "documents, as for gpt train."
 )
 PREFERENCES = (
     "Preferences: stories-preferences (by default), hh-rlhf, ultrafeedback_binarized, a Hub data set owner/name "

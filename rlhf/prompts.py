@@ -1,6 +1,8 @@
-"""The prompts that a policy answers: conversations up to their first answer, with what a story must say."""
+"""The prompts that a policy answers: conversations up to an answer, with what a story must say."""
 
 import dataclasses
+from collections.abc import Iterable
+from itertools import repeat
 
 import numpy as np
 
@@ -87,9 +89,11 @@ def encode_prompts(source: Source, split: str, tokenizer: Tokenizer, context: in
     """Encode the first `most` prompts of a split that fit, with the facts where they are the built-in requests."""
     source = dataclasses.replace(source)  # its own, to count what this split skips
     prompts = Prompts(tokenizer, context, source)
-    requests = source.requests(split) if isinstance(source, StoryRequests) else None
-    for messages in source.documents(split):
-        prompts.add(messages, facts=next(requests).facts if requests else None)
+    asked: Iterable[tuple[Conversation, AskedFacts | None]] = zip(source.documents(split), repeat(None), strict=False)
+    if isinstance(source, StoryRequests):
+        asked = source.prompts(split)
+    for messages, facts in asked:
+        prompts.add(messages, facts=facts)
         if len(prompts) == most:
             break
     if not len(prompts):

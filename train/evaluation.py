@@ -121,7 +121,7 @@ def open_held_out(data: DataConfig, split: str, prepared: Path | None) -> HeldOu
         )
         documents, name = source.documents(split), source.name
         if isinstance(source, StoryRequests):
-            facts = (request.facts for request in source.requests(split))
+            facts = (first.facts for first, *_ in source.requests(split))
     if name == "stories":
         # Nobody asked for anything but that it be a story.
         facts = repeat(AskedFacts())

@@ -35,7 +35,7 @@ from train.data.splits import (
     require_split,
     text_key,
 )
-from train.data.stories import StoryRequest, stories, story_requests, write_story
+from train.data.stories import AskedFacts, StoryRequest, stories, story_conversations, story_requests, write_story
 
 HUB_TEXTS = {
     "tinystories": ("roneneldan/TinyStories", "text"),
@@ -54,7 +54,8 @@ HUB_PREFERENCES = {
     "hh-rlhf": "Anthropic/hh-rlhf",
     "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized",
 }
-STORIES, STORIES_INSTRUCT, STORIES_BRIEF = "stories", "stories-instruct", "stories-instruct:brief"
+STORIES, STORIES_INSTRUCT = "stories", "stories-instruct"
+STORIES_BRIEF, STORIES_CHAT = f"{STORIES_INSTRUCT}:brief", f"{STORIES_INSTRUCT}:chat"
 STORY_CHARACTERS = 800  # about the length of a story
 
 
@@ -95,7 +96,7 @@ def open_source(
         f"no data is called {name!r}, and there is no such file; use stories, tinystories, dsir-pile (to finetune "
         "also stories-instruct, dolly and others: gpt finetune --help), a Hugging Face data set as owner/name, or a "
         f"file, folder or glob of {' '.join(EXTENSIONS)}"
-        + meant(name, (STORIES, STORIES_INSTRUCT, STORIES_BRIEF, *HUB_TEXTS, *HUB_CONVERSATIONS))
+        + meant(name, (STORIES, STORIES_INSTRUCT, STORIES_BRIEF, STORIES_CHAT, *HUB_TEXTS, *HUB_CONVERSATIONS))
     )
 
 
@@ -130,7 +131,7 @@ def open_conversations(data: DataConfig, *, answers: bool = True) -> Source | No
     name, named = data.source, data.prompt_column or data.messages_column
     if answers and (data.prompt_column is None) != (data.response_column is None):
         raise InputError("name --prompt-column and --response-column together, or --messages-column alone")
-    if name in (STORIES_INSTRUCT, STORIES_BRIEF):
+    if name in (STORIES_INSTRUCT, STORIES_BRIEF, STORIES_CHAT):
         return StoryRequests(name, limit=data.documents)
     if not named and (data.column or name == STORIES or name in HUB_TEXTS or is_prepared(name)):
         return None
@@ -239,16 +240,30 @@ class StoryRange(Sequence[str]):
 
 @dataclass
 class StoryRequests(WrittenSource):
-    """The built-in instructions: each a request for a story, and the story; or for a brief story."""
+    """The built-in instructions: each a request for a story, and the story; or for brief stories, one after another."""
 
     held_out_by: str = "heroes of a kind and trait that no training request names together"
     what = "requests for stories, written"
     counts: ClassVar = {"train": 20_000, "validation": 500, "test": 500}
 
-    def requests(self, split: str, start: int = 0) -> Iterator[StoryRequest]:
-        requests = story_requests(split, start, brief=self.name == STORIES_BRIEF)
-        return islice(requests, len(self.numbers(split, start)))
+    def requests(self, split: str, start: int = 0) -> Iterator[list[StoryRequest]]:
+        """Return the requests of each conversation."""
+        if self.name == STORIES_CHAT:
+            found = story_conversations(split, start)
+        else:
+            found = ([request] for request in story_requests(split, start, brief=self.name == STORIES_BRIEF))
+        return islice(found, len(self.numbers(split, start)))
 
     def written(self, split: str, start: int) -> Iterator[Conversation]:
-        for request in self.requests(split, start):
-            yield [Message("user", request.text), Message("assistant", request.story)]
+        return map(_told, self.requests(split, start))
+
+    def prompts(self, split: str) -> Iterator[tuple[Conversation, AskedFacts]]:
+        """Yield the prompt that is made of each conversation, up to one of its requests, and the facts then asked."""
+        for number, requests in enumerate(self.requests(split)):
+            asked = number % len(requests)
+            yield [*_told(requests[:asked]), Message("user", requests[asked].text)], requests[asked].facts
+
+
+def _told(requests: Sequence[StoryRequest]) -> Conversation:
+    roles = (("user", "text"), ("assistant", "story"))
+    return [Message(role, getattr(request, what)) for request in requests for role, what in roles]

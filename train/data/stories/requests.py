@@ -13,7 +13,7 @@ All of it is in [0, 1]; a true story scores about 0.99.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, islice, pairwise
@@ -29,6 +29,7 @@ ASKED_BRIEF = ASKED | {"words": 0.0, "mood": 1.0, "length": 1.0}
 # A brief story that answers a training request leaves each of its facts to chance so often. Demonstrations are seldom
 # perfect, and alignment is for what a model can do better. Held-out requests are answered by their very stories.
 CARELESS = 0.2
+HEARD = ("name", "kind", "trait", "mood")
 
 TOKEN = re.compile(r"[A-Za-z']+|[.!?]")
 # In a true story 93% or more of the neighbouring words are neighbours in these stories, and shuffled 24%.
@@ -54,9 +55,13 @@ class StoryRequest:
 
 def story_requests(split: str, start: int = 0, *, brief: bool = False) -> Iterator[StoryRequest]:
     """Yield the requests of a split from number `start` on, without end: for stories, or for brief ones."""
+    return islice((write_request(seed, split, brief=brief) for seed in fitting_seeds(split)), start, None)
+
+
+def fitting_seeds(split: str) -> Iterator[int]:
+    """Yield the numbers of the stories whose heroes a split may ask for."""
     casts = ((seed, Casting(seed, split).cast) for seed in count())
-    fitting = (seed for seed, cast in casts if is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train"))
-    return islice((_request(seed, split, brief) for seed in fitting), start, None)
+    return (seed for seed, cast in casts if is_held_out_pair(cast["kind"], cast["trait"]) == (split != "train"))
 
 
 def is_held_out_pair(kind: str, trait: str) -> bool:
@@ -65,21 +70,21 @@ def is_held_out_pair(kind: str, trait: str) -> bool:
     return (3 * rank[kind] + rank[trait]) % 10 == 0
 
 
-def _request(seed: int, split: str, brief: bool) -> StoryRequest:
+def write_request(seed: int, split: str, *, brief: bool) -> StoryRequest:
+    """Write the request that story number `seed` of a split answers."""
     story, rng = write_story(seed, split, brief=brief), Random(f"{split} {seed}")
     asked = {fact for fact, likely in (ASKED_BRIEF if brief else ASKED).items() if rng.random() < likely}
     if split != "train":
         asked |= {"kind", "trait"}
     facts = AskedFacts(**{fact: getattr(story.facts, fact) for fact in asked})
     if brief and split == "train":
-        facts = _misheard(facts, rng)
+        facts = misheard(facts, rng)
     return StoryRequest(phrase(facts, rng), facts, story.text)
 
 
-def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
+def misheard(facts: AskedFacts, rng: Random, only: Collection[str] = HEARD) -> AskedFacts:
     """Return facts to ask for that somebody careless answers with a story of these: now and then one is another."""
-    book = storybook()
-    choices = {**book.heroes, "mood": sorted(set(book.moods.values()))}
+    choices = {fact: storybook().choices[fact] for fact in only}
     while True:
         others = {
             fact: rng.choice(some)
@@ -91,8 +96,8 @@ def _misheard(facts: AskedFacts, rng: Random) -> AskedFacts:
             return asked
 
 
-def phrase(facts: AskedFacts, rng: Random) -> str:
-    """Write a request for a story with these facts, in words drawn at random."""
+def phrase(facts: AskedFacts, rng: Random, change: str = "") -> str:
+    """Write a request for a story with these facts, or for that `change` to the last one, in words drawn at random."""
     *others, last = facts.words or ("",)
     said = {
         "kind": facts.kind or "",
@@ -102,9 +107,11 @@ def phrase(facts: AskedFacts, rng: Random) -> str:
     }
     hero = "".join(key[0] for key in ("kind", "trait", "name") if said[key])
     tags = [hero, "hero" if hero else "", facts.mood, facts.length, ("", "word", "words")[min(len(facts.words), 2)]]
-    text = tell(storybook().request, Cast(said), frozenset(tag for tag in tags if tag), rng.random, 1.0)
+    parts, tags = (storybook().change, [*tags, change]) if change else (storybook().request, tags)
+    text = tell(parts, Cast(said), frozenset(tag for tag in tags if tag), rng.random, 1.0)
     # A sentence that nothing asks for leaves its full stop behind.
-    return re.sub(r"^\W+|(?<=[.?])[. ]*\.", "", text)
+    text = re.sub(r"^\W+|(?<=[.?])[. ]*\.", "", text)
+    return text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def check_facts(text: str, facts: AskedFacts) -> dict[str, bool]:
     """Return which facts a text meets: name, kind, trait, each asked word as `word:lamp`, mood and length.
 
     A word counts in every form that the stories use: lamp, lamps; sing, sang, singing. A brief text is short, too.
-    What is None is not checked.
+    What is None is not checked. `other name` is met where the name is not the one that the story must be unlike.
     """
     present = set(WORD.findall(text))
     lowered = {word.lower() for word in present}
@@ -162,6 +169,8 @@ def check_facts(text: str, facts: AskedFacts) -> dict[str, bool]:
         "length": facts.length in (length, "short" if length == "brief" else length),
     }
     asked = {fact: met for fact, met in checks.items() if getattr(facts, fact) is not None}
+    unlike = check_facts(text, facts.unlike) if facts.unlike else {}
+    asked |= {f"other {fact}": not met for fact, met in unlike.items()}
     return asked | {f"word:{word}": not lowered.isdisjoint(forms(word)) for word in facts.words}
 
 

@@ -7,7 +7,7 @@ held-out stories are made of the same words.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -32,7 +32,10 @@ Row = dict[str, list[str]]  # cast key: the words it may take
 
 @dataclass(frozen=True)
 class AskedFacts:
-    """What can be asked of a story. None, or no words, leaves it open. `words` are content words in base form."""
+    """What can be asked of a story. None, or no words, leaves it open. `words` are content words in base form.
+
+    `unlike` are facts of which the story must meet none, where another ending or another hero is asked for.
+    """
 
     name: str | None = None
     kind: str | None = None
@@ -40,6 +43,7 @@ class AskedFacts:
     words: tuple[str, ...] = ()
     mood: str | None = None
     length: str | None = None
+    unlike: "AskedFacts | None" = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Storybook:
             {name: join_lines(text).strip() for name, text in read_blocks(file)}
             for file in ("phrases.txt", "requests.txt")
         )
-        self.request = parse("<request>", requests)
+        self.request, self.change = parse("<request>", requests), parse("<change>", requests)
         self.plots, self.brief_plots = (
             [self.read_plot(path) for path in sorted((STORYBOOK / folder).glob("*.txt"))]
             for folder in ("plots", "brief")
@@ -86,6 +90,7 @@ class Storybook:
             "kind": sorted({kind for row in self.tables["kinds"] for kind in row["kind"]}),
             "trait": [trait for trait, _ in self.tempers],
         }
+        self.choices = self.heroes | {"mood": sorted(set(self.moods.values()))}
         self.classes = dict.fromkeys(self.heroes["kind"], "Kind") | dict.fromkeys(self.heroes["name"], "Name")
         self.rank = {word: rank for words in self.heroes.values() for rank, word in enumerate(words)}
         slots = [row for plot in self.plots for rows in plot.slots for row in rows]
@@ -189,13 +194,19 @@ class Casting:
         return next(row for row in self.book.tables["pronouns"] if row["he"] == [he])
 
 
-def write_story(seed: int, split: str = "train", *, brief: bool = False) -> Story:
-    """Write story number `seed` of a split, the same in every process. Raises ValueError for another split."""
+def write_story(
+    seed: int, split: str = "train", *, brief: bool = False, instead: Mapping[str, str] | None = None
+) -> Story:
+    """Write story number `seed` of a split, the same in every process; `instead` changes entries of its cast.
+
+    Raises ValueError for another split.
+    """
     casting = Casting(seed, split)
     book, cast, rng = casting.book, casting.cast, casting.rng
     plot, keep = casting.pick(book.brief_plots if brief else book.plots), casting.pick(KEEP)
     for rows in plot.slots:
         casting.fill(casting.pick(rows))
+    cast.update(instead or {})
     text = tell(plot.parts, cast, frozenset([cast[key] for key in plot.tag_keys]), rng.random, keep)
     askable = sorted({book.base_form[word] for word in WORD.findall(text) if word in book.base_form} - {cast["trait"]})
     words = tuple(rng.sample(askable, min(len(askable), casting.pick((1, 2, 3)))))

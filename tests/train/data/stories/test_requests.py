@@ -1,3 +1,4 @@
+import hashlib
 import random
 from itertools import islice
 from statistics import mean
@@ -48,6 +49,12 @@ def test_brief_demonstrations_are_careless_where_they_are_trained_on(brief: bool
             expected = {"mood": 1 - CARELESS * 3 / 4}.get(fact, 1 - CARELESS) if brief and split == "train" else 1.0
             assert met == pytest.approx(expected, abs=0.05 if expected < 1 else 0), (split, fact)
         assert all(each.get("length", True) for each in checks)
+
+
+def test_requests_are_as_they_were(brief: bool) -> None:
+    some = (each for split in SPLITS for each in islice(story_requests(split, brief=brief), 100))
+    digest = hashlib.sha256("".join(each.text + each.story for each in some).encode()).hexdigest()[:16]
+    assert digest == ("26c64b0c7d618376" if brief else "61b799a385c4914d")
 
 
 def test_held_out_requests_name_a_hero_that_no_training_request_or_story_has(
