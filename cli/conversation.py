@@ -34,6 +34,12 @@ class Answer(Message):
     finish: str = "stop"
 
 
+def prompt_room(context: int, max_tokens: int | None = None) -> int:
+    """Return how many tokens of a context a prompt may take, so that its answer finds room, too."""
+    # The answer gets max_tokens, or else a quarter of the context, but never more than half of it.
+    return context - min(max_tokens or context // 4, context // 2)
+
+
 class Conversation:
     """With a chat model it is messages in turn; with a base model one document, which both sides lengthen in turn."""
 
@@ -116,8 +122,7 @@ class Conversation:
 
     def _fit(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt of these messages. Where the answer finds no room, the oldest go, and `notice` is told."""
-        # The answer gets max_tokens, or else a quarter of the context, but never more than half of it.
-        room = self.context - min(self.settings.max_tokens or self.context // 4, self.context // 2)
+        room = prompt_room(self.context, self.settings.max_tokens)
         if not self.chat:
             ids = document_prompt(self.tokenizer, "".join(message.content for message in messages))
             if len(ids) > room:

@@ -67,7 +67,7 @@ def demo(
             seconds = {" and ".join(group): run_together(group, folder) for group in groups}
             results.append(read_demo(folder, seconds, each))
         typer.echo("")
-        for line in write_demo_report(out, results, folders[seed]):
+        for line in write_demo_report(out, results):
             typer.echo(line)
         typer.echo(f"\nreport     {out / 'report.md'}\ntalk to it gpt chat {folders[seed] / 'chat-ppo'}")
 

@@ -1,39 +1,29 @@
 """Conversations about brief stories: each request is for a new story, or for a change to the last one.
 
-A change is another ending, another hero, or another name, kind or trait of the hero; a request names it, or leaves it
-open. Its answer is the last story, told again with this alone changed. Asked for is what the conversation has asked for
-so far, with the change applied, so that an answer is scored as one to a single request. Everything follows from
-(number, split); the hero of a changed story belongs to the split, too, as do the kind and trait that are asked for.
+A change is another ending or another hero, which the request names or leaves open. Its answer is the last story, told
+again with this alone changed. Asked for is what the conversation has asked for so far, with the change applied, so that
+an answer is scored as one to a single request. Everything follows from (number, split), and every hero belongs to the
+split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count, islice
 from random import Random
 
-from train.data.stories.requests import (
-    ASKED_BRIEF,
-    StoryRequest,
-    fitting_seeds,
-    is_held_out_pair,
-    misheard,
-    phrase,
-    write_request,
-)
-from train.data.stories.writer import AskedFacts, Casting, split_of, storybook, write_story
+from train.data.stories.requests import ASKED_BRIEF, StoryRequest, fitting_seeds, misheard, phrase, write_request
+from train.data.stories.writer import AskedFacts, Casting, storybook, write_story
 
-MOST_TURNS = 4  # of brief stories, so many fit into 256 tokens
-NEW = 1 / 3  # the share of later requests that are for a new story
+TURNS = (1, 1, 2, 3, 4)  # a conversation has one of these numbers; four brief stories fit into 256 tokens
+NEW = 1 / 2  # the share of later requests that are for a new story
 HERO = ("name", "kind", "trait")
-CHANGES = ("ending", "other_ending", "name", "kind", "trait", "new_hero", "other_hero")
-# A child that becomes a fox can keep its name, but not every fox that becomes a child.
-OWN_NAMES = ("girl", "boy", "robot")
+CHANGES = ("new_ending", "new_ending", "new_hero", "new_hero", "other_ending", "other_hero")
 
 
 def story_conversations(split: str, start: int = 0, *, turns: int | None = None) -> Iterator[list[StoryRequest]]:
     """Yield the conversations of a split from number `start` on, without end: of so many turns, or of one to four."""
     seeds, rngs = fitting_seeds(split), (Random(f"conversation {split} {number}") for number in count())
-    return islice((_conversation(split, turns or rng.randint(1, MOST_TURNS), seeds, rng) for rng in rngs), start, None)
+    return islice((_conversation(split, turns or rng.choice(TURNS), seeds, rng) for rng in rngs), start, None)
 
 
 def _conversation(split: str, turns: int, seeds: Iterator[int], rng: Random) -> list[StoryRequest]:
@@ -52,53 +42,27 @@ def _conversation(split: str, turns: int, seeds: Iterator[int], rng: Random) -> 
 
 def _change(
     story: AskedFacts, asked: AskedFacts, split: str, seeds: Iterator[int], rng: Random
-) -> tuple[str, AskedFacts, dict[str, str]]:
+) -> tuple[str, AskedFacts, Mapping[str, str]]:
     """Ask for a change to a story of whose facts some were asked for.
 
     Return the request, what is asked for from now on, and the entries of the cast to change.
     """
     what = rng.choice(CHANGES)
-    if not {"other_ending": asked.mood, "other_hero": asked.name or asked.kind or asked.trait}.get(what, True):
-        what = "ending"  # any other one was asked for already
-    changes: dict[str, str]
-    if what in ("new_hero", "other_hero"):
+    facts: tuple[str, ...] = HERO if what.endswith("hero") else ("mood",)
+    moods = storybook().choices["mood"]
+    casts: Iterable[Mapping[str, str]] = ({"mood": mood} for mood in rng.sample(moods, len(moods)))
+    if facts == HERO:
         casts = (Casting(seed, split).cast for seed in seeds)
-        changes = next(cast for cast in casts if all(cast[fact] not in _said(fact, story, asked) for fact in HERO))
-        named = {fact for fact in HERO if rng.random() < ASKED_BRIEF[fact]} or {"kind"}
+    known = {getattr(some, fact) for some in (story, asked) for fact in facts}
+    changes = next(cast for cast in casts if known.isdisjoint(cast[fact] for fact in facts))
+    before = {fact: getattr(asked, fact) for fact in facts}
+    now, unlike = dict.fromkeys(facts), before
+    if what.startswith("new") or not any(before.values()):
+        what = what.replace("other", "new")
+        named = {fact for fact in facts if rng.random() < ASKED_BRIEF[fact]} or {"kind"}
         named |= {"kind", "trait"} if split != "train" else set()
-        now = {fact: changes[fact] if fact in named else None for fact in HERO}
-    else:
-        fact = what if what in HERO else "mood"
-        if not (others := _others(fact, story, asked, split)):
-            what, fact, others = "ending", "mood", _others("mood", story, asked, split)
-        changes = {fact: rng.choice(others)}
-        now = {**changes}
-    if what.startswith("other"):
-        unlike, now = {fact: getattr(asked, fact) for fact in now}, dict.fromkeys(now)
-    else:
-        unlike = dict.fromkeys(now)
-    facts = replace(asked, **now, unlike=replace(asked.unlike or AskedFacts(), **unlike))  # type: ignore[arg-type]
+        now, unlike = {fact: changes[fact] if fact in named else None for fact in facts}, now
+    new = replace(asked, **now, unlike=replace(asked.unlike or AskedFacts(), **unlike))  # type: ignore[arg-type]
     if split == "train":
-        facts = misheard(facts, rng, [fact for fact, value in now.items() if value])
-    return phrase(AskedFacts(**{fact: getattr(facts, fact) for fact in now}), rng, what), facts, changes
-
-
-def _said(fact: str, *some: AskedFacts) -> list[str | None]:
-    return [getattr(facts, fact) for facts in some]
-
-
-def _others(fact: str, story: AskedFacts, asked: AskedFacts, split: str) -> list[str]:
-    """Return what a fact of a story can become: neither what it is nor what was asked for."""
-    book, values = storybook(), storybook().choices[fact]
-    if fact == "name":
-        values = next(names for names in book.names.values() if story.name in names)
-    if fact == "kind":
-        values = [] if story.kind == "robot" else [kind for kind in values if kind not in OWN_NAMES]
-    hero = {each: getattr(story, each) for each in HERO}
-    fresh = (value for value in values if value not in _said(fact, story, asked))
-    return [value for value in fresh if _belongs({**hero, fact: value}, split)]
-
-
-def _belongs(hero: Mapping[str, str], split: str) -> bool:
-    kind, trait = hero["kind"], hero["trait"]
-    return split_of(hero["name"], kind, trait) == split and is_held_out_pair(kind, trait) == (split != "train")
+        new = misheard(new, rng, [fact for fact, value in now.items() if value])
+    return phrase(AskedFacts(**{fact: getattr(new, fact) for fact in facts}), rng, what), new, changes

@@ -35,7 +35,8 @@ def hero(story: str) -> tuple[str, ...]:
 
 def test_conversations_have_one_to_four_turns_and_are_the_same_again(told: dict[str, list[list[StoryRequest]]]) -> None:
     assert list(islice(story_conversations("test", 7), 3)) == told["test"][7:10]
-    assert all(40 < sum(len(some) == turns for some in told["train"]) < 80 for turns in (1, 2, 3, 4))
+    turns = [len(some) for some in told["train"]]
+    assert 70 < turns.count(1) < 120 and all(30 < turns.count(more) < 70 for more in (2, 3, 4))
     assert {len(some) for some in islice(story_conversations("test", turns=4), 20)} == {4}
 
 
@@ -74,7 +75,7 @@ def test_a_change_leaves_the_rest_of_the_story(told: dict[str, list[list[StoryRe
     changes = [(a, b) for some in told["test"] for a, b in pairwise(some) if b.facts.unlike is not None]
     endings = [(a.story, b.story) for a, b in changes if hero(a.story) == hero(b.story)]
     heroes = [(a.story, b.story) for a, b in changes if hero(a.story) != hero(b.story)]
-    assert len(endings) > 30 and len(heroes) > 60
+    assert min(len(endings), len(heroes)) > 50
     for before, now in endings:
         assert before != now and before.split(". ")[0] == now.split(". ")[0]
     kept = [len({*before.split()} & {*now.split()}) / len({*before.split()}) for before, now in heroes]
