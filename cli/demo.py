@@ -21,7 +21,7 @@ from engine.folders import LOCK, one_writer
 
 # By this file, and what it says, a folder is known as a demo's.
 MARK, MARKED = "demo.txt", "This folder was made by gpt demo, and gpt demo --overwrite may delete it.\n"
-BRIEF = "stories-instruct:brief"
+BRIEF, CHAT = "stories-instruct:brief", "stories-instruct:chat"
 
 
 def demo(
@@ -43,7 +43,7 @@ def demo(
     from cli.demo_report import read_demo, write_demo_report
     from engine.run import RUN_FILES
 
-    run = rf"(base|chat(-(reward|dpo|ppo|grpo|ppo-free))?)/({RUN_FILES.pattern})"
+    run = rf"(base|first|chat(-(reward|dpo|ppo|grpo|ppo-free))?)/({RUN_FILES.pattern})"
     files = rf"(seed-\d+/)?({run}|(reward|dpo|ppo|grpo|ppo-free)\.log|(\.writing-)?result\.json)"
     files = rf"{re.escape(LOCK)}|{files}|report\.md|frontier\.png|{re.escape(MARK)}"
 
@@ -75,11 +75,14 @@ def demo(
 def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[str, list[str]]]:
     """Return the commands by name, in groups that follow each other; those of a group run at the same time."""
     share = 0.5 if short else 1.0
-    base, chat, reward = out / "base", out / "chat", out / "chat-reward"
+    base, first, chat, reward = (out / name for name in ("base", "first", "chat", "chat-reward"))
     pairs = chat / "pairs.jsonl"
     held_out = "--set data.holdout=0.08"
     # A model this small is slower in bf16, and its figures would depend on whether a CPU has bf16.
     quick = f"--precision fp32 --set loop.evaluate_every=1000000 --seed {seed}"
+
+    # With twice the batch, it would not learn in this time to do what is asked for.
+    few_rows = f"--batch 4 {quick}"
 
     def rounds(count: int) -> str:
         # Fresh answers teach more than a second pass over the same ones. The gains of norms are near 1, and so need
@@ -100,11 +103,12 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
     policies = [out / f"chat-{name}" for name in ("dpo", *aligned)]
     return [
         {"pretrain": words("train nano --out", base, f"--tokens 8e5 --set data.final_evaluation_tokens=50000 {quick}")},
-        # With twice the batch, it would not learn in this time to do what is asked for.
-        {"finetune": words("finetune", base, "--out", chat, f"--data {BRIEF} --rate 1 --batch 4 --tokens 6e5 {quick}")},
+        {"finetune": words("finetune", base, "--out", first, f"--data {BRIEF} --rate 1 --tokens 6e5", few_rows)},
+        # Among conversations from the start, 600,000 tokens would not teach it what a hero is to be like.
+        {"go on": words("finetune", first, "--out", chat, f"--data {CHAT} --rate 0.7 --tokens 5e5", few_rows)},
         {
             "pairs": words(
-                "rlhf pairs", chat, f"--prompts {share * 2000:.0f} --answers 4 --seed {seed} --precision fp32"
+                "rlhf pairs", chat, f"--prompts {share * 1200:.0f} --answers 4 --seed {seed} --precision fp32"
             )
         },
         {

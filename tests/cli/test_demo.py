@@ -43,8 +43,9 @@ def test_the_demo_is_made_of_commands_that_gpt_knows(tmp_path: Path, short: bool
     found = [
         [parse(words) for words in group.values()] for group in commands(tmp_path, 3, short=short, control=not short)
     ]
-    assert found[:4] == [["train"], ["finetune"], ["rlhf pairs"], ["reward", "rlhf dpo"]]
-    assert found[4] == ["rlhf ppo", "rlhf grpo", *([] if short else ["rlhf ppo"])] and found[5] == ["rlhf best-of-n"]
+    # It learns to answer first requests, then later ones.
+    assert found[:5] == [["train"], ["finetune"], ["finetune"], ["rlhf pairs"], ["reward", "rlhf dpo"]]
+    assert found[5] == ["rlhf ppo", "rlhf grpo", *([] if short else ["rlhf ppo"])] and found[6] == ["rlhf best-of-n"]
 
 
 def test_commands_run_together_and_one_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def hero(story: str) -> tuple[str, ...]:
 def test_conversations_have_one_to_four_turns_and_are_the_same_again(told: dict[str, list[list[StoryRequest]]]) -> None:
     assert list(islice(story_conversations("test", 7), 3)) == told["test"][7:10]
     turns = [len(some) for some in told["train"]]
-    assert 70 < turns.count(1) < 120 and all(30 < turns.count(more) < 70 for more in (2, 3, 4))
+    assert all(40 < turns.count(each) < 80 for each in (1, 2, 3, 4))
     assert {len(some) for some in islice(story_conversations("test", turns=4), 20)} == {4}
 
 
@@ -56,9 +56,10 @@ def test_what_changes_is_told_carelessly_where_it_is_trained_on(told: dict[str, 
 
 
 def test_an_answer_that_ignores_what_is_asked_next_scores_less(told: dict[str, list[list[StoryRequest]]]) -> None:
-    pairs = [pair for split in HELD_OUT for some in told[split] for pair in pairwise(some)]
+    # Another request may by chance ask for no more than the one before; a change never does.
+    pairs = [(a, b) for split in HELD_OUT for some in told[split] for a, b in pairwise(some) if b.facts.unlike]
     assert all(score_story(now.facts, before.story).total <= 0.85 for before, now in pairs)
-    assert mean(score_story(now.facts, before.story).total for before, now in pairs) < 0.6
+    assert mean(score_story(now.facts, before.story).total for before, now in pairs) < 0.7
 
 
 def test_another_ending_or_hero_is_one_that_was_not_asked_for(told: dict[str, list[list[StoryRequest]]]) -> None:
