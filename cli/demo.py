@@ -94,8 +94,8 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
     critic = "--set alignment.critic_rounds=2 --set alignment.lam=1"
     ppo = words("rlhf ppo", chat, "--reward", reward, critic)
     aligned = {
-        "ppo": [*ppo, *words("--beta 0.35 --rate 3e-4", rounds(32))],
-        "grpo": words("rlhf grpo", chat, "--reward", reward, "--beta 0.35 --rate 1.5e-4", rounds(48)),
+        "ppo": [*ppo, *words("--beta 0.35 --rate 3e-4", rounds(28))],
+        "grpo": words("rlhf grpo", chat, "--reward", reward, "--beta 0.35 --rate 1.5e-4", rounds(40)),
     }
     if control:
         free = words("--out", out / "chat-ppo-free", "--beta 0 --set alignment.kl_budget=1000 --rate 1e-3", rounds(40))
@@ -105,10 +105,10 @@ def commands(out: Path, seed: int, *, short: bool, control: bool) -> list[dict[s
         {"pretrain": words("train nano --out", base, f"--tokens 8e5 --set data.final_evaluation_tokens=50000 {quick}")},
         {"finetune": words("finetune", base, "--out", first, f"--data {BRIEF} --rate 1 --tokens 6e5", few_rows)},
         # Among conversations from the start, 600,000 tokens would not teach it what a hero is to be like.
-        {"go on": words("finetune", first, "--out", chat, f"--data {CHAT} --rate 0.7 --tokens 5e5", few_rows)},
+        {"go on": words("finetune", first, "--out", chat, f"--data {CHAT} --rate 1 --tokens 6e5", few_rows)},
         {
             "pairs": words(
-                "rlhf pairs", chat, f"--prompts {share * 1200:.0f} --answers 4 --seed {seed} --precision fp32"
+                "rlhf pairs", chat, f"--prompts {share * 1000:.0f} --answers 4 --seed {seed} --precision fp32"
             )
         },
         {

@@ -15,7 +15,7 @@ from train.data.stories.requests import ASKED_BRIEF, StoryRequest, fitting_seeds
 from train.data.stories.writer import AskedFacts, Casting, storybook, write_story
 
 TURNS = (1, 2, 3, 4)  # a conversation has one of these numbers; four brief stories fit into 256 tokens
-NEW = 1 / 3  # the share of later requests that are for a new story
+NEW = 1 / 4  # the share of later requests that are for a new story
 HERO = ("name", "kind", "trait")
 CHANGES = ("new_ending", "new_ending", "new_hero", "new_hero", "other_ending", "other_hero")
 
