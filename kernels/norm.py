@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import backend, recomputed
+from kernels.backend import backend, direct, save_inputs
 
 WIDEST = 16384  # what the Triton kernels take, which hold whole rows in registers
 
@@ -68,8 +69,26 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centr
 
 @cache
 def _rms_normalise(eps: float) -> Callable[..., Tensor]:
-    # PyTorch has no RMSNorm in one piece on a CPU: it would keep two copies of x in fp32.
-    return recomputed(partial(_normalise, bias=None, eps=eps, centred=False))
+    # PyTorch has no RMSNorm in one piece on a CPU: it would keep two copies of x in fp32, and its gradient is slow.
+    run: Callable[..., Tensor] = direct(
+        partial(_normalise, bias=None, eps=eps, centred=False),
+        partial(_normalise, bias=None, eps=eps, centred=False),
+        save_inputs,
+        partial(_rms_gradient, eps=eps),
+    )
+    return run
+
+
+def _rms_gradient(ctx: Any, upstream: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, upstream, size = x.to(wide), upstream.to(wide), x.shape[-1]
+    scale = torch.linalg.vecdot(rows, rows).div_(size).add_(eps).rsqrt_()[..., None]
+    normalised, inner = rows * scale, upstream * weight
+    of_weight = (upstream * normalised).flatten(0, -2).sum(0)
+    along = torch.linalg.vecdot(inner, normalised).div_(size)[..., None]
+    of_x = torch.addcmul(inner, normalised, along, value=-1).mul_(scale)
+    return of_x.to(x.dtype), of_weight.to(weight.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:
