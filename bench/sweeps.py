@@ -12,8 +12,6 @@ is cut short still says something: fewer tokens first, rates from the middle out
 import argparse
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import json
 import math
 import statistics
@@ -33,7 +31,7 @@ import torch
 from bench.findings import in_words, summarise
 from bench.harness import Figures, ending_together
 from bench.tuning import PROCESSES, in_processes
-from engine import runtime
+from engine import laws, runtime
 from engine.config import BudgetConfig, OptimizerConfig, Recipe, override, override_text, preset, settings
 from engine.disk import append
 from engine.errors import InputError
@@ -108,11 +106,18 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
     for tokens, seed, rate, (width, blocks), batch, (name, change) in product(
         sorted(budgets), range(given.seeds), rates, shapes, batches, changes.items()
     ):
-        base = override_text(preset("nano"), f"model.width={width}", f"model.heads={max(1, width // HEAD_DIM)}")
-        base = override_text(base, f"model.blocks={blocks}", f"model.vocab_size={vocabulary}", f"loop.batch={batch}")
+        shape: dict[str, Any] = {
+            "width": width,
+            "heads": max(1, width // HEAD_DIM),
+            "blocks": blocks,
+        }
+        nano = preset("nano")
+        base = dataclasses.replace(nano, model=dataclasses.replace(nano.model, vocab_size=vocabulary, **shape))
+        base = override(base, "loop.batch", batch)
         base = dataclasses.replace(base, budget=BudgetConfig(tokens=tokens), precision=given.precision)
         if kind != "helped":
-            base = dataclasses.replace(base, optimizer=law(base, tokens))
+            rates_of = laws.optimizer(base.model, base.tokens_per_step, tokens)
+            base = dataclasses.replace(base, optimizer=rates_of)
         recipe = override_text(base, *given.set, *change)
         optimizer = {each: rate * getattr(recipe.optimizer, each) for each in varied}
         recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **optimizer))
@@ -130,13 +135,6 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
         about = {"kind": kind, "name": name, "varied": given.vary, "rate": rate, "seed": seed, "data": given.data.name}
         found.append(Task({**about, "budget": tokens, "unique_tokens": shards.tokens}, recipe, fingerprint))
     return found
-
-
-def law(recipe: Recipe, tokens: int) -> OptimizerConfig:
-    """Return the rates that the laws give a shape; where there are none yet, nano's, with the head's by its width."""
-    if importlib.util.find_spec("engine.laws"):
-        return importlib.import_module("engine.laws").optimizer(recipe.model, recipe.tokens_per_step, tokens)
-    return dataclasses.replace(recipe.optimizer, head_rate=recipe.optimizer.head_rate * 128 / recipe.model.width)
 
 
 def read_changes(given: Sequence[str]) -> dict[str, list[str]]:

@@ -119,7 +119,9 @@ class ModelConfig(Settings):
     # From here on: what Llama and its relatives have.
     norm: Annotated[Literal["layer", "rms"], "LayerNorm, or RMSNorm, which subtracts no mean."] = "layer"
     mlp: Annotated[Literal["gelu", "gated"], "GELU, or one map times the SiLU of another (SwiGLU)."] = "gelu"
-    mlp_width: Annotated[Count | None, "Numbers within the MLP; none is four times the width."] = None
+    mlp_width: Annotated[
+        Count | None, "Numbers within the MLP; none is four times the width, of a gated one about two thirds of that."
+    ] = None
     key_heads: Annotated[Count | None, "Heads of keys and values, which heads of queries share; none is all."] = None
     head_width: Annotated[Count | None, "Numbers of a head; none is the width divided by the heads."] = None
     qkv_biases: Annotated[bool, "Queries, keys and values alone add biases, as in Qwen2."] = False
@@ -141,6 +143,10 @@ class ModelConfig(Settings):
         Literal["auto", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "smollm3"],
         "What transformers calls such a model; auto is the first that fits.",
     ] = "auto"
+    start: Annotated[
+        Literal["gpt2", "local"],
+        "How weights are drawn: as in GPT-2; or by their inputs, with heads that look at the tokens just before.",
+    ] = "gpt2"
     came_with: Annotated[Count | None, "Tokens of an imported model that has got ours to chat; none is all."] = None
 
     def __post_init__(self) -> None:
@@ -206,7 +212,9 @@ class ModelConfig(Settings):
     @property
     def mlp_columns(self) -> int:
         """Numbers of a token within the MLP."""
-        return self.mlp_width or 4 * self.width
+        # A gated MLP's three maps have no more weights than two of four times the width, and multiples of 32, as
+        # llama.cpp's eight bits have to have.
+        return self.mlp_width or (32 * max(1, self.width // 12) if self.mlp == "gated" else 4 * self.width)
 
     def kind_of(self, layer: int) -> str:
         """Return the letter of a block: see `pattern`."""
@@ -289,17 +297,21 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """AdamW for embedding, head and norms; Muon (or AdamW too) for the matrices inside the blocks."""
+    """AdamW for norms; Muon or AdamW for matrices."""
 
-    kind: Annotated[Literal["muon", "adamw"], "What learns the matrices inside the blocks."] = "muon"
+    kind: Annotated[
+        Literal["muon", "normuon", "adamw"],
+        "What learns the matrices inside the blocks, and of normuon embedding and head too.",
+    ] = "muon"
     embedding_rate: Annotated[Weight, "Learning rate of the embedding at its highest."] = 0.01
     head_rate: Annotated[Weight, "Learning rate of the head at its highest."] = 0.003
     norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
     matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
     critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
     adapter_rate: Annotated[Weight, "Learning rate of adapters (lora.rank) at its highest, by AdamW."] = 3e-3
-    beta1: Annotated[Decay, "AdamW's decay of the mean of gradients."] = 0.9
-    beta2: Annotated[Decay, "AdamW's decay of the mean of squared gradients."] = 0.95
+    momentum: Annotated[Decay, "Muon's decay of the mean of gradients, in matrices inside the blocks."] = 0.95
+    beta1: Annotated[Decay, "AdamW's decay of the mean of gradients, and normuon's in embedding and head."] = 0.9
+    beta2: Annotated[Decay, "AdamW's decay of the mean of squared gradients, and normuon's of rows."] = 0.95
     eps: Annotated[Positive, "What AdamW adds to the denominator."] = 1e-10
     weight_decay: Annotated[Weight, "Decoupled weight decay of matrices."] = 0.1
     clip: Annotated[Positive, "The norm that gradients are clipped to."] = 1.0
@@ -481,30 +493,34 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield prefix + name, getattr(config, name, ...), marks[-1]
 
 
+# What all presets have in common: Qwen3's block, which learns more from each token than GPT-NeoX's at the same cost
+# (bench/README.md, "What helped and what did not").
+BLOCK: dict[str, Any] = {"norm": "rms", "mlp": "gated", "qk_norm": True, "start": "local"}
 PRESETS = {
     "nano": Recipe(
         name="nano",
-        model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256),
+        model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256, **BLOCK),
         data=DataConfig(source="stories", documents=100_000),
         budget=BudgetConfig(tokens=3_000_000),
         # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
-        optimizer=OptimizerConfig(embedding_rate=0.02, head_rate=0.01),
+        optimizer=OptimizerConfig("normuon", embedding_rate=0.03, head_rate=0.005, momentum=0.9, beta1=0.8),
         loop=LoopConfig(batch=8),
     ),
     # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.
     "tiny": Recipe(
         name="tiny",
-        model=ModelConfig(vocab_size=28_000, width=256, blocks=12, heads=8, context=256),
+        model=ModelConfig(vocab_size=28_000, width=256, blocks=12, heads=8, context=256, **BLOCK),
         data=DataConfig(source="tinystories", fallback="stories"),
+        optimizer=OptimizerConfig("normuon", embedding_rate=0.015, head_rate=0.0025),
         budget=BudgetConfig(epochs=6),
         loop=LoopConfig(batch=178, log_every=10),
     ),
     # The reference model's recipe: 7 billion tokens of the DSIR-filtered Pile, 30 rows of 512 a step, loss 2.0.
     "large": Recipe(
         name="large",
-        model=ModelConfig(vocab_size=28_000, width=1024, blocks=24, heads=16, context=512),
+        model=ModelConfig(vocab_size=28_000, width=1024, blocks=24, heads=16, context=512, **BLOCK),
         data=DataConfig(source="dsir-pile", fallback="stories"),
-        optimizer=OptimizerConfig(embedding_rate=0.006, head_rate=0.001),
+        optimizer=OptimizerConfig("normuon", embedding_rate=0.01, head_rate=0.0006),
         budget=BudgetConfig(tokens=7_000_000_000),
         loop=LoopConfig(batch=30, log_every=10),
     ),

@@ -215,7 +215,7 @@ def _lost(config: ModelConfig, family: str) -> list[str]:
         return ["head_width"]
     mine, found = _in_full(config), _in_full(back)
     # Zeros stand for the biases that GPT-NeoX cannot do without.
-    free = {"family", "came_with", *(["biases"] if family == "gpt_neox" else [])}
+    free = {"family", "came_with", "start", *(["biases"] if family == "gpt_neox" else [])}
     return [key for key in mine if mine[key] != found[key] and key not in free]
 
 

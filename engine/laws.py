@@ -117,7 +117,6 @@ def shape(depth: int) -> ModelConfig:
         width=width,
         heads=width // (64 if width >= 512 else 32),
         # Three maps of a gated MLP have the weights of two that are four times as wide (Shazeer, arXiv:2002.05202).
-        mlp_width=8 * math.ceil(width / 3) if TUNED.model.mlp == "gated" else None,
         vocab_size=min(MOST_VOCABULARY, 1024 * round(pieces / 1024)),
         context=512 if width >= 512 else TUNED.model.context,
     )

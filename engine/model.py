@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.initial import draw
 from engine.runtime import free_memory
 from kernels import (
     decode_attention,
@@ -299,22 +300,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.blocks))
         self.final_norm = norm_of(config)
         self.head = Linear(config.width, config.outputs) if config.own_head else None
-        self.initialise()
+        draw(self, config)
 
     @property
     def head_weight(self) -> Tensor:
         """The matrix that gives scores, [V, C]: the head's own, or the embedding."""
         return self.embedding.weight if self.head is None else self.head.weight
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Draw weights with standard deviation 0.02 (GPT-2); what writes to the residual stream is scaled by depth."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 2:
-                writes_to_residual = name.endswith(("attention.output.weight", "mlp.contract.weight"))
-                parameter.normal_(std=0.02 / (math.sqrt(2 * self.config.blocks) if writes_to_residual else 1.0))
 
     def forward(
         self,

@@ -33,7 +33,7 @@ class Setup:
     """A step as one of `ranks` processes runs it. `tokens` are those of one forward and backward pass on this rank."""
 
     model: ModelConfig
-    optimizer: Literal["muon", "adamw"]
+    optimizer: Literal["muon", "normuon", "adamw"]
     tokens: int
     element_size: int = 4  # bytes of a number that matrices are multiplied in; parameters are kept in fp32
     gpu: bool = True
@@ -73,8 +73,10 @@ def elements(setup: Setup) -> tuple[int, int, int]:
     whole = model.blocks * sum(rows * columns for rows, columns in stacked)
     vectors = model.parameters - whole - sum(rows * columns for rows, columns in tables)
     inside, outside = (sum(-(-rows // ranks) * columns for rows, columns in group) for group in (stacked, tables))
-    each, rest = divmod(vectors, model.width)
-    return model.blocks * inside, outside, each * -(-model.width // ranks) + rest
+    of_heads = 2 * model.blocks if model.qk_norm else 0
+    each, rest = divmod(vectors - of_heads * model.head_dim, model.width)
+    shares = each * -(-model.width // ranks) + of_heads * -(-model.head_dim // ranks)
+    return model.blocks * inside, outside, shares + rest
 
 
 def learning(setup: Setup) -> tuple[int, int]:
@@ -129,7 +131,9 @@ def saved_state(setup: Setup) -> Parts:
     """
     inside, tables, vectors = elements(setup)
     of_matrices, of_rest = learning(setup)
-    optimizer = 8 * of_rest + (4 if setup.optimizer == "muon" else 8) * of_matrices
+    optimizer = 8 * of_rest + (8 if setup.optimizer == "adamw" else 4) * of_matrices
+    if setup.optimizer == "normuon" and not setup.lora.rank:
+        optimizer -= 4 * tables  # one moment, as of matrices; a mean for each row is next to nothing
     if setup.lora.rank:
         return {"weights": setup.element_size * (inside + tables) + 4 * (vectors + of_rest), "optimizer": optimizer}
     return {"weights": 4 * (inside + tables + vectors), "optimizer": optimizer}
@@ -236,17 +240,21 @@ def _orthogonalisation(setup: Setup) -> int:
     """Return what Muon works in, all matrices of one shape at a time: the updates one by one and stacked, in fp32; x,
     its successor, and two products with as many rows and columns as the shorter side, in the products' dtype.
 
-    Sharded, each rank is taken to orthogonalise its share of the matrices, whole.
+    Sharded, each rank is taken to orthogonalise its share of the matrices, whole. Of a table, an update and a product.
     """
     if setup.optimizer == "adamw" or setup.lora.rank:
         return 0
     ranks, size = setup.ranks if setup.shard else 1, setup.element_size
     # Of maps of several sizes that are stacked in one matrix, those of one size are worked on at a time.
+    table = 2 * 4 * -(-setup.model.vocab_size // ranks) * setup.model.width if setup.optimizer == "normuon" else 0
     return max(
-        -(-setup.model.blocks * count // ranks)
-        * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
-        for outputs, columns in setup.model.maps().values()
-        for count, rows in _alike(outputs)
+        table,
+        *(
+            -(-setup.model.blocks * count // ranks)
+            * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
+            for outputs, columns in setup.model.maps().values()
+            for count, rows in _alike(outputs)
+        ),
     )
 
 
@@ -354,10 +362,16 @@ def ring_seconds(bytes: float, ranks: int, passes: int, speed: float) -> float:
 
 def muon_flops(recipe: Recipe, steps: int = 5) -> int:
     """Count one update of all matrices: per step of Newton-Schulz two products with the matrix, one of its square."""
-    if recipe.optimizer.kind != "muon" or recipe.lora.rank:
+    model = recipe.model
+    if recipe.optimizer.kind == "adamw" or recipe.lora.rank:
         return 0
-    each = ((count, min(rows, columns), max(rows, columns)) for count, rows, columns in matrices(recipe.model))
-    return recipe.model.blocks * steps * sum(count * (4 * s * s * long + 2 * s**3) for count, s, long in each)
+    each = ((count, min(rows, columns), max(rows, columns)) for count, rows, columns in matrices(model))
+    inside = model.blocks * steps * sum(count * (4 * s * s * long + 2 * s**3) for count, s, long in each)
+    if recipe.optimizer.kind == "muon":
+        return inside
+    # Of embedding and head the Gram matrix and what it makes of the update, and its own four products a step.
+    tables = (model.vocab_size, model.outputs)[: 1 + model.own_head]
+    return inside + sum(4 * rows * model.width**2 + 8 * steps * model.width**3 for rows in tables)
 
 
 @dataclass(frozen=True)

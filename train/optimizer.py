@@ -1,7 +1,7 @@
-"""What takes a step: Muon for matrices inside blocks, AdamW for other weights; the schedule; the length of a run."""
+"""What takes a step: Muon for matrices, AdamW for other weights; the schedule; the length of a run."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from engine.config import BudgetConfig, OptimizerConfig, ScheduleConfig
 from engine.model import Linear
 from engine.runtime import Runtime
-from train.parallel import exchange_rows, local, share_like
+from train.parallel import exchange_rows, local, share_like, sum_of_shares
+
+Polynomials = tuple[tuple[float, float, float], ...]
+# Polynomials a x + b x^3 + c x^5, one after another, which bring singular values of 0.001 to 1 near 1 faster than one
+# polynomial over and over: the first five of Polar Express (Amsel et al., arXiv:2505.16932, algorithm 1).
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
 
 
 class Budget:
@@ -83,25 +94,74 @@ class Muon(torch.optim.Muon):
                 self._step_batch(group, parameters)
 
     def _step_batch(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        updates = self._momentum(group, parameters)
+        polynomials = (group["ns_coefficients"],) * group["ns_steps"]
+        directions = self._directions(group, parameters[0], updates, polynomials)
+        self._apply(group, parameters, directions)
+
+    def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> Sequence[Tensor]:
+        """Return this process's shares of the gradients, made steadier by momentum."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        return torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
 
+    def _directions(
+        self, group: dict[str, Any], like: Tensor, updates: Sequence[Tensor], polynomials: Polynomials
+    ) -> Tensor:
         # Of a sharded matrix each process holds and updates some rows. But singular values belong to a whole matrix:
         # the processes exchange rows for whole matrices, orthogonalise a few of these each, and exchange them back.
-        like = parameters[0]
-        matrices = exchange_rows(torch.stack(updates), like, len(updates))
-        iteration = (group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
+        matrices = exchange_rows(torch.stack([*updates]), like, len(updates))
+        iteration = (polynomials, group["eps"], self.dtype)
         directions = _orthogonalise_parts(matrices, group.get("parts", (like.shape[0],)), *iteration)
-        directions = exchange_rows(directions, like, len(updates), back=True)
+        return exchange_rows(directions, like, len(updates), back=True)
 
+    def _apply(self, group: dict[str, Any], parameters: list[Tensor], directions: Tensor) -> None:
         shares = [local(parameter) for parameter in parameters]
-        torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(shares, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(shares, list(directions), alpha=-group["lr"])
+
+
+class NorMuon(Muon):
+    """Muon whose every row of a matrix takes steps of one length (Li et al., arXiv:2510.05491), for tables as well.
+
+    A row is what one neuron, or one token, reads or writes. It is divided by its running root mean square, so that rows
+    with rare or small gradients learn as fast as others. A rate is then by how much the entries of a table change, as
+    in AdamW; those of a map change by the rate over the root of its inputs, which is as much as in Muon.
+
+    In groups that are a `table` (embedding or head: a row for each token, few columns) the columns of an update are
+    made orthogonal by their Gram matrix alone. Hidden states have a large part in common, and AdamW learns little
+    else at first.
+    """
+
+    def _step_batch(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        updates, like = self._momentum(group, parameters), parameters[0]
+        if group["table"]:
+            roots = [equaliser(sum_of_shares(update.mT @ update, like)) for update in updates]
+            tables = torch.stack([*updates]) if len(updates) > 1 else updates[0][None]
+            directions = tables @ torch.stack(roots)
+        else:
+            directions = self._directions(group, like, updates, POLAR_EXPRESS)
+        inputs = like.shape[1]
+        squares = torch.linalg.vecdot(directions, directions).div_(inputs)[..., None]
+        means = [local(self._row_square(each, square)) for each, square in zip(parameters, squares, strict=True)]
+        torch._foreach_lerp_(means, list(squares), 1 - group["row_decay"])
+        lengths = torch.stack(means).sqrt_().clamp_(min=1e-12)
+        if not group["table"]:
+            lengths *= inputs**0.5
+        self._apply(group, parameters, directions.div_(lengths))
+
+    def _row_square(self, parameter: Tensor, square: Tensor) -> Tensor:
+        """Return the running mean square of a parameter's rows, which begins with the first one. [rows, 1]"""
+        state = self.state[parameter]
+        if "row_square" not in state:
+            state["row_square"] = parameter.detach().sum(1, keepdim=True)  # to be sharded as the parameter is
+            local(state["row_square"]).copy_(square)
+        return state["row_square"]
 
 
 def _orthogonalise_parts(matrices: Tensor, parts: tuple[int, ...], *iteration: Any) -> Tensor:
@@ -118,19 +178,32 @@ def _orthogonalise_parts(matrices: Tensor, parts: tuple[int, ...], *iteration: A
     return directions if rows <= columns else directions.mul_((rows / columns) ** 0.5)
 
 
-def orthogonalise(
-    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Push the singular values of each matrix in [K, rows, columns] towards 1 by a quintic Newton-Schulz iteration."""
-    a, b, c = coefficients
+def orthogonalise(matrices: Tensor, polynomials: Polynomials, eps: float, dtype: torch.dtype) -> Tensor:
+    """Push the singular values x of each matrix in [K, rows, columns] towards 1, by a x + b x^3 + c x^5 for a, b, c of
+    each polynomial (a Newton-Schulz iteration)."""
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def equaliser(gram: Tensor) -> Tensor:
+    """Return about gram^-1/2, [C, C]: a matrix with this Gram matrix, times it, has singular values near 1.
+
+    The iteration of `orthogonalise` with other polynomials, whose every product is of [C, C]: a polynomial of a
+    matrix's singular values is that matrix times a polynomial of its Gram matrix.
+    """
+    # The trace is at least the largest eigenvalue.
+    scale = gram.trace().clamp(min=torch.finfo(gram.dtype).tiny)
+    gram, root = gram / scale, torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for a, b, c in POLAR_EXPRESS:
+        now = root @ gram @ root
+        root = torch.addmm(root, root, torch.addmm(now, now, now, beta=b, alpha=c), beta=a)
+    return root / scale.sqrt()
 
 
 class Optimizer:
@@ -155,25 +228,32 @@ class Optimizer:
         groups: dict[str, list[nn.Parameter]] = {role: [] for role in roles}
         for name, parameter in learning.items():
             groups[_role(name, parameter)].append(parameter)
-        matrices = groups.pop("matrix") if config.kind == "muon" else []
         # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
         decays = dict.fromkeys(groups, 0.0) | {"matrix": config.weight_decay}
-        adam = [
-            {"params": parameters, "lr": getattr(config, f"{role}_rate"), "weight_decay": decays[role]}
+        by_muon = {"muon": ("matrix",), "normuon": ("matrix", "embedding", "head")}.get(config.kind, ())
+        options = {
+            role: {"lr": getattr(config, f"{role}_rate"), "weight_decay": decays[role]}
             for role, parameters in groups.items()
             if parameters
-        ]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-        ]
-        if matrices:
-            stacked = {each.weight: each.outputs for each in model.modules() if isinstance(each, Linear)}
+        }
+        adam = [{"params": groups[role], **each} for role, each in options.items() if role not in by_muon]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if adam:
+            self.optimizers += [torch.optim.AdamW(adam, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)]
+        stacked = {each.weight: each.outputs for each in model.modules() if isinstance(each, Linear)}
+        muon: list[dict[str, Any]] = []
+        for role in by_muon:
             by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for each in matrices:
-                by_parts.setdefault(stacked[each], []).append(each)
-            parts = [{"params": those, "parts": sizes} for sizes, those in by_parts.items()]
-            options = {"lr": config.matrix_rate, "weight_decay": config.weight_decay}
-            self.optimizers.append(Muon(parts, dtype=matmul_dtype, **options))
+            for each in groups[role]:
+                by_parts.setdefault(stacked[each] if role == "matrix" else (), []).append(each)
+            muon += [{"params": those, "parts": parts, **options[role]} for parts, those in by_parts.items()]
+        if muon and config.kind == "muon":
+            self.optimizers.append(Muon(muon, dtype=matmul_dtype, momentum=config.momentum))
+        elif muon:
+            for group in muon:
+                group |= {"table": not group["parts"], "row_decay": config.beta2}
+                group |= {"momentum": config.beta1 if group["table"] else config.momentum}
+            self.optimizers.append(NorMuon(muon, dtype=matmul_dtype))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
@@ -228,7 +308,7 @@ class Optimizer:
             name, _, entry = key.rpartition("/")
             optimizer, parameter = owners[name]
             # Fused AdamW counts its steps on the device of the parameter.
-            own = share_like(parameter, tensor) if tensor.shape == parameter.shape else tensor
+            own = share_like(parameter, tensor) if tensor.ndim == parameter.ndim else tensor
             optimizer.state[parameter][entry] = own.to(parameter.device, copy=True)
 
 

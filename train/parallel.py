@@ -205,6 +205,15 @@ def exchange_rows(stack: Tensor, like: Tensor, count: int, *, back: bool = False
     return dealt.redistribute(placements=[after]).to_local()
 
 
+def sum_of_shares(own: Tensor, like: Tensor) -> Tensor:
+    """Return the sum over all processes of what each has made of its share of a tensor sharded as `like`."""
+    if not sharded(like):
+        return own
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(own, like.device_mesh, [Partial()]).full_tensor()  # type: ignore[attr-defined]
+
+
 def whole_on_host(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """Return a copy of all weights in the main process's CPU memory; the others only send their shares, one by one."""
     gathered = ((name, whole(tensor.detach())) for name, tensor in module.state_dict().items())

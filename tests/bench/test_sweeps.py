@@ -54,12 +54,12 @@ def test_each_shape_is_trained_at_each_rate_fewest_tokens_and_middle_rates_first
 
 def test_changes_are_compared_with_a_base_that_has_what_all_runs_are_given(data: Path, tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text(json.dumps({"slow": ["optimizer.matrix_rate=0.01"]}))
-    change = ["gated=model.mlp=gated,model.mlp_width=24", str(tmp_path / "more.json")]
+    change = ["plain=model.mlp=gelu,model.mlp_width=24", str(tmp_path / "more.json")]
     given = options(data, "helped", change=change, shapes="128x4", rates="1", seeds=2, set=["loop.log_every=5"])
-    base, gated, slow = (task.recipe for task in sweeps.tasks("helped", given)[:3])
-    assert (base.model.mlp, gated.model.mlp, gated.model.mlp_width) == ("gelu", "gated", 24)
-    assert base.optimizer == gated.optimizer == preset("nano").optimizer and slow.optimizer.matrix_rate == 0.01
-    assert {each.loop.log_every for each in (base, gated, slow)} == {5}
+    base, plain, slow = (task.recipe for task in sweeps.tasks("helped", given)[:3])
+    assert (base.model.mlp, plain.model.mlp, plain.model.mlp_width) == ("gated", "gelu", 24)
+    assert base.optimizer == plain.optimizer == preset("nano").optimizer and slow.optimizer.matrix_rate == 0.01
+    assert {each.loop.log_every for each in (base, plain, slow)} == {5}
     with pytest.raises(InputError, match=r"--set model\.wide"):
         sweeps.tasks("helped", options(data, "helped", change=["wrong=model.wide=24"]))
 
@@ -81,7 +81,7 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
     (run,) = sweeps.read([out])
     assert run == json.loads(json.dumps(lines[0]))
     model = wanted[0].recipe.model
-    assert run["parameters"] == model.parameters and run["block_parameters"] == 12 * 32**2
+    assert run["parameters"] == model.parameters and run["block_parameters"] == 4 * 32**2 + 3 * 32 * 64
     assert run["tokens"] == 4 * run["tokens_per_step"] == 2048
     assert run["rates"]["matrix_rate"] == wanted[0].recipe.optimizer.matrix_rate
     assert run["validation"][-1] == [2048, round(run["bits_per_byte"], 4)] and len(run["validation"]) == 4

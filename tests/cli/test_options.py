@@ -187,6 +187,13 @@ def test_every_option_and_setting_that_a_message_names_is_one() -> None:
         "--tb",
         "--continue-on-collection-errors",
         "--output-format",
+        "--held-out",  # of bench.sweeps
+        "--vary",
+        "--rates",
+        "--change",
+        "--shapes",
+        "--batches",
+        "--workers",
         "model.safetensors",
         "optimizer.safetensors",
         "model.decode_int8",

@@ -176,7 +176,7 @@ def test_samples_settings_and_the_best_of_n(runs: Path, ask: Ask) -> None:
     assert found["best_of_n"] == {"best of n": points}
     fox, owl = "> Who?\n\nA <b>fox</b> at 10.", "An owl."
     assert ask(f"/samples/{found['id']}")[1] == {"step": 10, "texts": [fox, owl]}
-    assert ask(f"/settings/{found['id']}")["optimizer.kind"] == "muon"
+    assert ask(f"/settings/{found['id']}")["optimizer.kind"] == "normuon"
     (run / "best-of-n.json").write_text("[]")
     assert named(ask)["a"]["best_of_n"] == {}
 

@@ -47,7 +47,7 @@ def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
     assert chart(page, "Reward").is_hidden() and chart(page, "Memory").is_visible()
     differ = page.locator("#differ")
     differ.get_by_text("1 setting differs").click()
-    expect(differ).to_contain_text(re.compile("optimizer.kind(muonadamw|adamwmuon)"))
+    expect(differ).to_contain_text(re.compile("optimizer.kind(normuonadamw|adamwnormuon)"))
     add_steps(runs / "first", range(21, 26), 20)
     expect(loss).to_contain_text("1.16 ● 1.26")
     choose(page, "second")

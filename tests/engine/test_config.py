@@ -29,7 +29,7 @@ from engine.model import GPT
 @pytest.mark.parametrize(
     ("name", "shape", "millions"),
     [
-        ("nano", (4096, 128, 4, 4, 256), 1.8),
+        ("nano", (4096, 128, 4, 4, 256), 1.84),
         ("tiny", (28_000, 256, 12, 8, 256), 23.8),
         ("large", (28_000, 1024, 24, 16, 512), 359),
     ],

@@ -28,6 +28,7 @@ LORA = LoraConfig(rank=8)
 SETUPS = {
     "many activations": Setup(ModelConfig(1024, 64, 4, 4, 128), "muon", 1024),
     "a large vocabulary": Setup(ModelConfig(16384, 64, 1, 4, 32), "adamw", 64),
+    "one optimizer for all matrices": Setup(ModelConfig(2048, 64, 2, 4, 64), "normuon", 256),
     "wide, so that the optimizer's work is the peak": Setup(ModelConfig(2048, 256, 3, 8, 64), "muon", 128),
     "gradients added up": Setup(ModelConfig(512, 96, 2, 2, 64), "adamw", 512, accumulate=True),
     "checkpointing": Setup(ModelConfig(512, 64, 6, 4, 128), "muon", 1024, checkpointing=True),

@@ -37,7 +37,8 @@ SMALLER = {
     "gpt train tiny": f"--data stories --steps 1 --set loop.batch=2 {SMALL_MODEL} {SMALL_DATA}",
     "gpt train large": f"--data stories --steps 1 --set loop.batch=2 --gpus 1 --overwrite {SMALL_MODEL} {SMALL_DATA}",
     "gpt generate": "--max-tokens 8",
-    "gpt finetune": f"--data stories-instruct:brief --steps 1 --set loop.batch=2 {SMALL_DATA}",
+    # Long enough that answers end, so that they are pairs.
+    "gpt finetune": f"--data stories-instruct:brief --steps 30 --set loop.batch=4 {SMALL_DATA}",
     "gpt evaluate": "--tokens 500 --count 4",
     "gpt rlhf pairs": "--prompts 40 --answers 4 --judge runs/judge",
     "gpt reward": "--steps 1 --batch 2",
