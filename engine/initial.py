@@ -40,9 +40,10 @@ def draw(model: Any, config: ModelConfig) -> None:
 def _look_back(model: Any, config: ModelConfig) -> None:
     """Make some heads attend to the token before, or one of the two before that, from the first step on.
 
-    Which they would learn first anyway (compare Trockman and Kolter, arXiv:2305.09828, for what attention learns). All
-    embeddings get a part in common. From it such a head makes queries and keys that are the same for all tokens; their
-    angle is such that rotary positions turn them onto each other at the distance.
+    Heads of trained models often do, and then need not find it out. (Trockman and Kolter, arXiv:2305.09828, begin with
+    what attention learns in another way.) All embeddings get a part in common. From it such a head makes queries and
+    keys that are the same for all tokens; their angle is such that rotary positions turn them onto each other at the
+    distance.
     """
     width, size, keys = config.width, config.head_dim, config.kv_heads
     device = model.embedding.weight.device

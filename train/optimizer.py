@@ -14,7 +14,7 @@ from train.parallel import exchange_rows, local, share_like, sum_of_shares
 
 Polynomials = tuple[tuple[float, float, float], ...]
 # Polynomials a x + b x^3 + c x^5, one after another, which bring singular values of 0.001 to 1 near 1 faster than one
-# polynomial over and over: the first five of Polar Express (Amsel et al., arXiv:2505.16932, algorithm 1).
+# polynomial over and over: the first five of Polar Express, as published (Amsel et al., arXiv:2505.16932).
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -134,8 +134,8 @@ class NorMuon(Muon):
     in AdamW; those of a map change by the rate over the root of its inputs, which is as much as in Muon.
 
     In groups that are a `table` (embedding or head: a row for each token, few columns) the columns of an update are
-    made orthogonal by their Gram matrix alone. Hidden states have a large part in common, and AdamW learns little
-    else at first.
+    made orthogonal by their Gram matrix alone. Hidden states have a large part in common; without this the gradients
+    of all rows are mostly of that.
     """
 
     def _step_batch(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
