@@ -97,7 +97,7 @@ def test_weights_and_tokens_gain_alike_at_the_length_that_suits_a_size() -> None
         n, d = (model.matmul_parameters - model.outputs * model.width) / 1e6, laws.optimal_tokens(model, text) / 1e6
         of_weights = law.weights_power * law.of_weights / n**law.weights_power
         assert of_weights == pytest.approx(law.tokens_power * law.of_tokens / d**law.tokens_power, rel=1e-3)
-    assert laws.optimal_tokens(laws.shape(6), "my.txt") == laws.optimal_tokens(laws.shape(6), "dsir-pile")
+    assert laws.optimal_tokens(laws.shape(6), "my.txt") == laws.optimal_tokens(laws.shape(6), "tinystories")
 
 
 def test_the_references_loss_is_said_in_bits_per_byte() -> None:
