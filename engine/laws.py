@@ -25,12 +25,13 @@ class Powers:
 
 # Muon's step has the same spectral norm at every width, so its rate stays (Bernstein and Newhouse, arXiv:2409.20325).
 # A table's rate stays as well, and a head's falls with its inputs (muP). With a batch rates rise by its root (Malladi
-# et al., arXiv:2205.10287); with the length of a run they fall (Bjorck et al., arXiv:2409.19913).
+# et al., arXiv:2205.10287); with the length of a run they fall (Bjorck et al., arXiv:2409.19913). Width, depth and
+# length are measured (bench/README.md, "Rates that transfer"); the batch is not.
 RATES = {
-    "matrix_rate": Powers(depth=-0.3, batch=0.5, tokens=-0.32),
-    "embedding_rate": Powers(batch=0.5, tokens=-0.32),
-    "head_rate": Powers(width=-1.0, batch=0.5, tokens=-0.32),
-    "norm_rate": Powers(batch=0.5, tokens=-0.32),
+    "matrix_rate": Powers(depth=-0.3, batch=0.5, tokens=-0.25),
+    "embedding_rate": Powers(batch=0.5, tokens=-0.25),
+    "head_rate": Powers(width=-1.0, batch=0.5, tokens=-0.25),
+    "norm_rate": Powers(batch=0.5, tokens=-0.25),
 }
 # Below so many tokens of a run rates rise no further: nothing was measured there, and they would explode.
 LEAST_TOKENS = 300_000
@@ -101,6 +102,8 @@ ORIGIN = "nano's, carried to this width, depth, batch and length by the powers i
 # What was tuned, and for which length of a run (bench/README.md, "What helped and what did not").
 TUNED = PRESETS["nano"]
 TUNED_TOKENS = 598_016
+# Nano's batch is right for runs up to its own budget: steps of 4 rows learn hardly more from a token.
+BATCH_TOKENS = TUNED.budget.tokens or 0
 
 
 def shape(depth: int) -> ModelConfig:
@@ -128,7 +131,7 @@ def shape_of_parameters(parameters: float) -> ModelConfig:
 
 def batch(tokens: float, context: int, multiple: int = 1) -> int:
     """Return the rows of a step for a run of so many tokens: a multiple of the processes that share them."""
-    wanted: float = TUNED.tokens_per_step * (tokens / TUNED_TOKENS) ** BATCH_POWER
+    wanted: float = TUNED.tokens_per_step * (tokens / BATCH_TOKENS) ** BATCH_POWER
     rows: float = min(max(wanted, LEAST_BATCH), MOST_BATCH) / context
     # Many rows are cut among GPUs, and into passes.
     each = math.lcm(multiple, 8 if rows >= 32 else 1)
@@ -173,7 +176,7 @@ def explain(recipe: Recipe, tokens: float, size: str, length: str, processes: in
     """
     model, own = recipe.model, shape(recipe.model.blocks)
     rows = batch(tokens, model.context, processes)
-    ratio = f"{TUNED.tokens_per_step:,} x ({tokens:,.0f} / {TUNED_TOKENS:,} tokens)^{BATCH_POWER:g}"
+    ratio = f"{TUNED.tokens_per_step:,} x ({tokens:,.0f} / {BATCH_TOKENS:,} tokens)^{BATCH_POWER:g}"
     pieces = f"{TUNED.model.vocab_size:,} x ({model.blocks} / {TUNED.model.blocks})^{VOCABULARY_POWER:g}"
     lines = (
         ("width", model.width, own.width, f"{ASPECT} for each block, in multiples of 64 from 512 on"),
