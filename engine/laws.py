@@ -34,7 +34,7 @@ RATES = {
     "norm_rate": Powers(batch=0.5, tokens=-0.25),
 }
 # Below so many tokens of a run rates rise no further: nothing was measured there, and they would explode.
-LEAST_TOKENS = 300_000
+LEAST_TOKENS = 150_000
 # A built-in story has at least so many tokens.
 TOKENS_PER_STORY = 150
 # Tokens a step grow by this power of the tokens of the run (Zhang et al., arXiv:2410.21676), between two bounds.
