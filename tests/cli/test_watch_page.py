@@ -43,7 +43,7 @@ def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
     expect(page.locator("#runs")).to_contain_text(
         re.compile("second.*stopped.*first.*done|first.*done.*second.*stopped")
     )
-    expect(page.locator("#table")).to_contain_text("1.84M")
+    expect(page.locator("#table")).to_contain_text("1.8M")
     assert chart(page, "Reward").is_hidden() and chart(page, "Memory").is_visible()
     differ = page.locator("#differ")
     differ.get_by_text("1 setting differs").click()
@@ -59,7 +59,7 @@ def test_runs_lie_over_one_another_and_grow(page: Any, runs: Path) -> None:
 def test_a_chart_is_read_with_the_keyboard_and_zoomed_with_the_others(page: Any) -> None:
     rate = chart(page, "Learning rate")
     page.get_by_text("steps", exact=True).first.click()
-    expect(page.locator("#table")).to_contain_text("1.84M")
+    expect(page.locator("#table")).to_contain_text("1.8M")
     rate.get_by_role("img").focus()
     page.keyboard.press("ArrowLeft")
     expect(rate.locator(".at")).to_have_text("step 19")
