@@ -79,7 +79,7 @@ def test_more_weights_and_more_tokens_forecast_less_and_what_is_beyond_the_measu
     assert bits(4, most, rate=1.0).middle == pytest.approx(bits(4, most).middle * (1 + laws.UNDECAYED))
     assert laws.forecast(laws.shape(4), 0.9e6 * law.tokens[0], "tinystories") is None
     assert laws.forecast(laws.shape(4), 1e9, "my.txt") is None
-    assert str(laws.Forecast(0.9, 1.0, 1.1)) == "1.000 bits per byte (0.900 to 1.100)"
+    assert str(laws.Forecast(0.9, 1.0, 1.1)) == "1.000 bits per byte (0.900 to 1.100; ASSUMED powers)"
 
 
 def test_text_that_comes_again_counts_less_and_less() -> None:

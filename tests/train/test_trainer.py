@@ -37,7 +37,7 @@ def test_a_run_on_known_text_says_what_it_should_reach_and_that_it_does_not(
     monkeypatch.setitem(LOSSES, small.data.source, easy)
     _, known = train(override(small, "loop.samples", 0), "known")
     said = [line for line in known.said if "forecast" in line]
-    assert said[0] == "forecast   0.100 bits per byte (0.085 to 0.118) at the end"
+    assert said[0] == "forecast   0.100 bits per byte (0.085 to 0.118; ASSUMED powers) at the end"
     assert len(said) == 2 and "bits per byte are above the forecast of this step" in said[1]
 
 
