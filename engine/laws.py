@@ -1,8 +1,8 @@
 """From one number to a recipe: a model's shape, learning rates, batch and length, and the loss to expect of it.
 
 It is arithmetic, without a tensor. What is tuned is tuned small, on nano, and carried to other sizes by power laws
-(Yang et al., arXiv:2203.03466). All constants stand in the table below, and a test holds it to what bench/sweeps.py has
-measured: bench/results/laws.json.
+(Yang et al., arXiv:2203.03466). All constants stand in the table below, which says what is measured
+(bench/README.md) and what is assumed. A test holds the losses to bench/results/laws.json, once there is one.
 """
 
 import math
@@ -118,7 +118,6 @@ def shape(depth: int) -> ModelConfig:
         blocks=depth,
         width=width,
         heads=width // (64 if width >= 512 else 32),
-        # Three maps of a gated MLP have the weights of two that are four times as wide (Shazeer, arXiv:2002.05202).
         vocab_size=min(MOST_VOCABULARY, 1024 * round(pieces / 1024)),
         context=512 if width >= 512 else TUNED.model.context,
     )

@@ -70,12 +70,8 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centr
 @cache
 def _rms_normalise(eps: float) -> Callable[..., Tensor]:
     # PyTorch has no RMSNorm in one piece on a CPU: it would keep two copies of x in fp32, and its gradient is slow.
-    run: Callable[..., Tensor] = direct(
-        partial(_normalise, bias=None, eps=eps, centred=False),
-        partial(_normalise, bias=None, eps=eps, centred=False),
-        save_inputs,
-        partial(_rms_gradient, eps=eps),
-    )
+    normalise = partial(_normalise, bias=None, eps=eps, centred=False)
+    run: Callable[..., Tensor] = direct(normalise, normalise, save_inputs, partial(_rms_gradient, eps=eps))
     return run
 
 
