@@ -127,6 +127,11 @@ class ModelConfig(Settings):
     qkv_biases: Annotated[bool, "Queries, keys and values alone add biases, as in Qwen2."] = False
     qk_norm: Annotated[bool, "RMSNorm of each head's queries and keys, as in Qwen3."] = False
     tied: Annotated[bool, "The head is the embedding."] = False
+    value_embeddings: Annotated[
+        int,
+        "at least 0 and at most 1000",
+        "So many blocks, the last ones, add a row for each token, of a table of their own, to its values.",
+    ] = 0
     rotary_scaling: Annotated[
         Literal["none", "linear", "llama3"], "How angles are made smaller for long contexts; llama3 keeps fast ones."
     ] = "none"
@@ -169,6 +174,8 @@ class ModelConfig(Settings):
             raise InputError(
                 f"model.pattern is {self.pattern!r} and model.window {self.window}; a letter w must come with a window"
             )
+        if self.value_embeddings > self.blocks:
+            raise InputError(f"model.value_embeddings is {self.value_embeddings}; there are {self.blocks} blocks")
         if self.norm == "rms" and self.biases:
             raise InputError("model.biases are those of GPT-NeoX, whose norm must be layer; see model.qkv_biases")
         if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
@@ -223,6 +230,10 @@ class ModelConfig(Settings):
     def window_of(self, layer: int) -> int | None:
         return self.window if self.kind_of(layer) == "w" else None
 
+    def has_values(self, layer: int) -> bool:
+        """Return whether a block has a table of values: see `value_embeddings`."""
+        return layer >= self.blocks - self.value_embeddings
+
     @property
     def outputs(self) -> int:
         """Numbers that the head gives for a token."""
@@ -258,6 +269,7 @@ class ModelConfig(Settings):
         norms = (2 * self.blocks + 1) * self.width * (2 if self.biases else 1)
         heads = 2 * self.head_dim if self.qk_norm else 0
         tables = (self.vocab_size if self.own_head else 0) * self.width
+        tables += self.value_embeddings * self.vocab_size * self.kv_heads * self.head_dim
         return self.matmul_parameters + tables + norms + self.blocks * (biases + heads)
 
     @property

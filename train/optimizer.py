@@ -320,4 +320,6 @@ def _role(name: str, parameter: nn.Parameter) -> str:
         return "adapter"
     if parameter.ndim < 2:
         return "norm"
+    if name.endswith(".values.weight"):
+        return "embedding"
     return "matrix" if "blocks." in name else name.split(".")[-2]
