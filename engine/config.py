@@ -149,8 +149,9 @@ class ModelConfig(Settings):
         "What transformers calls such a model; auto is the first that fits.",
     ] = "auto"
     start: Annotated[
-        Literal["gpt2", "local"],
-        "How weights are drawn: as in GPT-2; or by their inputs, with heads that look at the tokens just before.",
+        Literal["gpt2", "local", "bigrams"],
+        "How weights are drawn: as in GPT-2; or by their inputs, with heads that look at the tokens just before; and "
+        "with embedding and head from which token follows which in the text.",
     ] = "gpt2"
     came_with: Annotated[Count | None, "Tokens of an imported model that has got ours to chat; none is all."] = None
 
@@ -176,6 +177,8 @@ class ModelConfig(Settings):
             )
         if self.value_embeddings > self.blocks:
             raise InputError(f"model.value_embeddings is {self.value_embeddings}; there are {self.blocks} blocks")
+        if self.start == "bigrams" and self.tied:
+            raise InputError("model.start is bigrams; it must be gpt2 or local where the head is the embedding")
         if self.norm == "rms" and self.biases:
             raise InputError("model.biases are those of GPT-NeoX, whose norm must be layer; see model.qkv_biases")
         if self.rotary_scaling == "llama3" and self.rotary_low >= self.rotary_high:
@@ -507,7 +510,7 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 # What all presets have in common: Qwen3's block, which learns more from each token than GPT-NeoX's at the same cost
 # (bench/README.md, "What helped and what did not").
-BLOCK: dict[str, Any] = {"norm": "rms", "mlp": "gated", "qk_norm": True, "start": "local"}
+BLOCK: dict[str, Any] = {"norm": "rms", "mlp": "gated", "qk_norm": True, "start": "bigrams"}
 PRESETS = {
     "nano": Recipe(
         name="nano",

@@ -1,9 +1,11 @@
-"""How weights are drawn before a model has learnt anything."""
+"""How weights are drawn before a model has learnt anything, and what the text itself says of them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.config import ModelConfig
 
@@ -14,6 +16,15 @@ GPT2, SCALED = 0.02, 0.25
 DISTANCES = ((1, 2, 3), (1, 2))
 # The share of an embedding that all tokens have in common, and of a looking head's queries and keys that they do not.
 COMMON, OWN = 0.5, 0.3
+# Of an embedding from bigrams: its standard deviation, the share of it that stays random, by how many of these no token
+# is longer, and for how much of the width singular vectors are taken.
+WORDS, RANDOM, LONGEST, SHARE = 0.3, 0.3, 3.0, 0.75
+# So often a token must have come for what followed it to say as much as what follows tokens in general.
+ENOUGH = 5.0
+# How much of what a token further before says counts: tokens before often say the same.
+BELIEVED = 0.5
+# Singular vectors are looked for among so many more, in so many rounds.
+SPARE, ROUNDS = 16, 4
 # The fastest rotations of a head, which tell one position from the next.
 FASTEST = 5
 
@@ -24,7 +35,7 @@ def draw(model: Any, config: ModelConfig) -> None:
 
     What writes to the residual stream is smaller in deep models (GPT-2).
     """
-    local = config.start == "local"
+    local = config.start != "gpt2"
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -69,3 +80,77 @@ def _look_back(model: Any, config: ModelConfig) -> None:
                 rows -= torch.outer(rows @ common, common)
                 rows[: config.rotary_dim] += torch.outer(vector.flatten() * math.sqrt(size / turns), common) / left
                 heads[number] = rows
+
+
+@torch.no_grad()
+def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Return weights by name with which a model begins as one of which token follows which.
+
+    pairs: sparse fp32 [V, V] each, how often token j came n + 1 tokens after token i. The model is as `draw` left it.
+
+    What log p(j | i) is above log p(j) for neighbours i, j becomes norm(embedding[i]) times head[j], as nearly as the
+    width allows: a singular value decomposition of the logarithms that are not 0, rare tokens weighing less (Levy and
+    Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization"). log p(j) itself the head reads from what
+    all embeddings have in common. Heads of the first block that look at tokens before those (see `_look_back`) add
+    what these say of j, in the same directions.
+    """
+    embedding = model.embedding.weight.detach().float().cpu()
+    vocab, width = embedding.shape
+    neighbours = pairs[0].coalesce()
+    (first, second), counts = neighbours.indices(), neighbours.values()
+    before, after = (torch.ones(vocab).index_add_(0, each, counts) / (counts.sum() + vocab) for each in (first, second))
+
+    def gains(pairs: Tensor) -> Tensor:
+        """Return by how much the logarithm of each token's probability rises after each, both by their frequencies."""
+        (first, second), counts = pairs.coalesce().indices(), pairs.coalesce().values()
+        found = torch.log1p(counts / (ENOUGH * after[second])) * (before[first] * after[second]).sqrt()
+        return torch.sparse_coo_tensor(pairs.coalesce().indices(), found, pairs.shape, check_invariants=True)
+
+    left, sizes, right = _singular(gains(neighbours), max(1, min(int(SHARE * width), vocab)), generator)
+    sizes = sizes.clamp(min=max(float(sizes[0]) / 100, 1e-9))  # noise has smaller ones
+    common = embedding.mean(0)
+    common /= common.norm()
+    # Directions beside the common one, and beside the mean, which LayerNorm takes away.
+    basis = torch.randn(width, len(sizes), generator=generator)
+    basis = torch.linalg.qr(torch.cat((common[:, None], torch.ones(width, 1), basis), 1))[0][:, 2:]
+    words = (left * sizes.sqrt() / before.sqrt()[:, None]) @ basis.T
+    scale = WORDS / ((before[:, None] * words.square()).sum() / width).sqrt().clamp(min=1e-9)
+    words *= scale
+    words *= (LONGEST * WORDS * math.sqrt(width) / words.norm(dim=1, keepdim=True)).clamp(max=1)
+    in_common = COMMON * WORDS * math.sqrt(width)
+    own = embedding - torch.outer(embedding @ common, common)
+    words += RANDOM * WORDS / GPT2 * own + in_common * common
+    # A norm divides by this.
+    size = (before * words.square().mean(1).sqrt()).sum()
+    head = (right * sizes.sqrt() / after.sqrt()[:, None]) @ basis.T / scale
+    head += torch.outer(after.log() - after.log().mean(), common) / in_common
+    found = {"embedding.weight": words, "head.weight": size * head}
+
+    attention = model.blocks[0].attention
+    qkv, output = (each.weight.detach().float().cpu().clone() for each in (attention.qkv, attention.output))
+    heads, dim = attention.heads, qkv.shape[0] // (attention.heads + 2 * attention.kv_heads)
+    # Heads that share their values could not say what different tokens do.
+    looking = zip(range(heads - 1), DISTANCES[0], strict=False) if attention.kv_heads == heads else ()
+    for number, distance in looking:
+        core = left.T @ torch.sparse.mm(gains(pairs[distance]), right) / (sizes.sqrt()[:, None] * sizes.sqrt())
+        into, strengths, out = torch.linalg.svd(BELIEVED * size * basis @ core @ basis.T)
+        values, written = into[:, :dim] * strengths[:dim].sqrt(), strengths[:dim].sqrt()[:, None] * out[:dim]
+        # Values are as large as those of other heads.
+        usual = SCALED / math.sqrt(width) / values.square().mean().sqrt().clamp(min=1e-9)
+        rows = slice((2 * heads + number) * dim, (2 * heads + number + 1) * dim)
+        qkv[rows] = (usual * values).T
+        output[:, number * dim : (number + 1) * dim] = (written / usual).T
+    return found | {"blocks.0.attention.qkv.weight": qkv, "blocks.0.attention.output.weight": output}
+
+
+def _singular(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return about the largest singular values of a sparse matrix, [rank], between their vectors, [rows, rank] each.
+
+    By random projections (Halko et al., arXiv:0909.4061).
+    """
+    columns = min(rank + SPARE, *matrix.shape)
+    found, turned = torch.randn(matrix.shape[1], columns, generator=generator), matrix.mT
+    for _ in range(ROUNDS):
+        found = torch.linalg.qr(torch.sparse.mm(turned, torch.linalg.qr(torch.sparse.mm(matrix, found))[0]))[0]
+    left, sizes, right = torch.linalg.svd(torch.sparse.mm(matrix, found), full_matrices=False)
+    return left[:, :rank], sizes[:rank], (found @ right.mT)[:, :rank]

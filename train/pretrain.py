@@ -1,17 +1,21 @@
 """Pretraining: documents -> tokenizer -> token files -> batches -> the loop."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.chat_template import text_ends
 from engine.config import Recipe, override
 from engine.errors import InputError
 from engine.generate import document_prompt, generate
+from engine.initial import DISTANCES, weights_of_text
 from engine.model import GPT
 from engine.run import Run
 from engine.runtime import Runtime
@@ -34,6 +38,8 @@ SAMPLE_BYTES_PER_TOKEN = 1000
 FALLBACK_STORIES = 100_000
 SPLITS_USED = ("train", "validation")
 SAMPLE_TOKENS = 200
+# Of how many tokens of the text it is counted which follows which: a second's work.
+COUNTED = 5_000_000
 
 TokenDataset = TokenShards | Encoded
 
@@ -68,7 +74,48 @@ def read_documents(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
         batches = PackedLoader(train, *size, seed=recipe.loop.seed, processes=runtime.processes)
     recipe = override(recipe, "model.vocab_size", tokenizer.vocab_size)
     sample = partial(begin_documents, tokenizer=tokenizer, recipe=recipe)
-    return text_stage(recipe, tokenizer, train, validation, batches, sample)
+    stage = text_stage(recipe, tokenizer, train, validation, batches, sample)
+    if recipe.model.start != "bigrams":
+        return stage
+    if not isinstance(train, TokenShards):
+        return dataclasses.replace(stage, notes=("start      without bigrams: what is streamed is not counted before",))
+    steps = stage.budget.steps
+    most = min(COUNTED, math.inf if steps is None else steps * recipe.tokens_per_step)
+    return dataclasses.replace(stage, begin=partial(begin_with_bigrams, train=train, most=most, runtime=runtime))
+
+
+def begin_with_bigrams(model: GPT, *, train: TokenShards, most: float, runtime: Runtime) -> None:
+    """Set weights by which token follows which in the text: see engine/initial.py."""
+
+    def found() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return weights_of_text(model, count_pairs(train, most, 1 + max(DISTANCES[0])), generator)
+
+    # Computed by one process: where a model is sharded, the shards of several must be of the same one.
+    model.load_state_dict(runtime.processes.from_main(found), strict=False)
+
+
+def count_pairs(train: TokenShards, most: float, distances: int) -> list[Tensor]:
+    """Return how often each token comes 1, 2, ... `distances` tokens after each: sparse fp32 [V, V].
+
+    Counted are about `most` tokens, in documents from all of the text.
+    """
+    documents, vocab = len(train.lengths), train.vocab_size
+    wanted = max(1, math.floor(documents * min(1.0, most / train.tokens)))
+    chosen = np.linspace(0, documents - 1, wanted, dtype=np.int64).tolist()
+    texts = [train.document(each).astype(np.int64) for each in chosen]
+    found = []
+    for distance in range(1, distances + 1):
+        pairs, counts = np.unique(
+            np.concatenate([ids[:-distance] * vocab + ids[distance:] for ids in texts]), return_counts=True
+        )
+        places = torch.from_numpy(np.stack(np.divmod(pairs, vocab)))
+        found.append(
+            torch.sparse_coo_tensor(
+                places, torch.from_numpy(counts).float(), (vocab, vocab), is_coalesced=True, check_invariants=True
+            )
+        )
+    return found
 
 
 def text_stage(

@@ -43,6 +43,7 @@ class Stage:
     # Makes the model, which then takes the weights of `base` if there is one.
     model: Callable[[ModelConfig], GPT] = GPT
     base: Checkpoint | None = None
+    begin: Callable[[GPT], None] | None = None  # gives a new model what the text says of its weights
     # The loss summed over a batch's targets. None means `packed_loss`.
     loss: Callable[[Any, Any], Tensor] | None = None
     # For a loss of text: the UTF-8 bytes that each token spells, int64 [vocab], to count bits per byte.

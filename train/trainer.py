@@ -61,6 +61,8 @@ def run_stage(
     found = None if step is None else at_step(run.checkpoints, step)
     if stage.base and not found:
         model.load_state_dict(stage.base.weights())
+    if stage.begin and not found:
+        stage.begin(model)
     model.compute_dtype = runtime.dtype
     if recipe.lora.rank:
         adapt(model, recipe.lora)
