@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from train.data.shards import TokenShards
 from train.pretrain import count_pairs
 
 SHAPE = ModelConfig(200, 128, 2, 4, 64, norm="rms", mlp="gated", qk_norm=True, start="bigrams")
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "layer norm": {"norm": "layer", "mlp": "gelu", "qk_norm": False},
     "shared keys": {"key_heads": 2},
     "one head": {"heads": 1, "head_width": 32},

@@ -70,6 +70,18 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
     assert result.shape == shape and singular.min() > 0.5 and singular.max() < 1.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 32, 32), (16, 128, 128), (16, 320, 128)])
+def test_matrices_near_rank_one_stay_finite_whatever_rounds_them(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    count, rows, columns = shape
+    torch.manual_seed(0)
+    of_rank_one = torch.randn(count, rows, 1) @ torch.randn(count, 1, columns)
+    uneven = of_rank_one * torch.randn(count, rows, 1).exp() ** 6
+    for matrices in (of_rank_one, uneven, 1e-9 * of_rank_one, torch.randn(shape)):
+        found = torch.linalg.svdvals(orthogonalise(matrices, POLAR_EXPRESS, 1e-7, dtype))[:, 0]
+        assert 0.8 < found.min() and found.max() < 1.2
+
+
 @pytest.mark.parametrize("decades", [0, 2, 4])
 def test_a_gram_matrix_is_enough_to_orthogonalise_a_table(decades: int) -> None:
     torch.manual_seed(0)
