@@ -320,6 +320,7 @@ class OptimizerConfig(Settings):
     ] = "muon"
     embedding_rate: Annotated[Weight, "Learning rate of the embedding at its highest."] = 0.01
     head_rate: Annotated[Weight, "Learning rate of the head at its highest."] = 0.003
+    value_rate: Annotated[Weight, "Learning rate of value embeddings at its highest."] = 0.02
     norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
     matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
     critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
@@ -518,7 +519,9 @@ PRESETS = {
         data=DataConfig(source="stories", documents=100_000),
         budget=BudgetConfig(tokens=3_000_000),
         # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
-        optimizer=OptimizerConfig("normuon", embedding_rate=0.03, head_rate=0.005, momentum=0.9, beta1=0.8),
+        optimizer=OptimizerConfig(
+            "normuon", embedding_rate=0.03, head_rate=0.006, value_rate=0.06, momentum=0.9, beta1=0.8
+        ),
         loop=LoopConfig(batch=8),
     ),
     # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.

@@ -6,7 +6,6 @@ second, what communication takes, hours and cost.
 """
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -257,11 +256,11 @@ def _orthogonalisation(setup: Setup) -> int:
         return 0
     ranks, size = setup.ranks if setup.shard else 1, setup.element_size
     # Of maps of several sizes that are stacked in one matrix, those of one size are worked on at a time.
-    # Value embeddings are worked on with the embedding where they are as wide.
-    alike = Counter(_tables(setup.model)[: setup.model.value_embeddings + 1])
-    tables = [-(-rows // ranks) * columns * count for (rows, columns), count in alike.items()]
+    # All value embeddings are worked on together, embedding and head one after the other.
+    values = setup.model.value_embeddings * setup.model.kv_heads * setup.model.head_dim
+    tables = -(-setup.model.vocab_size // ranks) * max(values, setup.model.width)
     return max(
-        2 * 4 * max(tables) if setup.optimizer == "normuon" else 0,
+        2 * 4 * tables if setup.optimizer == "normuon" else 0,
         *(
             -(-setup.model.blocks * count // ranks)
             * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
