@@ -135,8 +135,8 @@ def write_demo_report(folder: Path, results: Sequence[Mapping[str, Any]]) -> lis
         "# From stories to an aligned chat model",
         "",
         f"{statistics.mean(seconds) / 60:.1f} minutes{f' for each of {len(results)} seeds' if results[1:] else ''}. "
-        "Gold is the program's score of answers to held-out requests, 0 to 1 (half of them "
-        "first ones; before the others stand true stories); reward is the reward model's (0 and 1: "
+        "Gold is the program's score of answers to held-out requests, 0 to 1 (a quarter of "
+        "them first ones; before the others stand true stories); reward is the reward model's (0 and 1: "
         "mean and deviation of the finetuned model's answers); KL is to the finetuned model, in nats per answer. "
         f"The reward model puts {order} of held-out pairs in gold order.",
         "",

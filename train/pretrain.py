@@ -78,10 +78,14 @@ def read_documents(recipe: Recipe, run: Run, runtime: Runtime, console: Console)
     if recipe.model.start != "bigrams":
         return stage
     if not isinstance(train, TokenShards):
-        return dataclasses.replace(stage, notes=("start      without bigrams: what is streamed is not counted before",))
+        return dataclasses.replace(stage, notes=("start      without bigrams: a stream is not read beforehand",))
     steps = stage.budget.steps
-    most = min(COUNTED, math.inf if steps is None else steps * recipe.tokens_per_step)
-    return dataclasses.replace(stage, begin=partial(begin_with_bigrams, train=train, most=most, runtime=runtime))
+    most = min(COUNTED, train.tokens, math.inf if steps is None else steps * recipe.tokens_per_step)
+    return dataclasses.replace(
+        stage,
+        begin=partial(begin_with_bigrams, train=train, most=most, runtime=runtime),
+        notes=(f"start      by which token follows which in {most:,} tokens of the text",),
+    )
 
 
 def begin_with_bigrams(model: GPT, *, train: TokenShards, most: float, runtime: Runtime) -> None:

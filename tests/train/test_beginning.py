@@ -98,8 +98,9 @@ def test_pairs_are_counted_within_documents_from_all_of_the_text(prepared: Path)
 
 
 def test_a_run_begins_with_them(small: Recipe, train: Train, tmp_path: Path) -> None:
-    for start in ("local", "bigrams"):
-        train(override(small, "model.start", start), start)
+    said = {start: train(override(small, "model.start", start), start)[1].said for start in ("local", "bigrams")}
+    (note,) = set(said["bigrams"]) - set(said["local"]) - {line for line in said["bigrams"] if "step" in line}
+    assert note == f"start      by which token follows which in {6 * small.tokens_per_step:,} tokens of the text"
     first = {start: losses(tmp_path / start)[0] for start in ("local", "bigrams")}
     assert first["bigrams"] < first["local"] - 0.5
 

@@ -26,6 +26,7 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(
     streamed: Recipe, train: Train, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, recorder = train(streamed, "whole")
+    assert "start      without bigrams: a stream is not read beforehand" in recorder.said
     assert any("streamed, " in line and "tokens to validate" in line for line in recorder.said)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)

@@ -258,10 +258,12 @@ class StoryRequests(WrittenSource):
         return map(_told, self.requests(split, start))
 
     def prompts(self, split: str) -> Iterator[tuple[Conversation, AskedFacts]]:
-        """Yield the prompt that is made of each conversation, up to one of its requests, and the facts then asked."""
-        for number, requests in enumerate(self.requests(split)):
-            asked = number % len(requests)
-            yield [*_told(requests[:asked]), Message("user", requests[asked].text)], requests[asked].facts
+        """Yield the prompt that is made of each conversation, up to its last request, and the facts then asked.
+
+        Conversations have one to four requests, each number as often: so have prompts.
+        """
+        for *before, last in self.requests(split):
+            yield [*_told(before), Message("user", last.text)], last.facts
 
 
 def _told(requests: Sequence[StoryRequest]) -> Conversation:

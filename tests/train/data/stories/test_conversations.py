@@ -115,6 +115,6 @@ def test_the_source_holds_conversations_and_prompts_with_the_facts_of_their_turn
         assert [message.content for message in messages] == [
             text for request in requests for text in (request.text, request.story)
         ]
-        assert asked == messages[: len(asked)] and asked[-1].role == "user" and facts == requests[len(asked) // 2].facts
+        assert asked == messages[:-1] and asked[-1].role == "user" and facts == requests[-1].facts
     turns = [len(asked) // 2 for asked, _ in source.prompts("validation")]
-    assert {*turns} == {0, 1, 2, 3} and turns.count(0) > 10
+    assert all(turns.count(turn) > 4 for turn in range(4))
