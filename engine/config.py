@@ -127,11 +127,6 @@ class ModelConfig(Settings):
     qkv_biases: Annotated[bool, "Queries, keys and values alone add biases, as in Qwen2."] = False
     qk_norm: Annotated[bool, "RMSNorm of each head's queries and keys, as in Qwen3."] = False
     tied: Annotated[bool, "The head is the embedding."] = False
-    value_embeddings: Annotated[
-        int,
-        "at least 0 and at most 1000",
-        "So many blocks, the last ones, add a row for each token, of a table of their own, to its values.",
-    ] = 0
     rotary_scaling: Annotated[
         Literal["none", "linear", "llama3"], "How angles are made smaller for long contexts; llama3 keeps fast ones."
     ] = "none"
@@ -175,8 +170,6 @@ class ModelConfig(Settings):
             raise InputError(
                 f"model.pattern is {self.pattern!r} and model.window {self.window}; a letter w must come with a window"
             )
-        if self.value_embeddings > self.blocks:
-            raise InputError(f"model.value_embeddings is {self.value_embeddings}; there are {self.blocks} blocks")
         if self.start == "bigrams" and self.tied:
             raise InputError("model.start is bigrams; it must be gpt2 or local where the head is the embedding")
         if self.norm == "rms" and self.biases:
@@ -233,10 +226,6 @@ class ModelConfig(Settings):
     def window_of(self, layer: int) -> int | None:
         return self.window if self.kind_of(layer) == "w" else None
 
-    def has_values(self, layer: int) -> bool:
-        """Return whether a block has a table of values: see `value_embeddings`."""
-        return layer >= self.blocks - self.value_embeddings
-
     @property
     def outputs(self) -> int:
         """Numbers that the head gives for a token."""
@@ -272,7 +261,6 @@ class ModelConfig(Settings):
         norms = (2 * self.blocks + 1) * self.width * (2 if self.biases else 1)
         heads = 2 * self.head_dim if self.qk_norm else 0
         tables = (self.vocab_size if self.own_head else 0) * self.width
-        tables += self.value_embeddings * self.vocab_size * self.kv_heads * self.head_dim
         return self.matmul_parameters + tables + norms + self.blocks * (biases + heads)
 
     @property
@@ -320,7 +308,6 @@ class OptimizerConfig(Settings):
     ] = "muon"
     embedding_rate: Annotated[Weight, "Learning rate of the embedding at its highest."] = 0.01
     head_rate: Annotated[Weight, "Learning rate of the head at its highest."] = 0.003
-    value_rate: Annotated[Weight, "Learning rate of value embeddings at its highest."] = 0.02
     norm_rate: Annotated[Weight, "Learning rate of the norms and biases at its highest."] = 0.003
     matrix_rate: Annotated[Weight, "Learning rate of the matrices inside the blocks at its highest."] = 0.02
     critic_rate: Annotated[Weight, "Learning rate of PPO's critic, which has to learn before the policy."] = 1e-3
@@ -519,9 +506,7 @@ PRESETS = {
         data=DataConfig(source="stories", documents=100_000),
         budget=BudgetConfig(tokens=3_000_000),
         # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
-        optimizer=OptimizerConfig(
-            "normuon", embedding_rate=0.03, head_rate=0.006, value_rate=0.06, momentum=0.9, beta1=0.8
-        ),
+        optimizer=OptimizerConfig("normuon", embedding_rate=0.03, head_rate=0.006, momentum=0.9, beta1=0.8),
         loop=LoopConfig(batch=8),
     ),
     # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.

@@ -31,7 +31,6 @@ RATES = {
     "matrix_rate": Powers(depth=-0.3, batch=0.5, tokens=-0.25),
     "embedding_rate": Powers(batch=0.5, tokens=-0.25),
     "head_rate": Powers(width=-1.0, batch=0.5, tokens=-0.25),
-    "value_rate": Powers(batch=0.5, tokens=-0.25),
     "norm_rate": Powers(batch=0.5, tokens=-0.25),
 }
 # Below so many tokens of a run rates rise no further: nothing was measured there, and they would explode.

@@ -156,8 +156,7 @@ class Positions:
         max_seqlen: int | None,
         cache: KVCache | None,
     ) -> None:
-        self.tokens, self.cache = tokens, cache
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen or config.context
+        self.cu_seqlens, self.max_seqlen, self.cache = cu_seqlens, max_seqlen or config.context, cache
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         if cu_seqlens is not None:
             starts = cu_seqlens[:-1]
@@ -235,15 +234,10 @@ class Attention(nn.Module):
         self.output = Linear(config.attended, config.width, bias=config.biases)
         norms = (Norm("rms", config.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
-        # Value embeddings, without the gates of modded-nanogpt and nanochat, from which the idea is. (See also Zhou et
-        # al., arXiv:2410.17897.) So attention passes on which token it was, which the residual stream has no room for.
-        self.values = nn.Embedding(config.vocab_size, outputs[2]) if config.has_values(layer) else None
 
     def forward(self, x: Tensor, positions: Positions, layer: int) -> Tensor:
         both = self.heads + self.kv_heads
         qk, v = self.qkv(x).unflatten(-1, (both + self.kv_heads, -1)).split((both, self.kv_heads), dim=-2)
-        if self.values is not None:
-            v = v + self.values(positions.tokens).to(v.dtype).unflatten(-1, v.shape[-2:])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.heads, self.kv_heads), dim=-2)
             qk = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0]), dim=-2)

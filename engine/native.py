@@ -204,12 +204,7 @@ def _weights(model: GPT, kind: str, capacity: int) -> Weights:
     if config.qk_norm:
         both = [block.get_submodule(f"attention.{one}_norm") for block in model.blocks for one in "qk"]
         head_norms = torch.stack([_norm(each) for each in both]).view(config.blocks, 2, 2, -1)
-
-    def table(rows: Tensor) -> NDArray[Any]:
-        return (rows.bfloat16().view(torch.uint16) if kind == "bf16" else rows.float()).detach().numpy()
-
-    attentions: list[Any] = [block.attention for block in model.blocks]
-    values = [each.values.weight for each in attentions if each.values is not None]
+    embedding = model.embedding.weight.detach()
     cos, sin = rotary_angles(torch.arange(capacity), config)
     half = config.rotary_dim // 2
     return Weights(
@@ -223,8 +218,7 @@ def _weights(model: GPT, kind: str, capacity: int) -> Weights:
         biases.numpy(),
         np.array([config.window_of(layer) or WITHOUT_END for layer in range(config.blocks)]),
         np.array([half * (config.kind_of(layer) != "n") for layer in range(config.blocks)]),
-        table(model.embedding.weight),
-        table(torch.stack(values) if values else torch.zeros(0, 0, 0)),
+        (embedding.bfloat16().view(torch.uint16) if kind == "bf16" else embedding.float()).numpy(),
         cos[:, 0, :half].contiguous().numpy(),
         sin[:, 0, half:].contiguous().numpy(),  # of which rotary_angles negates the first half
     )

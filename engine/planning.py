@@ -64,18 +64,12 @@ def _alike(outputs: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(len([*same]), rows) for rows, same in groupby(outputs)]
 
 
-def _tables(model: ModelConfig) -> list[tuple[int, int]]:
-    """Return rows and columns of what has a row for each token: value embeddings, embedding, and a head of its own."""
-    values = [(model.vocab_size, model.kv_heads * model.head_dim)] * model.value_embeddings
-    return values + [(rows, model.width) for rows in (model.vocab_size, model.outputs)[: 1 + model.own_head]]
-
-
 def elements(setup: Setup) -> tuple[int, int, int]:
     """Count a rank's parameters: in the blocks' matrices, the tables, and the vectors. FSDP deals out rows, and rank 0
     gets most."""
     model, ranks = setup.model, setup.ranks if setup.shard else 1
     stacked = [(sum(outputs), columns) for outputs, columns in model.maps().values()]
-    tables = _tables(model)
+    tables = [(rows, model.width) for rows in (model.vocab_size, model.outputs)[: 1 + model.own_head]]
     whole = model.blocks * sum(rows * columns for rows, columns in stacked)
     vectors = model.parameters - whole - sum(rows * columns for rows, columns in tables)
     inside, outside = (sum(-(-rows // ranks) * columns for rows, columns in group) for group in (stacked, tables))
@@ -98,15 +92,13 @@ def kept_by_block(setup: Setup, layer: int) -> int:
 
     Per token: the two sums that are normalised, with LayerNorm's statistics (8 bytes each); what enters each map that
     learns; the product that queries, keys and values are parts of, queries and keys again once they are rotated; what
-    attention keeps; and the MLP's hidden state before its activation. Value embeddings make values anew. An adapter
-    keeps what is between its matrices.
+    attention keeps; and the MLP's hidden state before its activation. An adapter keeps what is between its matrices.
     """
     model, lora, maps = setup.model, setup.lora, setup.model.maps()
     learns = lora.chosen if lora.rank else tuple(maps)
     inputs = sum(maps[name][1] for name in learns) + lora.rank * len(lora.chosen)
     turned = 0 if model.kind_of(layer) == "n" else (model.heads + model.kv_heads) * model.head_dim
     numbers = inputs + model.qkv_rows + turned + sum(maps["mlp.expand"][0])
-    numbers += model.kv_heads * model.head_dim if model.has_values(layer) else 0
     sums, statistics = 1 if model.parallel_residual else 2, 16 if model.norm == "layer" else 8 * setup.gpu
     return sums * setup.wide_row + setup.tokens * (numbers * setup.element_size + statistics + _attention(setup, layer))
 
@@ -161,12 +153,10 @@ def step_memory(setup: Setup) -> dict[str, Parts]:
     # DDP's buckets, in which the gradients lie, stay between steps.
     resident = gradients if setup.accumulate or (setup.ranks > 1 and not setup.shard) else 0
     maps = model.maps()
-    matrix_weights = sum(sum(outputs) * columns for outputs, columns in maps.values())
-    of_values = model.vocab_size * model.kv_heads * model.head_dim if model.value_embeddings else 0
-    block_weights = matrix_weights + of_values
+    block_weights = sum(sum(outputs) * columns for outputs, columns in maps.values())
     embedding, head = model.vocab_size * model.width, model.outputs * model.width
     # Autograd keeps a copy of each weight in the dtype of the products, except where FSDP makes these copies.
-    copied = setup.lora.parameters(model) // model.blocks if frozen else matrix_weights
+    copied = setup.lora.parameters(model) // model.blocks if frozen else block_weights
     copies = copied * size if size < 4 and not setup.shard else 0
     # FSDP keeps embedding and head whole to the end of the backward pass; of the blocks, this one and the next.
     own = head if model.own_head else 0
@@ -256,11 +246,9 @@ def _orthogonalisation(setup: Setup) -> int:
         return 0
     ranks, size = setup.ranks if setup.shard else 1, setup.element_size
     # Of maps of several sizes that are stacked in one matrix, those of one size are worked on at a time.
-    # All value embeddings are worked on together, embedding and head one after the other.
-    values = setup.model.value_embeddings * setup.model.kv_heads * setup.model.head_dim
-    tables = -(-setup.model.vocab_size // ranks) * max(values, setup.model.width)
+    table = 2 * 4 * -(-setup.model.vocab_size // ranks) * setup.model.width if setup.optimizer == "normuon" else 0
     return max(
-        2 * 4 * tables if setup.optimizer == "normuon" else 0,
+        table,
         *(
             -(-setup.model.blocks * count // ranks)
             * (2 * 4 * (sum(outputs) * columns // count) + 2 * size * (rows * columns + min(rows, columns) ** 2))
@@ -381,8 +369,9 @@ def muon_flops(recipe: Recipe, steps: int = 5) -> int:
     inside = model.blocks * steps * sum(count * (4 * s * s * long + 2 * s**3) for count, s, long in each)
     if recipe.optimizer.kind == "muon":
         return inside
-    # Of tables the Gram matrix and what it makes of the update, and its own four products a step.
-    return inside + sum(4 * rows * columns**2 + 8 * steps * columns**3 for rows, columns in _tables(model))
+    # Of embedding and head the Gram matrix and what it makes of the update, and its own four products a step.
+    tables = (model.vocab_size, model.outputs)[: 1 + model.own_head]
+    return inside + sum(4 * rows * model.width**2 + 8 * steps * model.width**3 for rows in tables)
 
 
 @dataclass(frozen=True)

@@ -232,13 +232,13 @@ class Optimizer:
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         learning = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in learning.items()}
-        roles = ("embedding", "head", "value", "norm", "critic", "adapter", "matrix")
+        roles = ("embedding", "head", "norm", "critic", "adapter", "matrix")
         groups: dict[str, list[nn.Parameter]] = {role: [] for role in roles}
         for name, parameter in learning.items():
             groups[_role(name, parameter)].append(parameter)
         # Weight decay would shrink the embeddings of rare words, and the channels of a norm: only matrices decay.
         decays = dict.fromkeys(groups, 0.0) | {"matrix": config.weight_decay}
-        by_muon = {"muon": ("matrix",), "normuon": ("matrix", "embedding", "head", "value")}.get(config.kind, ())
+        by_muon = {"muon": ("matrix",), "normuon": ("matrix", "embedding", "head")}.get(config.kind, ())
         options = {
             role: {"lr": getattr(config, f"{role}_rate"), "weight_decay": decays[role]}
             for role, parameters in groups.items()
@@ -328,6 +328,4 @@ def _role(name: str, parameter: nn.Parameter) -> str:
         return "adapter"
     if parameter.ndim < 2:
         return "norm"
-    if name.endswith(".values.weight"):
-        return "value"
     return "matrix" if "blocks." in name else name.split(".")[-2]

@@ -201,7 +201,7 @@ def describe(stage: Stage, runtime: Runtime) -> list[str]:
     rows = f"{loop.batch} x {model.context} = {recipe.tokens_per_step:,} tokens a step"
     rows += f", {loop.micro_batch} rows at a time" if loop.micro_batch else ""
     learner, rank = str(optimizer.kind), recipe.lora.rank
-    roles = ("matrix", "embedding", "head", "norm", *(["value"] if model.value_embeddings else []))
+    roles = ("matrix", "embedding", "head", "norm")
     rates = ", ".join(f"{role} {getattr(optimizer, f'{role}_rate'):g}" for role in roles)
     if rank:
         learner = f"adamw, of {recipe.lora.parameters(model):,} parameters in adapters of rank {rank}"

@@ -60,7 +60,6 @@ class Weights(NamedTuple):
     windows: Longs  # [blocks]: how many keys a query sees, its own the last
     rotated: Longs  # [blocks]: how many pairs of a head's dimensions
     embedding: NDArray[Any]  # [V, width] float32 or uint16
-    values: NDArray[Any]  # [tables, V, key_heads * head_dim], of the last blocks: what each token adds to its values
     cos: Floats  # [positions, rotary_dim / 2]
     sin: Floats
 
@@ -245,18 +244,12 @@ def attend(shape, weights, cache, scratch, rows, layer, head, sharing, group, me
     q_norm, k_norm = weights.head_norms[layer, 0], weights.head_norms[layer, 1]
     k_at = (shape.heads + key_head) * dim
     v_at = k_at + shape.key_heads * dim
-    table = layer - shape.blocks + len(weights.values)
     for row in range(first, last):
         position = rows.positions[row]
         cos, sin = weights.cos[position, :rotated], weights.sin[position, :rotated]
         turned(scratch.qkv[row, k_at : k_at + dim], k_norm[0], k_norm[1], shape.eps, cos, sin, queries[0])
         store(queries[0], keys[position // STRIP * STRIP * dim + position % STRIP :], STRIP)
-        value = scratch.qkv[row, v_at : v_at + dim]
-        if table >= 0:
-            for i in range(dim):
-                queries[0, i] = value[i] + widen(weights.values[table, rows.tokens[row], key_head * dim + i])
-            value = queries[0]
-        store(value, values[position * values_dim :], 1)
+        store(scratch.qkv[row, v_at : v_at + dim], values[position * values_dim :], 1)
     scale = numba.float32(1.0 / np.sqrt(numba.float64(dim)))
     together = max(1, QUERIES // sharing)
     for begin in range(first, last, together):

@@ -18,6 +18,5 @@ RELATIVES = {
     "qwen3": relative(**LLAMA, qk_norm=True, head_width=16),
     "smollm3": relative(**LLAMA, pattern="ffn", rotary_scaling="linear", rotary_factor=2.0),
     "capped": relative(**LLAMA, score_cap=2.0, window=6, pattern="wf"),
-    "value embeddings": relative(**LLAMA, qk_norm=True, value_embeddings=2),
     "one key head": relative(mlp="gated", key_heads=1, head_width=6),
 }

@@ -37,7 +37,6 @@ MODELS = {
         LLAMA, heads=6, key_heads=3, blocks=4, window=9, pattern="fwn", score_cap=3.0, rotary_scaling="linear",
         rotary_factor=2.0, rotary_share=0.5,
     ),
-    "value embeddings": replace(LLAMA, heads=4, key_heads=2, qk_norm=True, value_embeddings=1),
     "shared by 30": replace(LLAMA, heads=30, key_heads=1, head_width=2, mlp="gelu", norm="layer"),
 }  # fmt: skip
 GREEDY = Sampling(temperature=0)

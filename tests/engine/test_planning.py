@@ -40,8 +40,6 @@ SETUPS = {
     "qwen2, tied, biases": Setup(llama(qkv_biases=True, tied=True), "muon", 512, checkpointing=True),
     "qwen3, wide heads": Setup(llama(qk_norm=True, head_width=32), "muon", 512, checkpointing=True),
     "smollm3, blocks that do not rotate": Setup(llama(pattern="fn", tied=True), "muon", 512, accumulate=True),
-    "value embeddings": Setup(llama(qk_norm=True, head_width=32, value_embeddings=2), "normuon", 512),
-    "value embeddings, bf16": Setup(llama(value_embeddings=1), "muon", 512, element_size=2, checkpointing=True),
     "smollm2, bf16": Setup(SMOL, "muon", 256, element_size=2),
     "smollm2, adapters, bf16, checkpointing": Setup(SMOL, "muon", 256, element_size=2, checkpointing=True, lora=LORA),
 }
