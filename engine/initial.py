@@ -94,15 +94,18 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
     all embeddings have in common. Heads of the first block that look at tokens before those (see `_look_back`) add
     what these say of j, in the same directions.
     """
-    embedding = model.embedding.weight.detach().float().cpu()
+    # In fp64, so that it does not depend on how many threads add up.
+    embedding = model.embedding.weight.detach().double().cpu()
     vocab, width = embedding.shape
     neighbours = pairs[0].coalesce()
-    (first, second), counts = neighbours.indices(), neighbours.values()
-    before, after = (torch.ones(vocab).index_add_(0, each, counts) / (counts.sum() + vocab) for each in (first, second))
+    (first, second), counts = neighbours.indices(), neighbours.values().double()
+    before, after = (
+        counts.new_ones(vocab).index_add_(0, each, counts) / (counts.sum() + vocab) for each in (first, second)
+    )
 
     def gains(pairs: Tensor) -> Tensor:
         """Return by how much the logarithm of each token's probability rises after each, both by their frequencies."""
-        (first, second), counts = pairs.coalesce().indices(), pairs.coalesce().values()
+        (first, second), counts = pairs.coalesce().indices(), pairs.coalesce().values().double()
         found = torch.log1p(counts / (ENOUGH * after[second])) * (before[first] * after[second]).sqrt()
         return torch.sparse_coo_tensor(pairs.coalesce().indices(), found, pairs.shape, check_invariants=True)
 
@@ -111,8 +114,8 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
     common = embedding.mean(0)
     common /= common.norm()
     # Directions beside the common one, and beside the mean, which LayerNorm takes away.
-    basis = torch.randn(width, len(sizes), generator=generator)
-    basis = torch.linalg.qr(torch.cat((common[:, None], torch.ones(width, 1), basis), 1))[0][:, 2:]
+    drawn = torch.randn(width, len(sizes), generator=generator).double()
+    basis = torch.linalg.qr(torch.cat((common[:, None], torch.ones_like(common)[:, None], drawn), 1))[0][:, 2:]
     words = (left * sizes.sqrt() / before.sqrt()[:, None]) @ basis.T
     scale = WORDS / ((before[:, None] * words.square()).sum() / width).sqrt().clamp(min=1e-9)
     words *= scale
@@ -127,19 +130,20 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
     found = {"embedding.weight": words, "head.weight": size * head}
 
     attention = model.blocks[0].attention
-    qkv, output = (each.weight.detach().float().cpu().clone() for each in (attention.qkv, attention.output))
+    qkv, output = (each.weight.detach().cpu().clone() for each in (attention.qkv, attention.output))
     heads, dim = attention.heads, qkv.shape[0] // (attention.heads + 2 * attention.kv_heads)
     # Heads that share their values could not say what different tokens do.
     looking = zip(range(heads - 1), DISTANCES[0], strict=False) if attention.kv_heads == heads else ()
     for number, distance in looking:
         core = left.T @ torch.sparse.mm(gains(pairs[distance]), right) / (sizes.sqrt()[:, None] * sizes.sqrt())
-        into, strengths, out = torch.linalg.svd(BELIEVED * size * basis @ core @ basis.T)
+        into, strengths, out = _svd(BELIEVED * size * basis @ core @ basis.T)
         values, written = into[:, :dim] * strengths[:dim].sqrt(), strengths[:dim].sqrt()[:, None] * out[:dim]
         # Values are as large as those of other heads.
         usual = SCALED / math.sqrt(width) / values.square().mean().sqrt().clamp(min=1e-9)
         rows = slice((2 * heads + number) * dim, (2 * heads + number + 1) * dim)
         qkv[rows] = (usual * values).T
         output[:, number * dim : (number + 1) * dim] = (written / usual).T
+    found = {name: weight.float() for name, weight in found.items()}
     return found | {"blocks.0.attention.qkv.weight": qkv, "blocks.0.attention.output.weight": output}
 
 
@@ -149,8 +153,15 @@ def _singular(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Te
     By random projections (Halko et al., arXiv:0909.4061).
     """
     columns = min(rank + SPARE, *matrix.shape)
-    found, turned = torch.randn(matrix.shape[1], columns, generator=generator), matrix.mT
+    found, turned = torch.randn(matrix.shape[1], columns, generator=generator).double(), matrix.mT
     for _ in range(ROUNDS):
         found = torch.linalg.qr(torch.sparse.mm(turned, torch.linalg.qr(torch.sparse.mm(matrix, found))[0]))[0]
-    left, sizes, right = torch.linalg.svd(torch.sparse.mm(matrix, found), full_matrices=False)
+    left, sizes, right = _svd(torch.sparse.mm(matrix, found))
     return left[:, :rank], sizes[:rank], (found @ right.mT)[:, :rank]
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a singular value decomposition in which the largest entry of each vector on the left is positive."""
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    signs = left.gather(0, left.abs().argmax(0)[None]).sign()
+    return left * signs, sizes, right * signs.mT
