@@ -97,6 +97,10 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
     # In fp64, so that it does not depend on how many threads add up.
     embedding = model.embedding.weight.detach().double().cpu()
     vocab, width = embedding.shape
+    # Two directions have another use.
+    rank = min(math.ceil(SHARE * width), width - 2, vocab)
+    if rank < 1:
+        return {}
     neighbours = pairs[0].coalesce()
     (first, second), counts = neighbours.indices(), neighbours.values().double()
     before, after = (
@@ -109,7 +113,7 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
         found = torch.log1p(counts / (ENOUGH * after[second])) * (before[first] * after[second]).sqrt()
         return torch.sparse_coo_tensor(pairs.coalesce().indices(), found, pairs.shape, check_invariants=True)
 
-    left, sizes, right = _singular(gains(neighbours), max(1, min(int(SHARE * width), vocab)), generator)
+    left, sizes, right = _singular(gains(neighbours), rank, generator)
     sizes = sizes.clamp(min=max(float(sizes[0]) / 100, 1e-9))  # noise has smaller ones
     common = embedding.mean(0)
     common /= common.norm()

@@ -26,6 +26,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1, "head_width": 32},
     "wider than the vocabulary": {"width": 256},
 }
+NARROW = [dataclasses.replace(SHAPE, width=width, heads=1) for width in (2, 4)]
 
 
 def chain(tokens: int, behind: int) -> torch.Tensor:
@@ -93,7 +94,8 @@ def test_threads_do_not_matter() -> None:
 
 def test_a_text_that_says_nothing_leaves_weights_finite() -> None:
     for text in (torch.zeros(3, dtype=torch.int64), torch.arange(2)):
-        loss_of(SHAPE, chain(200, 1), pairs_of(text, 200))
+        for config in (SHAPE, *NARROW):
+            loss_of(config, chain(200, 1), pairs_of(text, 200))
 
 
 def test_pairs_are_counted_within_documents_from_all_of_the_text(prepared: Path) -> None:
