@@ -10,20 +10,10 @@ from bench import sweeps
 from bench.harness import Figures
 from engine.config import preset
 from engine.errors import InputError
-from train.data.shards import prepare
-from train.data.sources import open_source
+from tests.train import conftest
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engine.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("prepared")
-    source = open_source("stories", limit=30)
-    tokenizer = train_tokenizer(source.documents("train"), 400)
-    for split in ("train", "validation"):
-        prepare(source, tokenizer, folder, split, workers=1)
-    return folder
+data = conftest.prepared
 
 
 def options(data: Path, kind: str = "transfer", **changed: object) -> argparse.Namespace:
