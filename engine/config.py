@@ -499,14 +499,16 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 # What all presets have in common: Qwen3's block, which learns more from each token than GPT-NeoX's at the same cost
 # (bench/README.md, "What helped and what did not").
 BLOCK: dict[str, Any] = {"norm": "rms", "mlp": "gated", "qk_norm": True, "start": "bigrams"}
+ORIGIN = "nano's, carried to this width, depth, batch and length by the powers in engine/laws.py"
+# Measured in bench/README.md: small batches and high rates make the most of a few minutes.
+NANO = OptimizerConfig("normuon", embedding_rate=0.03, head_rate=0.006, momentum=0.9, beta1=0.8)
 PRESETS = {
     "nano": Recipe(
         name="nano",
         model=ModelConfig(vocab_size=4096, width=128, blocks=4, heads=4, context=256, **BLOCK),
         data=DataConfig(source="stories", documents=100_000),
         budget=BudgetConfig(tokens=3_000_000),
-        # Measured in bench/README.md: small batches and high rates make the most of a few minutes.
-        optimizer=OptimizerConfig("normuon", embedding_rate=0.03, head_rate=0.006, momentum=0.9, beta1=0.8),
+        optimizer=NANO,
         loop=LoopConfig(batch=8),
     ),
     # The reference model's recipe: 6 epochs of TinyStories, 178 rows of 256 a step, test loss 1.15.
@@ -514,7 +516,9 @@ PRESETS = {
         name="tiny",
         model=ModelConfig(vocab_size=28_000, width=256, blocks=12, heads=8, context=256, **BLOCK),
         data=DataConfig(source="tinystories", fallback="stories"),
-        optimizer=OptimizerConfig("normuon", embedding_rate=0.015, head_rate=0.0025),
+        optimizer=dataclasses.replace(
+            NANO, matrix_rate=0.00825, embedding_rate=0.0172, head_rate=0.00172, norm_rate=0.00172, origin=ORIGIN
+        ),
         budget=BudgetConfig(epochs=6),
         loop=LoopConfig(batch=178, log_every=10),
     ),
@@ -523,7 +527,9 @@ PRESETS = {
         name="large",
         model=ModelConfig(vocab_size=28_000, width=1024, blocks=24, heads=16, context=512, **BLOCK),
         data=DataConfig(source="dsir-pile", fallback="stories"),
-        optimizer=OptimizerConfig("normuon", embedding_rate=0.01, head_rate=0.0006),
+        optimizer=dataclasses.replace(
+            NANO, matrix_rate=0.00308, embedding_rate=0.0079, head_rate=0.000197, norm_rate=0.00079, origin=ORIGIN
+        ),
         budget=BudgetConfig(tokens=7_000_000_000),
         loop=LoopConfig(batch=30, log_every=10),
     ),

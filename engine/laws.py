@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from engine.config import PRESETS, BudgetConfig, ModelConfig, OptimizerConfig, Recipe
+from engine.config import ORIGIN, PRESETS, BudgetConfig, ModelConfig, OptimizerConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,6 @@ class Reference:
 REFERENCES = {"tiny": Reference(1.15, 4.2), "large": Reference(2.0, 4.0)}
 # Tokens of all training text, ASSUMED: 1.91 GB by its data card, at 4.2 bytes per token.
 EPOCHS = {"tinystories": 455_000_000}
-
-ORIGIN = "nano's, carried to this width, depth, batch and length by the powers in engine/laws.py"
 
 # What was tuned, and for which length of a run (bench/README.md, "What helped and what did not").
 TUNED = PRESETS["nano"]

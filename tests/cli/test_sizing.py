@@ -9,7 +9,7 @@ import pytest
 from cli import sizing
 from cli.options import Size
 from engine import laws
-from engine.config import ModelConfig, Recipe, override
+from engine.config import ORIGIN, ModelConfig, Recipe, override
 from engine.errors import InputError
 from engine.planning import MACHINES, Machine, Rate
 from tests.cli.conftest import SMALL, Gpt
@@ -103,9 +103,9 @@ def test_a_run_of_a_depth_explains_itself_and_the_same_command_goes_on_with_it(g
     done = gpt(*command, "--steps", "1")
     assert done.code == 0, done.err
     assert "size       1 blocks: as asked" in done.out and "width      16: as asked; by the law 32" in done.out
-    assert "rates      matrix" in done.out and laws.ORIGIN in done.out
+    assert "rates      matrix" in done.out and ORIGIN in done.out
     written = json.loads(Path("runs/depth-1/config.json").read_text())
-    assert written["recipe"]["optimizer"]["origin"] == laws.ORIGIN and written["recipe"]["name"] == "depth-1"
+    assert written["recipe"]["optimizer"]["origin"] == ORIGIN and written["recipe"]["name"] == "depth-1"
     again = gpt(*command, "--steps", "2", "--seed", "5", "--resume")
     assert again.code == 2 and "--seed is 0, not 5" in again.err
     other = gpt("train", "--depth", "3", "--out", "runs/depth-1", "--resume")

@@ -55,6 +55,12 @@ def test_a_rate_follows_each_quantity_by_its_own_power() -> None:
             assert dataclasses.replace(found, origin=NANO.optimizer.origin, **rates) == NANO.optimizer
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("tiny", 6 * laws.EPOCHS["tinystories"]), ("large", 7e9)])
+def test_the_reference_recipes_take_the_rates_of_the_laws(name: str, tokens: float) -> None:
+    preset = PRESETS[name]
+    assert preset.optimizer == laws.optimizer(preset.model, preset.tokens_per_step, tokens)
+
+
 def test_a_longer_run_has_larger_steps_between_bounds_and_a_multiple_of_the_processes() -> None:
     sizes = [256 * laws.batch(10.0**power, 256) for power in range(4, 15)]
     assert sizes == sorted(sizes) and sizes[0] == laws.LEAST_BATCH and sizes[-1] == laws.MOST_BATCH
