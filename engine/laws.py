@@ -25,8 +25,8 @@ class Powers:
 
 # Muon's step has the same spectral norm at every width, so its rate stays (Bernstein and Newhouse, arXiv:2409.20325).
 # A table's rate stays as well, and a head's falls with its inputs (muP). With a batch rates rise by its root (Malladi
-# et al., arXiv:2205.10287); with the length of a run they fall (Bjorck et al., arXiv:2409.19913). Width, depth and
-# length are measured (bench/README.md, "Rates that transfer"); the batch is not.
+# et al., arXiv:2205.10287); with the length of a run they fall, here by tokens^-0.16, over longer runs by -0.32 (Bjorck
+# et al., arXiv:2409.19913). All is measured over factors of 3 to 4 alone (bench/README.md, "Rates that transfer").
 RATES = {
     "matrix_rate": Powers(depth=-0.3, batch=0.5, tokens=-0.25),
     "embedding_rate": Powers(batch=0.5, tokens=-0.25),
