@@ -104,11 +104,13 @@ def count_pairs(train: TokenShards, most: float, distances: int) -> list[Tensor]
 
     Counted are about `most` tokens, in documents from all of the text.
     """
-    documents, vocab = len(train.lengths), train.vocab_size
-    wanted = max(1, math.floor(documents * min(1.0, most / train.tokens)))
-    chosen = np.linspace(0, documents - 1, wanted, dtype=np.int64).tolist()
-    texts = [train.document(each).astype(np.int64) for each in chosen]
-    found = []
+    lengths, vocab = train.lengths, train.vocab_size
+    wanted = max(1, math.floor(len(lengths) * min(1.0, most / train.tokens)))
+    texts, found = [], []
+    for document in np.linspace(0, len(lengths) - 1, wanted, dtype=np.int64).tolist():
+        # One document may be longer than all that is wanted.
+        inputs, targets = train.read(document, 0, int(min(lengths[document], most)))
+        texts.append(np.append(inputs, targets[-1]).astype(np.int64))
     for distance in range(1, distances + 1):
         pairs, counts = np.unique(
             np.concatenate([ids[:-distance] * vocab + ids[distance:] for ids in texts]), return_counts=True

@@ -108,6 +108,7 @@ def test_pairs_are_counted_within_documents_from_all_of_the_text(prepared: Path)
     assert {tuple(place): int(found[*place]) for place in found.nonzero().tolist()} == expected
     part = count_pairs(train, train.tokens / 4, 1)[0].to_dense()
     assert 0.1 < float(part.sum()) / train.tokens < 0.4
+    assert count_pairs(train, 7, 1)[0].sum() == 7  # of a document that is longer
     last = train.document(len(train.lengths) - 1)
     assert part[last[0], last[1]] > 0
 
