@@ -101,19 +101,19 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
     rank = min(math.ceil(SHARE * width), width - 2, vocab)
     if rank < 1:
         return {}
-    neighbours = pairs[0].coalesce()
-    (first, second), counts = neighbours.indices(), neighbours.values().double()
+    pairs = [each.coalesce() for each in pairs]
+    (first, second), counts = pairs[0].indices(), pairs[0].values().double()
     before, after = (
         counts.new_ones(vocab).index_add_(0, each, counts) / (counts.sum() + vocab) for each in (first, second)
     )
 
-    def gains(pairs: Tensor) -> Tensor:
+    def gains(table: Tensor) -> Tensor:
         """Return by how much the logarithm of each token's probability rises after each, both by their frequencies."""
-        (first, second), counts = pairs.coalesce().indices(), pairs.coalesce().values().double()
+        (first, second), counts = table.indices(), table.values().double()
         found = torch.log1p(counts / (ENOUGH * after[second])) * (before[first] * after[second]).sqrt()
-        return torch.sparse_coo_tensor(pairs.coalesce().indices(), found, pairs.shape, check_invariants=True)
+        return torch.sparse_coo_tensor(table.indices(), found, table.shape, check_invariants=True)
 
-    left, sizes, right = _singular(gains(neighbours), rank, generator)
+    left, sizes, right = _singular(gains(pairs[0]), rank, generator)
     sizes = sizes.clamp(min=max(float(sizes[0]) / 100, 1e-9))  # noise has smaller ones
     common = embedding.mean(0)
     common /= common.norm()
@@ -135,9 +135,9 @@ def weights_of_text(model: Any, pairs: Sequence[Tensor], generator: torch.Genera
 
     attention = model.blocks[0].attention
     qkv, output = (each.weight.detach().cpu().clone() for each in (attention.qkv, attention.output))
-    heads, dim = attention.heads, qkv.shape[0] // (attention.heads + 2 * attention.kv_heads)
+    heads, dim = model.config.heads, model.config.head_dim
     # Heads that share their values could not say what different tokens do.
-    looking = zip(range(heads - 1), DISTANCES[0], strict=False) if attention.kv_heads == heads else ()
+    looking = zip(range(heads - 1), DISTANCES[0], strict=False) if model.config.kv_heads == heads else ()
     for number, distance in looking:
         core = left.T @ torch.sparse.mm(gains(pairs[distance]), right) / (sizes.sqrt()[:, None] * sizes.sqrt())
         into, strengths, out = _svd(BELIEVED * size * basis @ core @ basis.T)
