@@ -64,7 +64,9 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
         yield {"reason": "the process ended with -9"} if task.about["rate"] in crashing else work(task)
 
     monkeypatch.setattr(sweeps, "in_processes", here)
-    wanted = sweeps.tasks("transfer", options(data, shapes="32x1", rates="1,0.5", tokens="2000"))
+    # Begun with bigrams, a model of so few steps falls by no more than what differs between texts.
+    local = ["model.start=local"]
+    wanted = sweeps.tasks("transfer", options(data, shapes="32x1", rates="1,0.5", tokens="2000", set=local))
     lines = list(sweeps.sweep(wanted, out, workers=1))
     assert [line.get("reason") for line in lines] == [None, "the process ended with -9"]
     (run,) = sweeps.read([out])
@@ -74,12 +76,12 @@ def test_a_run_is_a_line_and_the_same_sweep_goes_on_after_it(
     assert run["tokens"] == 4 * run["tokens_per_step"] == 2048
     assert run["rates"]["matrix_rate"] == wanted[0].recipe.optimizer.matrix_rate
     assert run["validation"][-1] == [2048, round(run["bits_per_byte"], 4)] and len(run["validation"]) == 4
-    assert run["training"][-1][0] == 1 and 0 < run["bits_per_byte"] < 8 > run["training"][0][1] > 0
+    assert run["training"][-1][0] == 1 and 0 < run["bits_per_byte"] < run["training"][0][1]
     crashing.clear()
     (other,) = sweeps.sweep(wanted, out, workers=1)
     assert other["rate"] == 0.5 and list(sweeps.sweep(wanted, out, workers=1)) == []
     # What stands there for another sweep is not made again, and is a line of this one too.
-    same = sweeps.tasks("size", options(data, "size", shapes="32x1", rates="1", tokens="2000"))
+    same = sweeps.tasks("size", options(data, "size", shapes="32x1", rates="1", tokens="2000", set=local))
     assert list(sweeps.sweep(same, out, workers=1)) == [] == list(sweeps.sweep(same, out, workers=1))
     assert [(line["kind"], line["key"]) for line in sweeps.read([out])][1:] == [
         ("transfer", other["key"]), ("size", run["key"])
