@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from bench import fits
 from bench.harness import Figures
+from engine.config import PRESETS
 from engine.disk import write_atomically
 
 Points = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
@@ -24,8 +25,12 @@ SIZES = {
 }
 # Up to this many more bits per byte, as a share, a larger batch costs nothing that matters.
 WITHIN = 0.01
+# Floors, in bits per byte, none of which the runs tell from another. The law that is published has the first.
+FLOORS = (0.0, 0.1, 0.2, 0.35)
 # How often runs are drawn anew, to see how the forecast varies.
 RESAMPLES = 100
+# What is foretold by it, for the spread of far forecasts: presets, and fresh tokens as good as theirs, in millions.
+FORETOLD = {"tiny": 455 * 5.3, "large": 7000.0}
 # The least steps before the loss of a run's course says something of another run's.
 COURSE_STEPS = 50
 
@@ -72,10 +77,17 @@ def in_words(found: Figures) -> Iterator[str]:
         yield f"best rate of matrices: {powers_in_words(batch['rate'])}"
         for each in batch["largest_within_1%"]:
             yield f"{each['data']}, {each['tokens']:,} tokens: up to {each['batch']:,.0f} a step within 1% of the best"
-    for data, each in found.get("size", {}).items():
-        law, error = each[each["size"]], each["error_of_the_largest"][each["size"]]
-        terms = "{floor:.3f} + {of_weights:.3g} / N^{weights_power:.2f} + {of_tokens:.3g} / D^{tokens_power:.2f}"
-        yield f"{data}: {terms.format(**law)}, in millions (N: {each['size']}); the largest within {error:.1%}"
+    if size := found.get("size"):
+        law, error = size["laws"][size["size"]], size["error_of_the_largest"][size["size"]]
+        terms = "({of_weights:.3g} / N^{weights_power:.2f} + {of_tokens:.3g} / D^{tokens_power:.2f})^{power:.2f}"
+        yield f"{size['text']}: {terms.format(**law)}, in millions (N: {size['size']}); the largest within {error:.1%}"
+        for data, each in size["texts"].items():
+            yield f"{data}: {each['factor']:.3f} times that, within {each['scatter']:.1%}"
+        for each in size["repeats"]:
+            terms = "{data}: {epochs:.1f} epochs with {tokens_per_weight:.2f} tokens for a weight"
+            yield f"{terms.format(**each)}: as if new for {each['repeats']:.1f} more in the end"
+        for name, each in size["far"].items():
+            yield f"{name}: {each['bits_per_byte']:.3f}, with a deviation of {each['deviation']:.0%}"
 
 
 def powers_in_words(law: Figures) -> str:
@@ -192,43 +204,98 @@ def crossing(sizes: np.ndarray, costs: np.ndarray) -> float | None:
 
 
 def forecasts(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Panel]]:
-    """Fit bits per byte over size and tokens, for each text, with what the fit of small runs makes of the largest."""
-    found, panels = {}, []
-    for (data,), mine in grouped(runs, "data").items():
-        losses = column(mine, "bits_per_byte")
-        tokens = fits.effective_tokens(column(mine, "tokens"), column(mine, "unique_tokens")) / 1e6
-        # What has taken the most work is held out, to see how far the others tell it.
-        last = np.argsort(column(mine, "parameters") * tokens)[-max(1, len(mine) // 7) :]
-        meant = {name: column(mine, *of) / 1e6 for name, of in SIZES.items()}
-        of_others = {name: fits.held_out(sizes, tokens, losses, last) for name, sizes in meant.items()}
-        chosen = min(of_others, key=lambda name: of_others[name][1])
-        sizes, others = meant[chosen], of_others[chosen][0]
-        own = fits.forecast(sizes, tokens, losses)
-        draws = fits.resampled(RESAMPLES, sizes, tokens, losses)
-        found[data] = {
-            "runs": len(mine),
-            "size": chosen,  # in millions of weights; tokens are in millions, and fresh
-            **{name: asdict(fits.forecast(its, tokens, losses)) for name, its in meant.items()},
-            "error_of_the_largest": {name: error for name, (_, error) in of_others.items()},
-            "scatter": float(np.std(own(sizes, tokens) / losses - 1)),
-            # The deviation of the logarithm of what is foretold, for so many times the largest size and most tokens.
-            "beyond": {
-                10**n: float(np.std([np.log(each(10**n * sizes.max(), 10**n * tokens.max())) for each in draws]))
-                for n in range(4)
-            },
-            "bytes_per_token": mine[0]["loss"] / mine[0]["bits_per_byte"] / np.log(2),
-            "course": course(mine, sizes, own),
+    """Fit bits per byte over size and tokens, with what the fit of small runs makes of the largest.
+
+    The law is that of the text with the most runs; others have it times a factor.
+    """
+    once = [run for run in runs if run["tokens"] <= run["unique_tokens"]]
+    groups = {data: its for (data,), its in grouped(once, "data").items()}
+    text = max(groups, key=lambda data: len(groups[data]))
+    mine = groups[text]
+    losses, tokens = column(mine, "bits_per_byte"), column(mine, "tokens") / 1e6
+    # What has taken the most work is held out, to see how far the others tell it.
+    last = np.argsort(column(mine, "parameters") * tokens)[-max(1, len(mine) // 7) :]
+    meant = {name: size_of(mine, name) for name in SIZES}
+    of_others = {name: fits.held_out(sizes, tokens, losses, last) for name, sizes in meant.items()}
+    chosen = min(of_others, key=lambda name: of_others[name][1])
+    sizes, others = meant[chosen], of_others[chosen][0]
+    own = fits.forecast(sizes, tokens, losses)
+    found = {
+        "text": text,
+        "runs": len(mine),
+        "size": chosen,  # in millions of weights; tokens are in millions
+        "weights": [sizes.min(), sizes.max()],
+        "tokens": [tokens.min(), tokens.max()],
+        "laws": {name: asdict(fits.forecast(its, tokens, losses)) for name, its in meant.items()},
+        "error_of_the_largest": {name: error for name, (_, error) in of_others.items()},
+        "scatter": float(np.std(np.log(own(sizes, tokens) / losses))),
+        "floors": {str(floor): with_floor(sizes, tokens, losses, last, floor) for floor in FLOORS},
+        "far": {name: far(meant, tokens, losses, name) for name in FORETOLD},
+        "texts": {data: factor(its, size_of(its, chosen), own) for data, its in groups.items() if data != text},
+        "course": course(mine, sizes, own),
+    }
+    factors = {text: 1.0, **{data: each["factor"] for data, each in found["texts"].items()}}
+    found["repeats"] = [
+        {
+            "data": run["data"],
+            "epochs": run["tokens"] / run["unique_tokens"],
+            "tokens_per_weight": run["unique_tokens"] / 1e6 / size_of([run], chosen)[0],
+            "repeats": repeats(run, float(size_of([run], chosen)[0]), factors[run["data"]], own),
         }
-        panel = Panel(f"{data}: the law, and runs", "millions of tokens", "bits per byte")
-        for size in np.unique(sizes):
-            label, its = f"{size:.2f}M weights", sizes == size
-            reach = np.geomspace(tokens[its].min(), tokens[its].max(), 30)
-            panel.points[label], panel.lines[label] = (tokens[its], losses[its]), (reach, own(size, reach))
-        missed = Panel(f"{data}: the largest, from the others", "weights x tokens", "foretold / measured")
-        work, ratio, held = sizes * tokens * 1e12, others(sizes, tokens) / losses, np.isin(np.arange(len(mine)), last)
-        missed.points.update({"fitted": (work[~held], ratio[~held]), "held out": (work[held], ratio[held])})
-        panels += [panel, missed]
-    return found, panels
+        for run in runs
+        if run not in once and run["data"] in factors
+    ]
+    panel = Panel(f"{text}: the law, and runs", "millions of tokens", "bits per byte")
+    for size in np.unique(sizes):
+        label, its = f"{size:.2f}M weights", sizes == size
+        reach = np.geomspace(tokens[its].min(), tokens[its].max(), 30)
+        panel.points[label], panel.lines[label] = (tokens[its], losses[its]), (reach, own(size, reach))
+    missed = Panel(f"{text}: the largest, from the others", "weights x tokens", "foretold / measured")
+    work, ratio, held = sizes * tokens * 1e12, others(sizes, tokens) / losses, np.isin(np.arange(len(mine)), last)
+    missed.points.update({"fitted": (work[~held], ratio[~held]), "held out": (work[held], ratio[held])})
+    return found, [panel, missed]
+
+
+def size_of(runs: Sequence[Figures], meaning: str) -> np.ndarray:
+    return column(runs, *SIZES[meaning]) / 1e6
+
+
+def repeats(run: Figures, size: float, times: float, law: fits.Forecast) -> float:
+    """Return for how many times a run's tokens have counted as new, in the end, that it has reached what it has."""
+    tried = np.geomspace(0.05, 100, 2000)
+    worth = fits.effective_tokens(run["tokens"] / 1e6, run["unique_tokens"] / 1e6, tried)
+    return float(tried[np.abs(times * law(size, worth) / run["bits_per_byte"] - 1).argmin()])
+
+
+def with_floor(sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, last: np.ndarray, floor: float) -> Figures:
+    """Return the law with a floor, how it meets the runs, and how that of the others meets the last ones."""
+    law = fits.forecast(sizes, tokens, losses, floor)
+    scatter = float(np.std(np.log(law(sizes, tokens) / losses)))
+    error = fits.held_out(sizes, tokens, losses, last, floor)[1]
+    return {**asdict(law), "scatter": scatter, "error_of_the_largest": error}
+
+
+def far(meant: Mapping[str, np.ndarray], tokens: np.ndarray, losses: np.ndarray, preset: str) -> Figures:
+    """Return what a preset would reach with this text: the median and the deviation of the logarithm, over draws.
+
+    A draw is of runs, of what the size of a model means, and of the floor.
+    """
+    model, random = PRESETS[preset].model, np.random.default_rng(0)
+    head = model.outputs * model.width
+    sizes = dict(zip(SIZES, (model.matmul_parameters - head, model.matmul_parameters, model.parameters), strict=True))
+    logs = []
+    for _ in range(RESAMPLES):
+        name, floor = random.choice(list(meant)), random.choice(FLOORS)
+        pick = random.integers(len(tokens), size=len(tokens))
+        law = fits.forecast(meant[name][pick], tokens[pick], losses[pick], float(floor))
+        logs.append(np.log(law(sizes[name] / 1e6, FORETOLD[preset])))
+    return {"bits_per_byte": float(np.exp(np.median(logs))), "deviation": float(np.std(logs))}
+
+
+def factor(runs: Sequence[Figures], sizes: np.ndarray, law: fits.Forecast) -> Figures:
+    """Return by what factor runs on another text are above a law, and how they scatter about that."""
+    logs = np.log(column(runs, "bits_per_byte") / law(sizes, column(runs, "tokens") / 1e6))
+    return {"runs": len(runs), "factor": float(np.exp(logs.mean())), "scatter": float(logs.std())}
 
 
 def course(runs: Sequence[Figures], sizes: np.ndarray, own: fits.Forecast) -> Figures:

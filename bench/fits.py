@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The powers of a forecast lie in here: others have found 0.2 to 0.5, and what a few runs say beyond is noise.
-POWERS = (0.1, 0.9)
+# The powers of weights, of tokens, and of their sum lie in here: what a few runs say beyond is noise.
+LEAST, MOST = np.array([0.1, 0.1, 0.1]), np.array([1.2, 1.2, 1.2])
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -82,76 +82,71 @@ def powers(y: Numbers, *xs: Numbers, errors: Numbers | None = None) -> tuple[np.
     return found, np.sqrt(np.diag(inverse) * scale)
 
 
-def effective_tokens(tokens: ArrayLike, unique: ArrayLike) -> np.ndarray:
+def effective_tokens(tokens: ArrayLike, unique: ArrayLike, repeats: ArrayLike = REPEATS) -> np.ndarray:
     """Return how many fresh tokens are worth as much as these, of which so many are unique (Muennighoff et al.)."""
-    tokens, fresh = np.asarray(tokens, float), np.minimum(tokens, unique)
-    return fresh * (1 + REPEATS * (1 - np.exp(-(tokens / fresh - 1) / REPEATS)))
+    tokens, fresh, repeats = np.asarray(tokens, float), np.minimum(tokens, unique), np.asarray(repeats, float)
+    return fresh * (1 + repeats * (1 - np.exp(-(tokens / fresh - 1) / repeats)))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """L(N, D) = floor + of_weights N^-weights_power + of_tokens D^-tokens_power (Hoffmann et al. 2022, approach 3)."""
+    """L(N, D) = floor + (of_weights N^-weights_power + of_tokens D^-tokens_power)^power.
+
+    So Kaplan et al. 2020 (equation 1.5) have it, without the floor. With few tokens sizes hardly differ, with many they
+    do. A sum of separate terms (Hoffmann et al. 2022) has them differ alike, and meets short runs far worse.
+    """
 
     floor: float
     of_weights: float
     weights_power: float
     of_tokens: float
     tokens_power: float
+    power: float
 
     def __call__(self, sizes: ArrayLike, tokens: ArrayLike) -> np.ndarray:
         sizes, tokens = np.asarray(sizes, float), np.asarray(tokens, float)
-        return self.floor + self.of_weights * sizes**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
+        both = self.of_weights * sizes**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
+        return self.floor + both**self.power
 
 
-def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers) -> Forecast:
-    """Fit the law to runs, by the Huber loss of relative residuals.
+def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers, floor: float = 0.0) -> Forecast:
+    """Fit the law with this floor to runs, by the Huber loss of relative residuals of what is above it.
 
-    Only the powers are searched for, on a grid that closes in on the best: for given powers the rest is linear, and is
-    solved (with weights that make squares Huber's loss). So there are no starts to choose, and no bad minimum.
+    Short runs do not tell the floor. Only the powers are searched for, on a grid that closes in on the best: for given
+    powers the rest is linear, and is solved (with weights that make squares Huber's loss). So there are no starts to
+    choose, and no bad minimum.
     """
-    losses = np.asarray(losses, float)
-    n, d = (np.log(each) for each in (np.asarray(sizes, float), np.asarray(tokens, float)))
-    middle, reach = np.full(2, np.mean(POWERS)), np.ptp(POWERS) / 2
-    for _ in range(4):
-        steps = np.linspace(-reach, reach, 15)
-        grid = np.clip(middle + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2), *POWERS)
-        # [grid, runs, 3]: each column is divided by what it is to add up to, together with the others.
-        shapes = [
-            np.ones((len(grid), len(n))),
-            np.exp(-grid[:, :1] * (n - n.mean())),
-            np.exp(-grid[:, 1:] * (d - d.mean())),
-        ]
-        found, cost = _solve(np.stack(shapes, -1) / losses[:, None])
+    logs, n, d = (np.log(np.asarray(each, float)) for each in (np.asarray(losses, float) - floor, sizes, tokens))
+    middle, reach = (LEAST + MOST) / 2, (MOST - LEAST) / 2
+    for _ in range(6):
+        steps = np.linspace(-1, 1, 9)
+        grid = np.clip(middle + reach * np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3), LEAST, MOST)
+        of_weights, of_tokens, power = np.split(grid, 3, 1)
+        # [grid, runs, 2]: each column is divided by what it is to add up to, together with the other.
+        columns = np.stack([-of_weights * (n - n.mean()), -of_tokens * (d - d.mean())], -1)
+        found, cost = _solve(np.exp(columns - (logs / power)[..., None]), power)
         best = cost.argmin()
-        middle, reach = grid[best], reach / 5
-    floor, size, data = found[best] * np.exp([0, middle[0] * n.mean(), middle[1] * d.mean()])
-    return Forecast(float(floor), float(size), float(middle[0]), float(data), float(middle[1]))
+        middle, reach = grid[best], reach / 2.5
+    size, data = found[best] * np.exp(middle[:2] * (n.mean(), d.mean()))
+    return Forecast(floor, float(size), float(middle[0]), float(data), float(middle[1]), float(middle[2]))
 
 
-def _solve(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors, none below 0, with which the columns [G, runs, 3] add up to 1, and the Huber loss of each."""
+def _solve(columns: np.ndarray, power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors with which the columns [G, runs, 2] add up to 1, and the Huber loss of each sum's power."""
     weights = np.ones(columns.shape[:2])
     for _ in range(10):
         weighted = (columns * weights[..., None]).mT
-        gram, right = weighted @ columns + 1e-12 * np.eye(3), weighted.sum(-1, keepdims=True)
+        gram, right = weighted @ columns + 1e-12 * np.eye(2), weighted.sum(-1, keepdims=True)
         found = np.linalg.solve(gram, right)[..., 0]
-        # A floor below 0 is none.
-        without = np.linalg.solve(gram[:, 1:, 1:], right[:, 1:])[..., 0]
-        below = found[:, 0] < 0
-        found[below, 0], found[below, 1:] = 0.0, without[below]
-        wrong = np.abs((columns @ found[..., None])[..., 0] - 1)
+        wrong = power * np.abs((columns @ found[..., None])[..., 0] - 1)
         weights = DELTA / np.maximum(wrong, DELTA)
     cost = np.where(wrong < DELTA, wrong**2 / 2, DELTA * (wrong - DELTA / 2)).sum(1)
     return found, np.where((found < 0).any(1), np.inf, cost)
 
 
-def resampled(times: int, *columns: np.ndarray) -> list[Forecast]:
-    """Return forecasts from bootstrap resamples of sizes, tokens and losses: what they differ by is uncertain."""
-    picks = np.random.default_rng(0).integers(len(columns[0]), size=(times, len(columns[0])))
-    return [forecast(*(column[pick] for column in columns)) for pick in picks]
-
-
-def held_out(sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, held: np.ndarray) -> tuple[Forecast, float]:
+def held_out(
+    sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, held: np.ndarray, floor: float = 0.0
+) -> tuple[Forecast, float]:
     """Fit without the runs `held` (their numbers). Return that, and the mean of |foretold / measured - 1| over them."""
-    law = forecast(*(np.delete(each, held) for each in (sizes, tokens, losses)))
+    law = forecast(np.delete(sizes, held), np.delete(tokens, held), np.delete(losses, held), floor)
     return law, float(np.abs(law(sizes[held], tokens[held]) / losses[held] - 1).mean())

@@ -51,7 +51,8 @@ HEAD_DIM = 32
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LONGEST = 24 * 3600  # seconds that a run may take
 STEPS_OF_TWO = "0.25,0.5,1,2,4"
-# What each kind of sweep varies, unless options say otherwise: shapes are WIDTHxBLOCKS, batches are in sequences.
+# What each kind of sweep varies, unless options say otherwise: shapes are WIDTHxBLOCKS, batches are in sequences (or
+# law: those of engine/laws.py).
 KINDS = {
     "helped": {"shapes": "128x4", "batches": "8", "rates": "1", "tokens": "598016,2400256", "seeds": "3"},
     "transfer": {
@@ -63,8 +64,8 @@ KINDS = {
         "seeds": "1",
     },
     "size": {
-        "shapes": "48x2,64x2,64x4,96x4,128x4,128x6,192x4,192x6", "batches": "8", "rates": "1",
-        "tokens": "150000,300000,600000,1200000,2400000", "seeds": "1",
+        "shapes": "64x2,96x3,128x4,192x6", "batches": "law", "rates": "1",
+        "tokens": "150000,400000,1000000,2500000,6000000", "seeds": "1",
     },
 }  # fmt: skip
 
@@ -96,7 +97,12 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
     vocabulary, shards = Tokenizer.load(given.data).vocab_size, TokenShards(given.data, "train")
     fingerprint = hashlib.sha256(f"{shards.fingerprint} {shards.tokens}".encode()).hexdigest()
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes.split(",")]
-    batches, budgets = ([int(float(each)) for each in text.split(",")] for text in (given.batches, given.tokens))
+    budgets = [int(float(each)) for each in given.tokens.split(",")]
+    context = preset("nano").model.context
+    batches = [
+        {tokens: laws.batch(tokens, context) if each == "law" else int(each) for tokens in budgets}
+        for each in given.batches.split(",")
+    ]
     rates = sorted(map(float, given.rates.split(",")), key=lambda rate: abs(math.log(rate)))
     changes = read_changes(given.change) if kind == "helped" else {kind: []}
     varied = RATES if given.vary == "all" else given.vary.split(",")
@@ -113,7 +119,7 @@ def tasks(kind: str, given: argparse.Namespace) -> list[Task]:
         }
         nano = preset("nano")
         base = dataclasses.replace(nano, model=dataclasses.replace(nano.model, vocab_size=vocabulary, **shape))
-        base = override(base, "loop.batch", batch)
+        base = override(base, "loop.batch", batch[tokens])
         base = dataclasses.replace(base, budget=BudgetConfig(tokens=tokens), precision=given.precision)
         if kind != "helped":
             rates_of = laws.optimizer(base.model, base.tokens_per_step, tokens)

@@ -108,13 +108,13 @@ def learning_on(machine: "Callable[[Recipe], tuple[Machine, Rate, str]]", proces
     from engine import config, laws, planning
 
     @cache
-    def rate_of(preset: str) -> "tuple[Machine, Rate, str]":
-        return machine(config.PRESETS[preset])
+    def rate_of(model: "ModelConfig") -> "tuple[Machine, Rate, str]":
+        # Rates of GPUs were measured for presets: that of the nearest in size is taken.
+        near = min(config.PRESETS.values(), key=lambda each: abs(math.log(each.model.parameters / model.parameters)))
+        return machine(dataclasses.replace(near, model=model))
 
     def learnt(model: "ModelConfig", seconds: float) -> float:
-        # Rates were measured for presets: that of the nearest in size is taken.
-        near = min(config.PRESETS.values(), key=lambda each: abs(math.log(each.model.parameters / model.parameters)))
-        where, rate, precision = rate_of(near.name)
+        where, rate, precision = rate_of(model)
         recipe = laws.recipe(model, processes * seconds * rate.flops / model.flops_per_token, processes)
         found = planning.plan(recipe, where, rate, precision, gpus=processes, nodes=1, shard=False)
         return seconds * recipe.tokens_per_step / found.step_seconds if found.fits else 0.0
@@ -137,13 +137,24 @@ def machine_of(gpu: str, recipe: "Recipe", results: Path) -> "tuple[Machine, Rat
 def this_machine(here: "Runtime", recipe: "Recipe", results: Path = RESULTS) -> "tuple[Machine, Rate, str]":
     """Return what a runtime is, how fast it trains this model, and in which precision."""
     from bench.harness import device_name
-    from engine import planning, precision, runtime
+    from engine import pace, planning, precision
 
     if recipe.precision == "auto":
         here, _ = precision.for_training(here, recipe.model)
+    if here.device.type == "cpu":
+        flops = pace.training_flops(here, recipe.model.flops_per_token)
+        source = f"{flops / 1e9:,.0f} GFLOP/s, by steps of models of about this size, timed just now"
+        return planning.this_cpu(), planning.Rate(flops, source), here.precision
     name = device_name(here)
     rate = planning.measured_rate(recipe, here.precision, name, results)
     if rate is None:
-        peak, share = runtime.measured_peak(here), planning.EFFICIENCY
+        peak, share = _peak(here), planning.EFFICIENCY
         rate = planning.Rate(share * peak, f"{share:.0%}, ASSUMED, of {peak / 1e12:.2f} TFLOP/s, measured just now")
-    return planning.this_cpu() if here.device.type == "cpu" else planning.gpu_like(name), rate, here.precision
+    return planning.gpu_like(name), rate, here.precision
+
+
+@cache
+def _peak(here: "Runtime") -> float:
+    from engine.runtime import measured_peak
+
+    return measured_peak(here)

@@ -11,7 +11,7 @@ from bench import findings, fits
 from bench.harness import Figures
 
 LENGTHS = (100_000, 300_000, 1_000_000, 3_000_000)
-LAW = fits.Forecast(floor=0.5, of_weights=0.13, weights_power=0.25, of_tokens=0.32, tokens_power=0.38)
+LAW = fits.Forecast(0.0, of_weights=0.46, weights_power=0.38, of_tokens=1.5, tokens_power=0.52, power=0.34)
 
 
 def line(
@@ -55,6 +55,10 @@ def test_what_made_the_runs_is_found_and_drawn(tmp_path: Path, monkeypatch: pyte
         line("size", *shape, tokens)
         for shape, tokens in itertools.product(((64, 2), (64, 4), (96, 8), (128, 4), (256, 2), (256, 8)), LENGTHS)
     ]
+    runs += [
+        each | {"data": "harder", "bits_per_byte": 1.5 * each["bits_per_byte"]}
+        for each in (line("size", 128, 4, 100_000), line("size", 128, 4, 300_000))
+    ]
     runs += [line("helped", 128, 4, 600_000, seed=seed) for seed in (0, 1)]
     found = findings.summarise(runs, tmp_path / "laws.json")
     assert json.loads((tmp_path / "laws.json").read_text())["commits"] == ["abc"]
@@ -78,6 +82,18 @@ def test_what_made_the_runs_is_found_and_drawn(tmp_path: Path, monkeypatch: pyte
     said = list(findings.in_words(found))
     assert said[1].startswith("left in the best rates (all): width^") and "blocks^-0.30 (-0.3" in said[1]
     assert said[0] == "text, 300,000 tokens, rates varied: all: 5 of 5 minima inside, within a factor of 1.52"
-    own = found["size"]["text"]
-    assert own["size"] == "blocks" and own["blocks"]["tokens_power"] == pytest.approx(0.38, abs=0.02)
+    own = found["size"]
+    assert own["text"] == "text" and own["size"] == "blocks"
+    assert own["laws"]["blocks"]["tokens_power"] == pytest.approx(LAW.tokens_power, abs=0.02)
     assert own["course"]["0.1"][0] == pytest.approx(1.1, rel=0.01)
+    assert own["texts"] == {
+        "harder": {"runs": 2, "factor": pytest.approx(1.5, rel=0.005), "scatter": pytest.approx(0, abs=1e-3)}
+    }
+    # A floor that is not there makes it worse, and what is far is foretold by all of them.
+    assert own["floors"]["0.0"]["scatter"] < own["floors"]["0.35"]["scatter"]
+    assert own["far"]["large"]["bits_per_byte"] < own["far"]["tiny"]["bits_per_byte"]
+    assert (
+        said[-3].startswith("harder: 1.49")
+        and "times that, within 0.0%" in said[-3]
+        and said[-1].startswith("large: 0.")
+    )

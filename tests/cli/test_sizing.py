@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli import sizing
 from cli.options import Size
-from engine import laws
-from engine.config import ORIGIN, ModelConfig, Recipe, override
+from engine import laws, pace
+from engine.config import ORIGIN, PRESETS, ModelConfig, Recipe, override
 from engine.errors import InputError
 from engine.planning import MACHINES, Machine, Rate
+from engine.runtime import Runtime
 from tests.cli.conftest import SMALL, Gpt
 
 
@@ -76,13 +78,23 @@ def test_tokens_of_a_time_are_those_of_the_plan_and_none_where_it_does_not_fit()
     asked = []
 
     def machine(recipe: Recipe) -> tuple[Machine, Rate, str]:
-        asked.append(recipe.name)
+        asked.append((recipe.name, recipe.model))
         return MACHINES["4090"], Rate(6e13, "a test"), "bf16"
 
     learnt = sizing.learning_on(machine)
     assert learnt(laws.shape(4), 3600) > 10 * learnt(laws.shape(16), 3600) > 0
     assert learnt(laws.shape(100), 3600) == 0
-    assert asked == ["nano", "tiny", "large"]
+    assert learnt(laws.shape(4), 60) < learnt(laws.shape(4), 3600)
+    assert asked == [(name, laws.shape(depth)) for name, depth in (("nano", 4), ("tiny", 16), ("large", 100))]
+
+
+def test_a_cpu_is_as_fast_at_a_size_as_it_was_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Runtime(torch.device("cpu"), "fp32")
+    monkeypatch.setattr(pace, "training_flops", lambda machine, work: 1e5 * work)
+    for recipe in (PRESETS["nano"], dataclasses.replace(PRESETS["nano"], model=laws.shape(7))):
+        machine, rate, precision = sizing.this_machine(here, override(recipe, "precision", "fp32"))
+        assert machine.name == "CPU" and rate.flops == 1e5 * recipe.model.flops_per_token and precision == "fp32"
+        assert "timed just now" in rate.source
 
 
 @pytest.mark.parametrize(
