@@ -26,6 +26,15 @@ def k1(log_probs: Tensor, reference: Tensor) -> Tensor:
     return log_probs - reference
 
 
+def k2(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Return k1^2 / 2, for a loss: for tokens that the policy drew its gradient is that of the KL, on average.
+
+    That of k3 is not (Tang and Munos, arXiv:2506.09477): it pulls a token that has become likelier back by 1 at most,
+    however much likelier, and that of the KL by the log of how much. As the KL itself k2 is biased.
+    """
+    return k1(log_probs, reference).square() / 2
+
+
 def k3(log_probs: Tensor, reference: Tensor) -> Tensor:
     """Estimate the same as k1, unbiased too, but never negative and with less variance: exp(-k1) - 1 + k1."""
     difference = -k1(log_probs, reference)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.advantages import adapted_beta, gae, group_advantages, k1, k3, token_rewards, whiten
+from rlhf.advantages import adapted_beta, gae, group_advantages, k1, k2, k3, token_rewards, whiten
 
 NAN = float("nan")
 MASK = torch.tensor(
@@ -80,6 +80,20 @@ def test_k1_and_k3_have_the_kl_for_their_mean() -> None:
         torch.testing.assert_close((policy.exp() * estimate(policy, reference)).sum(), exact)
     assert (k3(policy, reference) >= 0).all() and (k1(policy, reference) < 0).any()
     assert (k3(policy, policy) == 0).all()
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl_however_far_the_policy_has_gone() -> None:
+    reference = torch.randn(50, dtype=torch.float64).mul(2).log_softmax(dim=-1)
+    for away in (0.1, 1.0, 8.0):
+        logits = (reference + away * torch.randn(50, dtype=torch.float64)).requires_grad_()
+        policy = logits.log_softmax(dim=-1)
+        (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+        # The mean over tokens that the policy draws, of which each has its own gradient.
+        drawn = policy.exp().detach()
+        (found,) = torch.autograd.grad((drawn * k2(policy, reference)).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(found, exact)
+        (other,) = torch.autograd.grad((drawn * k3(policy, reference)).sum(), logits)
+        assert away < 1 or (other - exact).norm() > 0.3 * exact.norm()
 
 
 def test_the_score_comes_at_the_last_token_and_kl_costs_at_every_one() -> None:

@@ -67,6 +67,30 @@ def test_a_log_ratio_beyond_all_bounds_gives_finite_losses_and_gradients() -> No
     assert loss.isfinite() and gradient.isfinite().all()
 
 
+def test_grpo_settles_where_reward_less_kl_is_most() -> None:
+    """Among few answers that optimum is known: the reference, times exp(reward / beta) (Rafailov et al., eq. 4)."""
+    torch.manual_seed(0)
+    reference = torch.randn(6, dtype=torch.float64).log_softmax(dim=-1)
+    rewards, beta = torch.tensor([0.0, 1.0, -1.0, 3.0, 0.5, 0.2], dtype=torch.float64), 0.7
+    best = (reference + rewards / beta).softmax(dim=-1)
+    logits = reference.clone().requires_grad_()
+    for _ in range(4000):
+        log_probs = logits.log_softmax(dim=-1)
+        drawn = log_probs.exp().detach()
+        # Every answer as often as it is drawn: weighted by its share, so that nothing is left to chance.
+        advantages = rewards - (drawn * rewards).sum()
+        losses = [
+            share * grpo_loss(new, new.detach(), before, advantage, beta=beta).loss
+            for share, new, before, advantage in zip(
+                drawn, log_probs.split(1), reference.split(1), advantages.split(1), strict=True
+            )
+        ]
+        (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), logits)
+        with torch.no_grad():
+            logits -= 0.5 * gradient
+    torch.testing.assert_close(logits.softmax(dim=-1).detach(), best, atol=1e-3, rtol=0)
+
+
 def test_the_value_loss_counts_the_worse_of_free_and_held() -> None:
     old, returns = torch.zeros(3), torch.ones(3)
     loss = value_loss(torch.tensor([0.1, 1.0, -1.0]), old, returns)
