@@ -48,13 +48,13 @@ def training_step(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) 
     return step
 
 
-def our_step(
-    recipe: Recipe, runtime: Runtime, *, compile: bool = False, kind: Literal["muon", "adamw"] = "muon"
-) -> Step:
+def our_step(recipe: Recipe, runtime: Runtime, *, compile: bool = False, kind: Literal["adamw"] | None = None) -> Step:
+    """Return our step with the recipe's optimizer, or with another kind of it."""
     with runtime.device:  # to draw the weights of large takes a CPU five seconds
         model = GPT(recipe.model)
     model.compute_dtype = runtime.dtype
-    optimizer = Optimizer(model, OptimizerConfig(kind=kind), matmul_dtype=muon_dtype(runtime))
+    config = recipe.optimizer if kind is None else OptimizerConfig(kind=kind)
+    optimizer = Optimizer(model, config, matmul_dtype=muon_dtype(runtime))
     batch = packed_batch(recipe, runtime.device)
 
     def loss(model: GPT, batch: Batch) -> Tensor:

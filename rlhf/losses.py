@@ -58,7 +58,7 @@ def grpo_loss(
     surrogate = policy_loss(log_probs_N, old_N, advantages_N, clip=clip)
     # KL is a term of the loss here, and no part of the reward as in PPO: an answer's rank in its group then depends on
     # its score alone. Gradients flow through it, so it is k2. The paper has k3, which hardly holds a policy that has
-    # left: on one of six seeds of `gpt demo` it went where the reward model is wrong (bench/README.md).
+    # left: on two of six seeds of `gpt demo` it went where the reward model is wrong (bench/README.md).
     return surrogate._replace(loss=surrogate.loss + beta * k2(log_probs_N, reference_N).sum())
 
 

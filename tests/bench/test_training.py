@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench import training
-from engine.config import PRESETS, ModelConfig
+from engine.config import PRESETS, ModelConfig, OptimizerConfig
 from engine.runtime import Runtime
+from train.optimizer import Optimizer
 
 
 @pytest.mark.parametrize("failing", ["plain", "ours", "ours, compiled"])
@@ -48,3 +49,19 @@ def test_each_is_compared_with_the_faster_plain_attention_in_its_precision(monke
         )
         best = max(plain["tokens_per_second"], written["tokens_per_second"])
         assert ours["against_plain"] == ours["tokens_per_second"] / best
+
+
+def test_ours_is_trained_with_the_optimizer_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(PRESETS["nano"], model=ModelConfig(200, 32, 2, 2, 64))
+    kinds = []
+    real = Optimizer
+
+    def optimizer(model: torch.nn.Module, config: OptimizerConfig, **rest: object) -> object:
+        kinds.append(config)
+        return real(model, config, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "Optimizer", optimizer)
+    builds = training.variants(recipe, Runtime(torch.device("cpu"), "fp32"), compile=False)
+    for name in ("ours", "ours, AdamW"):
+        builds[name]()()
+    assert kinds[0] == recipe.optimizer and kinds[1].kind == "adamw"
