@@ -1,6 +1,7 @@
 """How fast this CPU trains a model: by steps of models of about its size. Small ones reach less of the CPU's peak."""
 
 import math
+import statistics
 import time
 from bisect import bisect
 from functools import cache
@@ -13,7 +14,8 @@ from engine.runtime import Runtime
 
 # Models of so many blocks are timed, each with these rows: larger ones would take seconds, and are as fast.
 DEPTHS, ROWS = (2, 3, 4, 6, 8), 8
-ROUNDS = 3
+# So many steps are timed after a first one, or as many as fill these seconds.
+ROUNDS, SECONDS = 3, 1.0
 
 
 def training_flops(machine: Runtime, flops_per_token: float) -> float:
@@ -37,9 +39,9 @@ def _timed(machine: Runtime, depth: int) -> float:
         net = GPT(model)
         batch = torch.randint(model.vocab_size, (tokens,))
     net.compute_dtype = machine.dtype
-    taken = []
-    for _ in range(1 + ROUNDS):
+    taken: list[float] = []
+    while len(taken) < 1 + ROUNDS and sum(taken[1:]) < SECONDS:
         begin = time.perf_counter()
         torch.autograd.backward(net.loss(batch, batch, cu_seqlens=ends, max_seqlen=model.context))
         taken.append(time.perf_counter() - begin)
-    return tokens * model.flops_per_token / sorted(taken[1:])[ROUNDS // 2]
+    return tokens * model.flops_per_token / statistics.median(taken[1:])
