@@ -167,7 +167,9 @@ def _print_forecast(found: "Plan", recipe: "Recipe") -> None:
     for share in (0.01, 0.1, 1.0):
         rate, repeated = rate_factor(recipe.schedule, share), epoch or math.inf
         if at := laws.forecast(recipe.model, share * tokens, text, epoch=repeated, rate=rate):
-            print(f"forecast  {at} after {share * tokens / 1e6:,.4g}M tokens, {share:.0%} of the run")
+            millions = share * tokens / 1e6
+            read = f"{millions:,.0f}" if millions >= 1000 else f"{millions:.4g}"
+            print(f"forecast  {at} after {read}M tokens, {share:.0%} of the run")
     if reference := laws.REFERENCES.get(recipe.name):
         print(
             f"reference {reference.bits_per_byte:.3f} bits per byte: loss {reference.loss:g} per token at "

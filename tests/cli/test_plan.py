@@ -60,6 +60,8 @@ def test_a_plan_says_what_a_run_should_reach_on_its_way_and_what_the_reference_r
     epoch = EPOCHS["tinystories"]
     assert f"{forecast(preset('tiny').model, 6 * epoch, 'tinystories', epoch=epoch)} after" in lines[3]
     assert "0.395 bits per byte: loss 1.15 per token" in lines[4] and "ASSUMED" in lines[4]
+    long = gpt("plan", "large", "--tokens", "3e10", "--gpus", "8", "--batch", "32").out
+    assert "after 30,000M tokens, 100% of the run" in long
     hours = gpt("plan", "--hours", "2", "--gpu", "4090").out
     assert "should end best after 120 minutes" in hours and "budget    2.00 hours" in hours
     assert "forecast  none for" in gpt("plan", "nano", "--set", "data.source=my.txt").out
