@@ -25,7 +25,8 @@ SIZES = {
 }
 # Up to this many more bits per byte, as a share, a larger batch costs nothing that matters.
 WITHIN = 0.01
-# Floors, in bits per byte, none of which the runs tell from another. The law that is published has the first.
+# Floors, in bits per byte, which the runs hardly tell apart: engine/laws.py has one of them. Where none is named, it is
+# the first.
 FLOORS = (0.0, 0.1, 0.2, 0.35)
 # How often runs are drawn anew, to see how the forecast varies.
 RESAMPLES = 100
@@ -243,7 +244,7 @@ def forecasts(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Pane
             "repeats": repeats(run, float(size_of([run], chosen)[0]), factors[run["data"]], own),
         }
         for run in runs
-        if run not in once and run["data"] in factors
+        if run["tokens"] > run["unique_tokens"] and run["data"] in factors
     ]
     panel = Panel(f"{text}: the law, and runs", "millions of tokens", "bits per byte")
     for size in np.unique(sizes):
