@@ -14,6 +14,7 @@ from bench import fits
 from bench.harness import Figures
 from engine.config import PRESETS
 from engine.disk import write_atomically
+from engine.laws import Law, as_fresh
 
 Points = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
@@ -229,7 +230,7 @@ def forecasts(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Pane
         "tokens": [tokens.min(), tokens.max()],
         "laws": {name: asdict(fits.forecast(its, tokens, losses)) for name, its in meant.items()},
         "error_of_the_largest": {name: error for name, (_, error) in of_others.items()},
-        "scatter": float(np.std(np.log(own(sizes, tokens) / losses))),
+        "scatter": float(np.std(np.log(fits.along(own, sizes, tokens) / losses))),
         "floors": {str(floor): with_floor(sizes, tokens, losses, last, floor) for floor in FLOORS},
         "far": {name: far(meant, tokens, losses, name) for name in FORETOLD},
         "texts": {data: factor(its, size_of(its, chosen), own) for data, its in groups.items() if data != text},
@@ -250,9 +251,10 @@ def forecasts(runs: Sequence[Figures], noise: float) -> tuple[Figures, list[Pane
     for size in np.unique(sizes):
         label, its = f"{size:.2f}M weights", sizes == size
         reach = np.geomspace(tokens[its].min(), tokens[its].max(), 30)
-        panel.points[label], panel.lines[label] = (tokens[its], losses[its]), (reach, own(size, reach))
+        panel.points[label], panel.lines[label] = (tokens[its], losses[its]), (reach, fits.along(own, size, reach))
     missed = Panel(f"{text}: the largest, from the others", "weights x tokens", "foretold / measured")
-    work, ratio, held = sizes * tokens * 1e12, others(sizes, tokens) / losses, np.isin(np.arange(len(mine)), last)
+    work, held = sizes * tokens * 1e12, np.isin(np.arange(len(mine)), last)
+    ratio = fits.along(others, sizes, tokens) / losses
     missed.points.update({"fitted": (work[~held], ratio[~held]), "held out": (work[held], ratio[held])})
     return found, [panel, missed]
 
@@ -261,17 +263,17 @@ def size_of(runs: Sequence[Figures], meaning: str) -> np.ndarray:
     return column(runs, *SIZES[meaning]) / 1e6
 
 
-def repeats(run: Figures, size: float, times: float, law: fits.Forecast) -> float:
+def repeats(run: Figures, size: float, times: float, law: Law) -> float:
     """Return for how many times a run's tokens have counted as new, in the end, that it has reached what it has."""
     tried = np.geomspace(0.05, 100, 2000)
-    worth = fits.effective_tokens(run["tokens"] / 1e6, run["unique_tokens"] / 1e6, tried)
-    return float(tried[np.abs(times * law(size, worth) / run["bits_per_byte"] - 1).argmin()])
+    worth = np.vectorize(as_fresh)(run["tokens"] / 1e6, run["unique_tokens"] / 1e6, tried)
+    return float(tried[np.abs(times * fits.along(law, size, worth) / run["bits_per_byte"] - 1).argmin()])
 
 
 def with_floor(sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, last: np.ndarray, floor: float) -> Figures:
     """Return the law with a floor, how it meets the runs, and how that of the others meets the last ones."""
     law = fits.forecast(sizes, tokens, losses, floor)
-    scatter = float(np.std(np.log(law(sizes, tokens) / losses)))
+    scatter = float(np.std(np.log(fits.along(law, sizes, tokens) / losses)))
     error = fits.held_out(sizes, tokens, losses, last, floor)[1]
     return {**asdict(law), "scatter": scatter, "error_of_the_largest": error}
 
@@ -293,13 +295,13 @@ def far(meant: Mapping[str, np.ndarray], tokens: np.ndarray, losses: np.ndarray,
     return {"bits_per_byte": float(np.exp(np.median(logs))), "deviation": float(np.std(logs))}
 
 
-def factor(runs: Sequence[Figures], sizes: np.ndarray, law: fits.Forecast) -> Figures:
+def factor(runs: Sequence[Figures], sizes: np.ndarray, law: Law) -> Figures:
     """Return by what factor runs on another text are above a law, and how they scatter about that."""
-    logs = np.log(column(runs, "bits_per_byte") / law(sizes, column(runs, "tokens") / 1e6))
+    logs = np.log(column(runs, "bits_per_byte") / fits.along(law, sizes, column(runs, "tokens") / 1e6))
     return {"runs": len(runs), "factor": float(np.exp(logs.mean())), "scatter": float(logs.std())}
 
 
-def course(runs: Sequence[Figures], sizes: np.ndarray, own: fits.Forecast) -> Figures:
+def course(runs: Sequence[Figures], sizes: np.ndarray, own: Law) -> Figures:
     """Return how far the training loss within a run is above what the law says of a run that ends there.
 
     By the share of the run: the mean ratio, its deviation, and of how many runs.
@@ -308,7 +310,7 @@ def course(runs: Sequence[Figures], sizes: np.ndarray, own: fits.Forecast) -> Fi
     for run, size in zip(runs, sizes, strict=True):
         for share, loss in run["training"]:
             if share * run["tokens"] >= COURSE_STEPS * run["tokens_per_step"] and run["tokens"] <= run["unique_tokens"]:
-                ratios.setdefault(share, []).append(loss / float(own(size, share * run["tokens"] / 1e6)))
+                ratios.setdefault(share, []).append(loss / own(size, share * run["tokens"] / 1e6))
     return {str(s): [float(np.mean(each)), float(np.std(each)), len(each)] for s, each in sorted(ratios.items())}
 
 

@@ -1,4 +1,4 @@
-"""What many runs say together: the best rate of a valley, powers between quantities, and a forecast of the loss.
+"""What many runs say together: the best rate of a valley, powers between quantities, and the law of the loss.
 
 Plain NumPy. Losses are in any unit, bits per byte in what is published; logarithms make all of them relative.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from engine.laws import Law
+
 # The powers of weights, of tokens, and of their sum lie in here: what a few runs say beyond is noise.
 LEAST, MOST = np.array([0.1, 0.1, 0.1]), np.array([1.2, 1.2, 1.2])
 
@@ -18,8 +20,6 @@ Numbers = Sequence[float] | np.ndarray
 NOISE = 0.003
 # Residuals beyond this, as a share of the loss, count by their size and no more by its square (Huber).
 DELTA = 0.005
-# Epochs after which more of the same tokens is worth nothing, by exp(-epochs / this) (Muennighoff et al. 2023, R_D*).
-REPEATS = 15.39
 
 
 @dataclass(frozen=True)
@@ -82,34 +82,12 @@ def powers(y: Numbers, *xs: Numbers, errors: Numbers | None = None) -> tuple[np.
     return found, np.sqrt(np.diag(inverse) * scale)
 
 
-def effective_tokens(tokens: ArrayLike, unique: ArrayLike, repeats: ArrayLike = REPEATS) -> np.ndarray:
-    """Return how many fresh tokens are worth as much as these, of which so many are unique (Muennighoff et al.)."""
-    tokens, fresh, repeats = np.asarray(tokens, float), np.minimum(tokens, unique), np.asarray(repeats, float)
-    return fresh * (1 + repeats * (1 - np.exp(-(tokens / fresh - 1) / repeats)))
+def along(law: Law, sizes: ArrayLike, tokens: ArrayLike) -> np.ndarray:
+    """Return what a law says of sizes and tokens, as NumPy broadcasts them."""
+    return np.vectorize(law, otypes=[float])(sizes, tokens)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """L(N, D) = floor + (of_weights N^-weights_power + of_tokens D^-tokens_power)^power.
-
-    So Kaplan et al. 2020 (equation 1.5) have it, without the floor. With few tokens sizes hardly differ, with many they
-    do. A sum of separate terms (Hoffmann et al. 2022) has them differ alike, and meets short runs far worse.
-    """
-
-    floor: float
-    of_weights: float
-    weights_power: float
-    of_tokens: float
-    tokens_power: float
-    power: float
-
-    def __call__(self, sizes: ArrayLike, tokens: ArrayLike) -> np.ndarray:
-        sizes, tokens = np.asarray(sizes, float), np.asarray(tokens, float)
-        both = self.of_weights * sizes**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
-        return self.floor + both**self.power
-
-
-def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers, floor: float = 0.0) -> Forecast:
+def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers, floor: float = 0.0) -> Law:
     """Fit the law with this floor to runs, by the Huber loss of relative residuals of what is above it.
 
     Short runs do not tell the floor. Only the powers are searched for, on a grid that closes in on the best: for given
@@ -128,7 +106,7 @@ def forecast(sizes: Numbers, tokens: Numbers, losses: Numbers, floor: float = 0.
         best = cost.argmin()
         middle, reach = grid[best], reach / 2.5
     size, data = found[best] * np.exp(middle[:2] * (n.mean(), d.mean()))
-    return Forecast(floor, float(size), float(middle[0]), float(data), float(middle[1]), float(middle[2]))
+    return Law(floor, float(size), float(middle[0]), float(data), float(middle[1]), float(middle[2]))
 
 
 def _solve(columns: np.ndarray, power: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +124,7 @@ def _solve(columns: np.ndarray, power: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def held_out(
     sizes: np.ndarray, tokens: np.ndarray, losses: np.ndarray, held: np.ndarray, floor: float = 0.0
-) -> tuple[Forecast, float]:
+) -> tuple[Law, float]:
     """Fit without the runs `held` (their numbers). Return that, and the mean of |foretold / measured - 1| over them."""
     law = forecast(np.delete(sizes, held), np.delete(tokens, held), np.delete(losses, held), floor)
-    return law, float(np.abs(law(sizes[held], tokens[held]) / losses[held] - 1).mean())
+    return law, float(np.abs(along(law, sizes[held], tokens[held]) / losses[held] - 1).mean())

@@ -49,13 +49,13 @@ VOCABULARY_POWER, MOST_VOCABULARY = 1.5, 32_768
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Bits per byte of held-out text: factor (floor + (of_weights N^-weights_power + of_tokens D^-tokens_power)^power).
+class Law:
+    """A loss of N million weights after D million tokens: floor + (of_weights N^-p + of_tokens D^-q)^power.
 
-    N are millions of weights, and D millions of tokens (Kaplan et al., arXiv:2001.08361, equation 1.5, and a floor).
+    So Kaplan et al. have it (arXiv:2001.08361, equation 1.5), without the floor. With few tokens sizes hardly differ,
+    with many they do. A sum of separate terms (Hoffmann et al., arXiv:2203.15556) has them differ alike, and meets
+    short runs far worse.
     """
-
-    size: Literal["blocks", "blocks and head", "all"]  # which weights count
 
     floor: float
     of_weights: float
@@ -63,24 +63,33 @@ class Loss:
     of_tokens: float
     tokens_power: float
     power: float
+
+    def __call__(self, weights: float, tokens: float) -> float:
+        both = self.of_weights * weights**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
+        above: float = both**self.power
+        return self.floor + above
+
+
+@dataclass(frozen=True)
+class Loss(Law):
+    """Bits per byte of held-out text, for millions of weights and of fresh tokens: a law times a factor."""
+
+    size: Literal["blocks", "blocks and head", "all"]  # which weights count
     factor: float  # of this text, beside the one whose runs were fitted
     spread: float  # the standard deviation of the logarithm of what was measured around it
     weights: tuple[float, float]  # the fewest and the most of the runs that it was fitted to, in millions, as counted
     tokens: tuple[float, float]
 
     def __call__(self, weights: float, tokens: float) -> float:
-        """Return bits per byte, for millions of weights and of fresh tokens."""
-        both = self.of_weights * weights**-self.weights_power + self.of_tokens * tokens**-self.tokens_power
-        above: float = both**self.power
-        return self.factor * (self.floor + above)
+        return self.factor * super().__call__(weights, tokens)
 
 
 # By the source of the data: one law, fitted to 32 runs on synthetic stories, and a factor for each text, of 12 runs on
 # TinyStories and 8 on the Pile (bench/README.md, "A forecast"). ASSUMED: the floor. Short runs do not tell 0 from
 # 0.35, and so the spread of what is far holds both.
 _RUNS = Loss(
-    "blocks and head", 0.2, 0.257, 0.815, 0.933, 0.477, 0.409,
-    factor=1.0, spread=0.02, weights=(0.356, 7.27), tokens=(0.15, 6.0),
+    0.2, 0.257, 0.815, 0.933, 0.477, 0.409,
+    size="blocks and head", factor=1.0, spread=0.02, weights=(0.356, 7.27), tokens=(0.15, 6.0),
 )  # fmt: skip
 LOSSES = {"tinystories": replace(_RUNS, factor=0.779), "dsir-pile": replace(_RUNS, factor=1.46, spread=0.04)}
 # What each decade of weights or tokens beyond the runs of a fit adds to its spread.
@@ -90,6 +99,15 @@ UNDECAYED = 0.05
 # Text that comes again counts as new for at most so many times, in the end (Muennighoff et al., arXiv:2305.16264), and
 # for fewer where it has few tokens for a weight: so many for each of them.
 REPEATS, REPEATS_BY_TOKENS_PER_WEIGHT = 15.4, 1.1
+
+
+def as_fresh(tokens: float, unique: float, repeats: float) -> float:
+    """Return how many fresh tokens are worth as much as these, of which so many are unique.
+
+    repeats: for how many more times the unique ones count as new, in the end (Muennighoff et al., equation 5).
+    """
+    fresh = min(tokens, unique)
+    return fresh * (1 + repeats * (1 - math.exp((1 - tokens / fresh) / repeats)))
 
 
 @dataclass(frozen=True)
@@ -221,13 +239,11 @@ def forecast(
     text: the source of the data, of which the fewest tokens that were measured are the fewest that can be foretold.
     rate: the share of the peak learning rate at which the run is by then.
     """
-    law, d = LOSSES.get(text), tokens / 1e6
-    if law is None or d < law.tokens[0]:
+    law = LOSSES.get(text)
+    if law is None or tokens < 1e6 * law.tokens[0]:
         return None
     n = _millions(model, law)
-    if tokens > epoch:
-        repeats = min(REPEATS, REPEATS_BY_TOKENS_PER_WEIGHT * epoch / 1e6 / n)
-        d = epoch / 1e6 * (1 + repeats * (1 - math.exp((1 - tokens / epoch) / repeats)))
+    d = as_fresh(tokens, epoch, min(REPEATS, REPEATS_BY_TOKENS_PER_WEIGHT * epoch / 1e6 / n)) / 1e6
     middle = law(n, d) * (1 + UNDECAYED * rate)
     beyond = sum(
         max(0.0, math.log10(least / value), math.log10(value / most))

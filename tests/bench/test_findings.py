@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import findings, fits
+from bench import findings
 from bench.harness import Figures
+from engine.laws import Law
 
 LENGTHS = (100_000, 300_000, 1_000_000, 3_000_000)
-LAW = fits.Forecast(0.0, of_weights=0.46, weights_power=0.38, of_tokens=1.5, tokens_power=0.52, power=0.34)
+LAW = Law(0.0, of_weights=0.46, weights_power=0.38, of_tokens=1.5, tokens_power=0.52, power=0.34)
 
 
 def line(
@@ -19,7 +20,7 @@ def line(
 ) -> Figures:
     """Return a run: the best rate rises by the root of the batch and falls with depth; large batches cost."""
     weights, best = 12 * blocks * width**2, (batch / 2048) ** 0.5 * (blocks / 4) ** -0.3
-    loss = float(LAW(weights / 1e6, tokens / 1e6)) * (1 + (batch / 2**18) ** 2 + 0.02 * math.log2(rate / best) ** 2)
+    loss = LAW(weights / 1e6, tokens / 1e6) * (1 + (batch / 2**18) ** 2 + 0.02 * math.log2(rate / best) ** 2)
     about = {
         "kind": kind,
         "name": kind,
@@ -34,7 +35,7 @@ def line(
         "budget": tokens, "tokens": tokens, "unique_tokens": 10**7, "tokens_per_step": batch,
         "bits_per_byte": loss * (1 + 0.002 * seed), "loss": 3 * loss, "rates": {"matrix_rate": 0.02 * rate},
         "block_parameters": weights, "head_parameters": 4096 * width, "parameters": weights + 8192 * width,
-        "training": [[0.1, 1.1 * float(LAW(weights / 1e6, tokens / 1e7))], [1.0, loss]], "versions": {"commit": "abc"},
+        "training": [[0.1, 1.1 * LAW(weights / 1e6, tokens / 1e7)], [1.0, loss]], "versions": {"commit": "abc"},
     }  # fmt: skip
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from bench import fits
+from engine.laws import Law
 
 RANDOM = np.random.default_rng(0)
 # About as many runs as a sweep over sizes has.
 SIZES, TOKENS = (each.ravel() for each in np.meshgrid(np.geomspace(0.04, 3, 8), np.geomspace(0.1, 3, 6)))
-LAW = fits.Forecast(0.0, of_weights=0.46, weights_power=0.38, of_tokens=1.5, tokens_power=0.52, power=0.34)
+LAW = Law(0.0, of_weights=0.46, weights_power=0.38, of_tokens=1.5, tokens_power=0.52, power=0.34)
 
 
 def test_a_valley_is_lowest_where_it_was_put_and_knows_how_well() -> None:
@@ -47,27 +48,20 @@ def test_powers_are_found_with_their_errors() -> None:
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 def test_a_forecast_is_the_law_that_made_the_runs(floor: float) -> None:
     law = dataclasses.replace(LAW, floor=floor)
-    found = fits.forecast(SIZES, TOKENS, law(SIZES, TOKENS), floor)
+    found = fits.forecast(SIZES, TOKENS, fits.along(law, SIZES, TOKENS), floor)
     for name in ("weights_power", "tokens_power", "power"):
         assert getattr(found, name) == pytest.approx(getattr(law, name), abs=0.02)
     assert found.floor == floor and found(20, 300) == pytest.approx(law(20, 300), rel=0.005)
 
 
 def test_sizes_differ_little_with_few_tokens_and_much_with_many() -> None:
-    few, many = (float(LAW(0.1, tokens) / LAW(3, tokens)) for tokens in (0.1, 100))
+    few, many = (LAW(0.1, tokens) / LAW(3, tokens) for tokens in (0.1, 100))
     assert 1 < few < 1.1 and many > 1.4
 
 
 def test_a_run_that_went_wrong_moves_a_forecast_little() -> None:
-    losses = LAW(SIZES, TOKENS) * (1 + 0.003 * RANDOM.standard_normal(len(SIZES)))
+    losses = fits.along(LAW, SIZES, TOKENS) * (1 + 0.003 * RANDOM.standard_normal(len(SIZES)))
     losses[7] *= 1.2
     small, error = fits.held_out(SIZES, TOKENS, losses, np.argsort(SIZES * TOKENS)[-7:])
     whole = fits.forecast(SIZES, TOKENS, losses)
     assert error < 0.01 and small != whole and whole(10, 10) == pytest.approx(LAW(10, 10), rel=0.02)
-
-
-def test_tokens_that_come_again_are_worth_less() -> None:
-    assert fits.effective_tokens([1e6, 2e6], 2e6).tolist() == [1e6, 2e6]
-    # Up to four epochs are nearly as good as fresh tokens; forty are worth little more than sixteen.
-    assert fits.effective_tokens([4e6], 1e6)[0] == pytest.approx(3.73e6, rel=0.01)
-    assert fits.effective_tokens([1e9], 1e6)[0] == pytest.approx(16.39e6)

@@ -89,6 +89,13 @@ def test_more_weights_and_more_tokens_forecast_less_and_what_is_beyond_the_measu
     assert str(laws.Forecast(0.9, 1.0, 1.1)) == "1.000 bits per byte (0.900 to 1.100)"
 
 
+def test_tokens_that_come_again_are_worth_less() -> None:
+    assert [laws.as_fresh(tokens, 2e6, 15.39) for tokens in (1e6, 2e6)] == [1e6, 2e6]
+    # Up to four epochs are nearly as good as fresh tokens; forty are worth little more than sixteen.
+    assert laws.as_fresh(4e6, 1e6, 15.39) == pytest.approx(3.73e6, rel=0.01)
+    assert laws.as_fresh(1e9, 1e6, 15.39) == pytest.approx(16.39e6)
+
+
 def test_text_that_comes_again_counts_less_and_less() -> None:
     for depth, epoch, repeats in ((4, 1e6, 1.1 / 1.278), (2, 1e8, laws.REPEATS)):
         once, twice, often, ever = (bits(depth, times * epoch, epoch=epoch).middle for times in (1, 2, 100, 10_000))

@@ -33,7 +33,7 @@ def test_pretraining_counts_tokens_and_epochs(small: Recipe, train: Train) -> No
 def test_a_run_on_known_text_says_what_it_should_reach_and_that_it_does_not(
     small: Recipe, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    easy = Loss("blocks", 0.1, 0.0, 0.3, 0.0, 0.3, 1.0, factor=1.0, spread=0.1, weights=(1e-4, 10), tokens=(1e-4, 10))
+    easy = Loss(0.1, 0.0, 0.3, 0.0, 0.3, 1.0, "blocks", factor=1.0, spread=0.1, weights=(1e-4, 10), tokens=(1e-4, 10))
     monkeypatch.setitem(LOSSES, small.data.source, easy)
     _, known = train(override(small, "loop.samples", 0), "known")
     said = [line for line in known.said if "forecast" in line]
