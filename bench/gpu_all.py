@@ -134,14 +134,16 @@ def remaining(past: Sequence[Mark], named: Sequence[str], code: str) -> list[Ste
 def run(arguments: Sequence[str], log: Path, seconds: float) -> int | None:
     """Return its exit status, or None where it took longer. None of its processes is left, whatever happens."""
 
-    def end_with_parent() -> None:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: even where this process is killed
+    def before_it_starts() -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends even where this process is killed
+        # What a script has started with & ignores it, and would hand that on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     # Into a file: a pipe would stay open for as long as anything that pytest or Triton has started lives.
     with log.open("wb") as output:
         process = subprocess.Popen(
             [PYTHON, "-m", *arguments], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=before_it_starts,
         )  # fmt: skip
     try:
         return process.wait(seconds)

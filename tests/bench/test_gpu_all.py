@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     before = signal.getsignal(signal.SIGTERM)
     yield tmp_path
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def sigint() -> Iterator[Callable[[Any], None]]:
+    """Return what sets how this process takes an interrupt, until the test ends."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -91,9 +100,11 @@ def test_with_other_code_what_never_ran_comes_first_then_what_failed(
     assert said == ["three-1", "one-2", "two-2"]
 
 
+@pytest.mark.parametrize("started", [signal.default_int_handler, signal.SIG_IGN], ids=["by hand", "with &"])
 def test_a_step_out_of_its_time_comes_last_and_has_longer(
-    world: Path, call: Call, capsys: pytest.CaptureFixture[str]
+    world: Path, call: Call, capsys: pytest.CaptureFixture[str], sigint: Callable[[Any], None], started: Any
 ) -> None:
+    sigint(started)
     slow = Step("slow", 1, "sh 'trap \"echo interrupted; exit\" INT; sleep 8 & wait'")
     assert call(slow, THREE[1]) == 1
     cut, ended = (mark for mark in gpu_all.marks([world / "out"], {}) if "seconds" in mark)
