@@ -41,7 +41,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def sigint() -> Iterator[Callable[[Any], None]]:
+def sigint() -> Iterator[Callable[[Any], Any]]:
     """Return what sets how this process takes an interrupt, until the test ends."""
     before = signal.getsignal(signal.SIGINT)
     yield lambda handler: signal.signal(signal.SIGINT, handler)
@@ -102,7 +102,7 @@ def test_with_other_code_what_never_ran_comes_first_then_what_failed(
 
 @pytest.mark.parametrize("started", [signal.default_int_handler, signal.SIG_IGN], ids=["by hand", "with &"])
 def test_a_step_out_of_its_time_comes_last_and_has_longer(
-    world: Path, call: Call, capsys: pytest.CaptureFixture[str], sigint: Callable[[Any], None], started: Any
+    world: Path, call: Call, capsys: pytest.CaptureFixture[str], sigint: Callable[[Any], Any], started: Any
 ) -> None:
     sigint(started)
     slow = Step("slow", 1, "sh 'trap \"echo interrupted; exit\" INT; sleep 8 & wait'")
